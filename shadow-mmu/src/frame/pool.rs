@@ -1,0 +1,509 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The pool: file, direct map, metadata, and the only ways to get and to lose a frame.
+
+use super::alloc::FreeFrames;
+use crate::addr::{PAGE_SIZE, Pfn};
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileSlice,
+};
+
+/// Used free frames that a pool keeps before it gives some back to the host, as a share of the pool: 1/8 …
+const KEEP_SHARE: usize = 8;
+/// … but at least this many, 8 MiB.
+const KEEP_LEAST: usize = 2048;
+/// Frames punched in one go.
+const PUNCH_BATCH: usize = 1024;
+/// What [`FreedFrames::Poison`] writes into every word of a freed frame: no canonical address, no likely content.
+const POISON: u64 = 0xdead_f4a3_e0ff_1ce5;
+
+/// Why a pool could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// The host refused the file or a mapping of it.
+    #[error("cannot make a frame pool of {bytes:#x} bytes ({what}): {source}; ask for less with --memory")]
+    Host {
+        /// Bytes asked for.
+        bytes: u64,
+        /// The step that failed.
+        what: &'static str,
+        /// The host's word.
+        source: std::io::Error,
+    },
+    /// More frames than a [`Pfn`] can name, or none.
+    #[error("a frame pool of {0:#x} bytes is out of range: from one page to 16 TiB")]
+    Size(u64),
+}
+
+/// No frame is free. The caller undoes what it began and tells whoever asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("out of memory: every frame of the pool is in use; give it more with --memory")]
+pub struct OutOfFrames;
+
+/// What a frame holds when it is handed out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// Zeros.
+    Zeros,
+    /// Anything: the caller overwrites all of it before anyone else can see it.
+    Overwritten,
+}
+
+/// What happens to the bytes of a frame that is freed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FreedFrames {
+    /// They stay until the frame is handed out again or punched out.
+    #[default]
+    Keep,
+    /// They are overwritten with a pattern, which is checked when the frame goes out again and by
+    /// [`FramePool::check_poison`]: a frame written after it was freed is found.
+    Poison,
+}
+
+bitflags::bitflags! {
+    /// Per-frame flags.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct FrameFlags: u32 {
+        /// Some secondary MMU saw the frame accessed and lost the spte that said so (`PG_referenced`).
+        const ACCESSED = 1;
+        /// The same for written (`PG_dirty`): the frame differs from what backs it.
+        const DIRTY = 2;
+    }
+}
+
+/// Metadata of one frame: `struct page` in miniature.
+#[derive(Debug, Default)]
+pub struct Frame {
+    refs: AtomicU32,
+    maps: AtomicU32,
+    flags: AtomicU32,
+}
+
+impl Frame {
+    /// Everything that keeps the frame from being freed: ptes, page caches, pins, faults in flight.
+    pub fn ref_count(&self) -> u32 {
+        self.refs.load(Ordering::Acquire)
+    }
+    /// Primary ptes that map the frame. Each also holds a reference.
+    pub fn map_count(&self) -> u32 {
+        self.maps.load(Ordering::Acquire)
+    }
+    /// One more primary pte maps the frame.
+    pub fn add_map(&self) {
+        self.maps.fetch_add(1, Ordering::AcqRel);
+    }
+    /// One primary pte less.
+    pub fn remove_map(&self) {
+        let before = self.maps.fetch_sub(1, Ordering::AcqRel);
+        debug_assert!(before > 0, "map count below zero");
+    }
+    /// The frame's flags.
+    pub fn flags(&self) -> FrameFlags {
+        FrameFlags::from_bits_truncate(self.flags.load(Ordering::Acquire))
+    }
+    /// Sets flags. Atomic: secondary MMUs call it under their own locks.
+    pub fn set_flags(&self, flags: FrameFlags) {
+        // Most frames have the bits already; then the cache line stays shared.
+        if !self.flags().contains(flags) {
+            self.flags.fetch_or(flags.bits(), Ordering::AcqRel);
+        }
+    }
+}
+
+/// How full a pool is, and what happened to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Frames in all.
+    pub frames: usize,
+    /// Frames nobody holds.
+    pub free: usize,
+    /// Of those, frames that still cost the host a page.
+    pub free_used: usize,
+    /// Frames given back to the host so far.
+    pub punched: u64,
+    /// The most frames that were ever in use at once.
+    pub peak: usize,
+}
+
+/// A pool of page frames: a sparse memfd, our direct map of it, and per-frame metadata.
+///
+/// Reference counts are explicit ([`get`](Self::get), [`put`](Self::put)), because most references live as bits in page
+/// tables, where no destructor runs.
+#[derive(Debug)]
+pub struct FramePool {
+    /// The direct map: one region from address 0, so that a pfn's offset is its address.
+    memory: GuestMemoryMmap,
+    /// Host address of the direct map; derived from `memory`, kept because every table walk needs it.
+    base: usize,
+    file: Arc<File>,
+    frames: Box<[Frame]>,
+    free: Mutex<FreeFrames>,
+    freed: FreedFrames,
+    punched: AtomicU64,
+    peak: AtomicU32,
+    poison_broken: AtomicU64,
+}
+
+fn map(file: &Arc<File>, bytes: u64, what: &'static str) -> Result<MmapRegion, PoolError> {
+    let host = |source| PoolError::Host { bytes, what, source };
+    MmapRegion::build(
+        Some(FileOffset::from_arc(Arc::clone(file), 0)),
+        bytes as usize,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | libc::MAP_NORESERVE,
+    )
+    .map_err(|error| host(std::io::Error::other(error)))
+}
+
+impl FramePool {
+    /// A pool of `bytes` bytes, rounded up to whole pages. Nothing is populated.
+    ///
+    /// # Errors
+    /// [`PoolError`], where the size is out of range or the host refuses.
+    pub fn new(bytes: u64, freed: FreedFrames) -> Result<Self, PoolError> {
+        let count = bytes.div_ceil(PAGE_SIZE);
+        if count == 0 || count > u64::from(u32::MAX) {
+            return Err(PoolError::Size(bytes));
+        }
+        let bytes = count * PAGE_SIZE;
+        let host = |what| move |source| PoolError::Host { bytes, what, source };
+        // SAFETY: the name is a C string; the call touches no memory of ours.
+        let fd = unsafe { libc::memfd_create(c"umbra-frames".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(host("memfd_create")(std::io::Error::last_os_error()));
+        }
+        // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(bytes).map_err(host("ftruncate"))?;
+        let file = Arc::new(file);
+        let region = map(&file, bytes, "direct map")?;
+        let region =
+            vm_memory::GuestRegionMmap::new(region, GuestAddress(0)).ok_or(PoolError::Size(bytes))?;
+        let base = region.as_ptr() as usize;
+        let memory = GuestMemoryMmap::from_regions(vec![region])
+            .map_err(|error| host("region")(std::io::Error::other(error)))?;
+        // Zeroed by the host page by page as it is touched: a pool of terabytes costs nothing until it is used.
+        let frames = Box::<[Frame]>::new_zeroed_slice(count as usize);
+        // SAFETY: `Frame` is three `AtomicU32`, for which all-zeros is a valid value.
+        let frames = unsafe { frames.assume_init() };
+        Ok(Self {
+            memory,
+            base,
+            file,
+            frames,
+            free: Mutex::new(FreeFrames::new(count as usize)),
+            freed,
+            punched: AtomicU64::new(0),
+            peak: AtomicU32::new(0),
+            poison_broken: AtomicU64::new(0),
+        })
+    }
+
+    /// Maps the file a second time, for a VM to hand to KVM as its RAM.
+    ///
+    /// # Errors
+    /// [`PoolError::Host`].
+    pub fn map_window(&self) -> Result<MmapRegion, PoolError> {
+        map(&self.file, self.bytes(), "window")
+    }
+
+    /// Size of the pool's file.
+    pub fn bytes(&self) -> u64 {
+        self.frames.len() as u64 * PAGE_SIZE
+    }
+
+    /// The direct map as rust-vmm sees it; address 0 is the first byte of frame 0.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The file that holds the frames.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Metadata of `pfn`.
+    ///
+    /// # Panics
+    /// If `pfn` is not a frame of this pool.
+    pub fn frame(&self, pfn: Pfn) -> &Frame {
+        &self.frames[pfn.index()]
+    }
+
+    /// How full the pool is.
+    pub fn stats(&self) -> PoolStats {
+        let free = self.free.lock();
+        PoolStats {
+            frames: self.frames.len(),
+            free: free.free_count(),
+            free_used: free.used_count(),
+            punched: self.punched.load(Ordering::Relaxed),
+            peak: self.peak.load(Ordering::Relaxed) as usize,
+        }
+    }
+
+    /// One frame with one reference.
+    ///
+    /// # Errors
+    /// [`OutOfFrames`].
+    pub fn alloc(&self, fill: Fill) -> Result<Pfn, OutOfFrames> {
+        let mut out = Vec::with_capacity(1);
+        self.alloc_up_to(1, fill, &mut out);
+        out.pop().ok_or(OutOfFrames)
+    }
+
+    /// Up to `want` frames, each with one reference, appended to `out` in ascending order as far as possible.
+    /// Returns how many there were.
+    pub fn alloc_up_to(&self, want: usize, fill: Fill, out: &mut Vec<Pfn>) -> usize {
+        let mut taken = Vec::with_capacity(want);
+        {
+            let mut free = self.free.lock();
+            free.take(want, &mut taken);
+            let in_use = (self.frames.len() - free.free_count()) as u32;
+            self.peak.fetch_max(in_use, Ordering::Relaxed);
+        }
+        for &(pfn, used) in &taken {
+            if used && self.freed == FreedFrames::Poison {
+                self.verify_poison(pfn);
+            }
+            if used && fill == Fill::Zeros {
+                self.zero(pfn);
+            }
+            let frame = self.frame(pfn);
+            frame.flags.store(0, Ordering::Relaxed);
+            frame.refs.store(1, Ordering::Release);
+            out.push(pfn);
+        }
+        taken.len()
+    }
+
+    /// Frames that [`alloc`](Self::alloc) could still hand out.
+    pub fn free_frames(&self) -> usize {
+        self.free.lock().free_count()
+    }
+
+    /// One more reference to a frame that the caller knows to be held.
+    pub fn get(&self, pfn: Pfn) {
+        let before = self.frame(pfn).refs.fetch_add(1, Ordering::AcqRel);
+        debug_assert!(before > 0, "reference taken to the free frame {pfn:?}");
+    }
+
+    /// One reference less; the last one frees the frame.
+    ///
+    /// Rule 4: the caller has flushed every translation that could still reach the frame (I21, I22).
+    pub fn put(&self, pfn: Pfn) {
+        self.put_all(&[pfn]);
+    }
+
+    /// [`put`](Self::put) of many frames under one lock.
+    pub fn put_all(&self, frames: &[Pfn]) {
+        let last = |pfn: &&Pfn| {
+            let before = self.frame(**pfn).refs.fetch_sub(1, Ordering::AcqRel);
+            debug_assert!(before > 0, "reference dropped of the free frame {pfn:?}");
+            before == 1
+        };
+        let freed: Vec<Pfn> = frames.iter().filter(last).copied().collect();
+        if freed.is_empty() {
+            return;
+        }
+        for &pfn in &freed {
+            debug_assert_eq!(self.frame(pfn).map_count(), 0, "frame {pfn:?} freed while mapped");
+            if self.freed == FreedFrames::Poison {
+                self.words(pfn).iter().for_each(|word| word.store(POISON, Ordering::Relaxed));
+            }
+        }
+        let punch = {
+            let mut free = self.free.lock();
+            freed.into_iter().for_each(|pfn| free.put_used(pfn));
+            let keep = (self.frames.len() / KEEP_SHARE).max(KEEP_LEAST);
+            if free.used_count() > keep + PUNCH_BATCH { free.take_used_runs(PUNCH_BATCH) } else { Vec::new() }
+        };
+        if !punch.is_empty() {
+            self.punch(punch);
+        }
+    }
+
+    /// Gives the pages of `runs` back to the host. Nobody else can see these frames: they are neither held nor free.
+    fn punch(&self, runs: Vec<Range<u32>>) {
+        for run in runs {
+            if self.freed == FreedFrames::Poison {
+                run.clone().for_each(|frame| self.verify_poison(Pfn(frame)));
+            }
+            let (offset, len) = (Pfn(run.start).offset(), (run.end - run.start) as u64 * PAGE_SIZE);
+            // SAFETY: acts on our file only; both mappings of it stay valid and read zeros there afterwards.
+            let result = unsafe {
+                libc::fallocate(
+                    self.file.as_raw_fd(),
+                    libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    offset as libc::off_t,
+                    len as libc::off_t,
+                )
+            };
+            if result == 0 {
+                self.punched.fetch_add(u64::from(run.end - run.start), Ordering::Relaxed);
+                self.free.lock().put_clean(run);
+            } else {
+                // The frames stay usable, the host only keeps their pages.
+                log::debug!("cannot punch frames {run:?}: {}", std::io::Error::last_os_error());
+                self.free.lock().put_unpunched(run);
+            }
+        }
+    }
+
+    /// The bytes of `pfn`, for reading and writing beside a running guest.
+    ///
+    /// # Panics
+    /// If `pfn` is not a frame of this pool.
+    pub fn slice(&self, pfn: Pfn) -> VolatileSlice<'_> {
+        self.memory
+            .get_slice(GuestAddress(pfn.offset()), PAGE_SIZE as usize)
+            .unwrap_or_else(|error| panic!("{pfn:?} is not a frame of this pool: {error}"))
+    }
+
+    /// The bytes of `pfn` as 512 words, the form of a page table.
+    ///
+    /// # Panics
+    /// If `pfn` is not a frame of this pool.
+    pub fn words(&self, pfn: Pfn) -> &[AtomicU64; 512] {
+        assert!(pfn.index() < self.frames.len(), "{pfn:?} is not a frame of this pool");
+        let at = (self.base + pfn.offset() as usize) as *const [AtomicU64; 512];
+        // SAFETY: the direct map covers the whole pool, is page aligned and lives as long as `self`. Everyone who
+        // shares these bytes with us, the CPU included, is seen through atomics.
+        unsafe { &*at }
+    }
+
+    /// Fills `pfn` with zeros.
+    pub fn zero(&self, pfn: Pfn) {
+        // A frame fresh from the free list or about to be a table: no guest can reach it, so plain stores of whole
+        // words are enough, and the compiler turns them into the fastest there are.
+        let zeros = [0u8; PAGE_SIZE as usize];
+        self.slice(pfn).copy_from(&zeros);
+    }
+
+    /// Copies all of `from` to `to`.
+    pub fn copy(&self, from: Pfn, to: Pfn) {
+        self.slice(from).copy_to_volatile_slice(self.slice(to));
+    }
+
+    /// Copies `bytes` to `offset` of `pfn`; what does not fit is not written.
+    pub fn write(&self, pfn: Pfn, offset: usize, bytes: &[u8]) {
+        let room = (PAGE_SIZE as usize).saturating_sub(offset).min(bytes.len());
+        // Within one frame this cannot fail: `room` keeps it inside.
+        let _ = self.memory.write_slice(&bytes[..room], GuestAddress(pfn.offset() + offset as u64));
+    }
+
+    /// Whether a frame was found changed although it was free ([`FreedFrames::Poison`]), so far: the number of frames.
+    pub fn poison_broken(&self) -> u64 {
+        self.poison_broken.load(Ordering::Relaxed)
+    }
+
+    /// Checks every free frame now and returns [`poison_broken`](Self::poison_broken).
+    ///
+    /// Nothing is checked unless the pool was made with [`FreedFrames::Poison`].
+    pub fn check_poison(&self) -> u64 {
+        if self.freed == FreedFrames::Poison {
+            let free = self.free.lock();
+            free.used_frames().for_each(|pfn| self.verify_poison(pfn));
+        }
+        self.poison_broken()
+    }
+
+    fn verify_poison(&self, pfn: Pfn) {
+        let words = self.words(pfn);
+        if let Some(at) = words.iter().position(|word| word.load(Ordering::Relaxed) != POISON) {
+            self.poison_broken.fetch_add(1, Ordering::Relaxed);
+            log::error!(
+                "frame {:#x} was written after it was freed: byte {:#x} holds {:#018x}",
+                pfn.0,
+                at * 8,
+                words[at].load(Ordering::Relaxed)
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(pages: u64) -> FramePool {
+        FramePool::new(pages * PAGE_SIZE, FreedFrames::Poison).unwrap()
+    }
+
+    #[test]
+    fn a_reused_frame_reads_zeros() {
+        let pool = pool(1);
+        let pfn = pool.alloc(Fill::Zeros).unwrap();
+        pool.write(pfn, 100, b"secret");
+        pool.put(pfn);
+        assert_eq!(pool.alloc(Fill::Zeros).unwrap(), pfn);
+        assert!(pool.words(pfn).iter().all(|word| word.load(Ordering::Relaxed) == 0));
+    }
+
+    #[test]
+    fn running_out_is_an_error_value_and_passes() {
+        let pool = pool(3);
+        let frames: Vec<_> = (0..3).map(|_| pool.alloc(Fill::Zeros).unwrap()).collect();
+        assert_eq!(pool.alloc(Fill::Zeros), Err(OutOfFrames));
+        pool.put_all(&frames);
+        assert_eq!(pool.free_frames(), 3);
+        assert!(pool.alloc(Fill::Overwritten).is_ok());
+    }
+
+    #[test]
+    fn a_frame_is_freed_with_its_last_reference_only() {
+        let pool = pool(1);
+        let pfn = pool.alloc(Fill::Zeros).unwrap();
+        pool.get(pfn);
+        pool.put(pfn);
+        assert_eq!(pool.free_frames(), 0);
+        pool.put(pfn);
+        assert_eq!(pool.free_frames(), 1);
+    }
+
+    #[test]
+    fn a_write_after_free_is_found() {
+        let pool = pool(2);
+        let pfn = pool.alloc(Fill::Zeros).unwrap();
+        pool.put(pfn);
+        assert_eq!(pool.check_poison(), 0);
+        pool.write(pfn, 8, b"late");
+        assert_eq!(pool.check_poison(), 1);
+    }
+
+    #[test]
+    fn used_frames_go_back_to_the_host_in_batches() {
+        let pool = pool(16 * KEEP_LEAST as u64);
+        let mut frames = Vec::new();
+        pool.alloc_up_to(6 * KEEP_LEAST, Fill::Zeros, &mut frames);
+        frames.iter().for_each(|&pfn| pool.write(pfn, 0, b"x"));
+        frames.iter().for_each(|&pfn| pool.put(pfn));
+        let stats = pool.stats();
+        assert!(stats.punched >= PUNCH_BATCH as u64, "{stats:?}");
+        assert_eq!(stats.free, stats.frames);
+        // What was punched reads zeros through the direct map, and is not checked for poison.
+        assert_eq!(pool.check_poison(), 0);
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_refused() {
+        assert!(matches!(FramePool::new(0, FreedFrames::Keep), Err(PoolError::Size(0))));
+        assert!(matches!(FramePool::new(u64::MAX, FreedFrames::Keep), Err(PoolError::Size(_))));
+    }
+
+    #[test]
+    fn the_window_shows_the_same_bytes() {
+        let pool = pool(2);
+        let window = pool.map_window().unwrap();
+        let pfn = pool.alloc(Fill::Zeros).unwrap();
+        pool.write(pfn, 0, b"same");
+        let mut seen = [0; 4];
+        let view = vm_memory::GuestRegionMmap::<()>::new(window, GuestAddress(0)).unwrap();
+        view.read_slice(&mut seen, vm_memory::MemoryRegionAddress(pfn.offset())).unwrap();
+        assert_eq!(&seen, b"same");
+    }
+}

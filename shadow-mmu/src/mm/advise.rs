@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! madvise, mincore and msync.
+
+use super::map::user_range;
+use super::{Map, Mm, MmError, Vma, VmaFlags};
+use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE};
+use crate::notifier::Event;
+use crate::table::index;
+
+/// What a program may advise, as far as it has an effect here or none by right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// No special treatment: takes [`Random`](Self::Random) back.
+    Normal,
+    /// Pages are accessed in no order: nothing is brought in ahead.
+    Random,
+    /// Accepted and without effect: SEQUENTIAL, WILLNEED, (NO)HUGEPAGE, (DO|DONT)(FORK|DUMP), COLD, PAGEOUT.
+    NoEffect,
+    /// The pages go; private ones read as at the start again.
+    DontNeed,
+    /// The pages of private anonymous memory may go. They go at once.
+    Free,
+    /// The pages go from the shared object too: a hole.
+    Remove,
+    /// The pages are brought in for reading.
+    PopulateRead,
+    /// The pages are brought in for writing.
+    PopulateWrite,
+}
+
+impl Advice {
+    /// From the number of `madvise(2)`; `None` for numbers that Linux does not know, or that are not built in.
+    pub fn from_raw(advice: i32) -> Option<Self> {
+        Some(match advice {
+            libc::MADV_NORMAL => Self::Normal,
+            libc::MADV_RANDOM => Self::Random,
+            libc::MADV_DONTNEED => Self::DontNeed,
+            libc::MADV_FREE => Self::Free,
+            libc::MADV_REMOVE => Self::Remove,
+            libc::MADV_POPULATE_READ => Self::PopulateRead,
+            libc::MADV_POPULATE_WRITE => Self::PopulateWrite,
+            libc::MADV_SEQUENTIAL
+            | libc::MADV_WILLNEED
+            | libc::MADV_HUGEPAGE
+            | libc::MADV_NOHUGEPAGE
+            | libc::MADV_DOFORK
+            | libc::MADV_DONTFORK
+            | libc::MADV_DODUMP
+            | libc::MADV_DONTDUMP
+            | libc::MADV_COLD
+            | libc::MADV_PAGEOUT => Self::NoEffect,
+            _ => return None,
+        })
+    }
+}
+
+impl Mm {
+    /// Advises on `[addr, addr + len)`. A hole does not keep the rest from being done.
+    ///
+    /// # Errors
+    /// As madvise(2): [`MmError`].
+    pub fn madvise(&self, addr: Hva, len: u64, advice: Advice) -> Result<(), MmError> {
+        let range = user_range(addr, len)?;
+        match advice {
+            Advice::NoEffect => self.whole(&self.map.read(), range),
+            Advice::Normal | Advice::Random => self.advise_order(range, advice),
+            Advice::DontNeed | Advice::Free => self.discard(range, advice),
+            Advice::Remove => self.punch(range),
+            Advice::PopulateRead | Advice::PopulateWrite => {
+                self.whole(&self.map.read(), range)?;
+                let write = advice == Advice::PopulateWrite;
+                let access = if write { Access::READ | Access::WRITE } else { Access::READ };
+                for page in range.page_numbers() {
+                    let request = super::FaultRequest::one_page(Hva(page * PAGE_SIZE), access);
+                    self.fault(&request).map_err(|error| match error {
+                        super::FaultError::NoMapping | super::FaultError::OutOfMemory => MmError::NoMemory,
+                        super::FaultError::NoAccess => MmError::Invalid,
+                        super::FaultError::BusError => MmError::Fault,
+                    })?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn whole(&self, map: &Map, range: HvaRange) -> Result<(), MmError> {
+        if map.vmas.covers(range) { Ok(()) } else { Err(MmError::NoMemory) }
+    }
+
+    fn advise_order(&self, range: HvaRange, advice: Advice) -> Result<(), MmError> {
+        let mut map = self.map.write();
+        let parts: Vec<HvaRange> =
+            map.vmas.overlapping(range).map(|vma| vma.range.intersect(range)).collect();
+        for part in parts {
+            if map.vmas.count() + map.vmas.splits_at(part) > super::vma::MAX_MAP_COUNT {
+                return Err(MmError::NoMemory);
+            }
+            for mut piece in map.vmas.remove(part) {
+                piece.flags.set(VmaFlags::RANDOM, advice == Advice::Random);
+                map.vmas.insert(piece);
+            }
+        }
+        self.whole(&map, range)
+    }
+
+    fn discard(&self, range: HvaRange, advice: Advice) -> Result<(), MmError> {
+        let map = self.map.read();
+        for vma in map.vmas.overlapping(range) {
+            if advice == Advice::Free && (vma.is_shared() || vma.object_page(vma.range.start).is_some()) {
+                return Err(MmError::Invalid);
+            }
+            self.zap(vma.range.intersect(range), Event::Clear);
+        }
+        self.whole(&map, range)
+    }
+
+    /// MADV_REMOVE: a hole in shared memory. Every mapping of the object in this space loses the pages first.
+    fn punch(&self, range: HvaRange) -> Result<(), MmError> {
+        let map = self.map.read();
+        for vma in map.vmas.overlapping(range) {
+            let part = vma.range.intersect(range);
+            let Some((object, first)) = vma.object_page(part.start) else { return Err(MmError::Invalid) };
+            if !vma.is_shared() {
+                return Err(MmError::Invalid);
+            }
+            if !vma.prot.contains(Access::WRITE) {
+                return Err(MmError::Access);
+            }
+            let pages = first..first + part.page_count();
+            for other in map.vmas.iter() {
+                if let Some(there) = mapped_part(other, object, &pages) {
+                    self.zap(there, Event::Clear);
+                }
+            }
+            object.drop_pages(pages);
+        }
+        self.whole(&map, range)
+    }
+
+    /// For each page of `[addr, addr + len)`: 1 if it is in memory, else 0.
+    ///
+    /// # Errors
+    /// As mincore(2): [`MmError`].
+    pub fn mincore(&self, addr: Hva, len: u64) -> Result<Vec<u8>, MmError> {
+        if !addr.is_page_aligned() {
+            return Err(MmError::Invalid);
+        }
+        let range = user_range(addr, len).map_err(|_| MmError::NoMemory)?;
+        let map = self.map.read();
+        // Before anything is allocated by a length that the guest made up.
+        self.whole(&map, range)?;
+        let mut resident = Vec::with_capacity(range.page_count() as usize);
+        for vma in map.vmas.overlapping(range) {
+            for page in vma.range.intersect(range).page_numbers() {
+                let hva = Hva(page * PAGE_SIZE);
+                let mapped = self.lock_leaf(hva).is_some_and(|leaf| leaf.get(index(page, 1)).is_present());
+                let cached = || {
+                    let (object, at) = vma.object_page(hva)?;
+                    object.cached_page(at).map(|pfn| self.pool.put(pfn))
+                };
+                resident.push(u8::from(mapped || cached().is_some()));
+            }
+        }
+        Ok(resident)
+    }
+
+    /// Checks what msync(2) checks. Nothing is written back: a file mapping is private or it is memory.
+    ///
+    /// # Errors
+    /// [`MmError`].
+    pub fn msync(&self, addr: Hva, len: u64, flags: i32) -> Result<(), MmError> {
+        let known = libc::MS_ASYNC | libc::MS_INVALIDATE | libc::MS_SYNC;
+        let both = libc::MS_ASYNC | libc::MS_SYNC;
+        if flags & !known != 0 || flags & both == both {
+            return Err(MmError::Invalid);
+        }
+        let range = match user_range(addr, len) {
+            Err(_) if addr.is_page_aligned() => return Err(MmError::NoMemory),
+            range => range?,
+        };
+        self.whole(&self.map.read(), range)
+    }
+}
+
+/// Where `vma` shows a part of `pages` of `object`.
+fn mapped_part(
+    vma: &Vma,
+    object: &crate::sync::Arc<super::Object>,
+    pages: &std::ops::Range<u64>,
+) -> Option<HvaRange> {
+    let (own, first) = vma.object_page(vma.range.start)?;
+    if !crate::sync::Arc::ptr_eq(own, object) {
+        return None;
+    }
+    let start = pages.start.max(first);
+    let end = pages.end.min(first + vma.range.page_count());
+    let at = |page: u64| Hva(vma.range.start.0 + (page - first) * PAGE_SIZE);
+    (start < end).then(|| HvaRange { start: at(start), end: at(end) })
+}

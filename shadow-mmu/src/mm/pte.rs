@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The primary page-table entry. No CPU walks it; it says which frame a page of the address space *is*.
+//!
+//! | bit | name |
+//! | --- | --- |
+//! | 0 | present |
+//! | 1 | writable: a write needs no fault in the primary |
+//! | 5 | young: accessed, as far as the primary knows (secondaries know more) |
+//! | 6 | dirty |
+//! | 9 | the shared zero frame; no reference is held for it |
+//! | 10 | the frame belongs to an [`Object`](super::Object) (page cache or shared memory) |
+//! | 12–51 | pfn |
+//!
+//! Execute is a right of the VMA, not of the pte. A page of a VMA without any right keeps its pte; the VMA refuses.
+
+use crate::addr::{Access, PAGE_SHIFT, Pfn};
+use std::fmt;
+
+/// One entry of the primary page table, by value.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pte(pub(crate) u64);
+
+impl Pte {
+    const PRESENT: u64 = 1;
+    const WRITE: u64 = 1 << 1;
+    const YOUNG: u64 = 1 << 5;
+    const DIRTY: u64 = 1 << 6;
+    const ZERO: u64 = 1 << 9;
+    const OBJECT: u64 = 1 << 10;
+    const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
+
+    /// No page.
+    pub const NONE: Self = Self(0);
+
+    /// A page of this address space alone, read-only.
+    pub fn anonymous(pfn: Pfn) -> Self {
+        Self(pfn.offset() | Self::PRESENT)
+    }
+    /// A page of an object, read-only.
+    pub fn object(pfn: Pfn) -> Self {
+        Self(pfn.offset() | Self::PRESENT | Self::OBJECT)
+    }
+    /// The shared zero frame. Never writable.
+    pub fn zero(pfn: Pfn) -> Self {
+        Self(pfn.offset() | Self::PRESENT | Self::ZERO)
+    }
+    /// The same with the marks of an access that is about to happen: young, and dirty if it writes.
+    pub fn touched(self, access: Access) -> Self {
+        Self(self.0 | Self::YOUNG | if access.contains(Access::WRITE) { Self::DIRTY } else { 0 })
+    }
+    /// The same, writable.
+    pub fn writable(self) -> Self {
+        Self(self.0 | Self::WRITE)
+    }
+    /// The same, not writable.
+    pub fn write_protected(self) -> Self {
+        Self(self.0 & !Self::WRITE)
+    }
+
+    /// Whether there is a page.
+    pub fn is_present(self) -> bool {
+        self.0 & Self::PRESENT != 0
+    }
+    /// Whether a write needs no fault.
+    pub fn is_writable(self) -> bool {
+        self.0 & Self::WRITE != 0
+    }
+    /// Whether the primary saw an access.
+    pub fn is_young(self) -> bool {
+        self.0 & Self::YOUNG != 0
+    }
+    /// Whether the primary saw a write.
+    pub fn is_dirty(self) -> bool {
+        self.0 & Self::DIRTY != 0
+    }
+    /// Whether this maps the shared zero frame.
+    pub fn is_zero(self) -> bool {
+        self.0 & Self::ZERO != 0
+    }
+    /// Whether the frame belongs to an object.
+    pub fn is_object(self) -> bool {
+        self.0 & Self::OBJECT != 0
+    }
+    /// The frame.
+    pub fn pfn(self) -> Pfn {
+        Pfn(((self.0 & Self::PFN_MASK) >> PAGE_SHIFT) as u32)
+    }
+    /// The frame, if this pte holds a reference to it.
+    pub fn counted_frame(self) -> Option<Pfn> {
+        (self.is_present() && !self.is_zero()).then(|| self.pfn())
+    }
+}
+
+impl fmt::Debug for Pte {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.is_present() {
+            return write!(f, "none");
+        }
+        let kind = match (self.is_zero(), self.is_object()) {
+            (true, _) => "zero",
+            (_, true) => "object",
+            _ => "anonymous",
+        };
+        let flag = |set, letter| if set { letter } else { '-' };
+        write!(
+            f,
+            "{kind} {:#x} r{}{}{}",
+            self.pfn().0,
+            flag(self.is_writable(), 'w'),
+            flag(self.is_young(), 'A'),
+            flag(self.is_dirty(), 'D')
+        )
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Taking ptes out of a range (`unmap_page_range`), and page tables that became empty.
+
+use super::{Mm, Pte, count};
+use crate::addr::HvaRange;
+use crate::notifier::Event;
+
+impl Mm {
+    /// Clears every pte of `range` inside one pair and frees what they held. The caller holds the mmap lock.
+    ///
+    /// The frames go after the end: from the start on no secondary can reach them (I21), and the end may run devices'
+    /// flushes that come before the free.
+    pub(super) fn zap(&self, range: HvaRange, event: Event) {
+        if range.is_empty() {
+            return;
+        }
+        let mut frames = Vec::new();
+        let mut cleared = 0;
+        {
+            let _pair = self.notifiers.invalidate(range, event);
+            self.for_each_leaf(range, |_, leaf, entries| {
+                for at in entries {
+                    let pte = leaf.get(at);
+                    if pte.is_present() {
+                        leaf.set(at, Pte::NONE);
+                        frames.extend(pte.counted_frame());
+                        cleared += 1;
+                    }
+                }
+            });
+        }
+        frames.iter().for_each(|&pfn| self.pool.frame(pfn).remove_map());
+        self.pool.put_all(&frames);
+        count(&self.stats.zapped_pages, cleared);
+    }
+
+    /// Frees page tables without an entry in `range`. The caller holds the mmap lock for writing, so nobody walks them.
+    pub(super) fn free_empty_tables(&self, range: HvaRange) {
+        let tables = self.tables.unlink_empty(range.page_numbers());
+        self.tables.free_unlinked(&tables);
+    }
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The notifier layer: the contract of Linux's `mmu_notifier.h`, between one primary MMU and any number of secondary ones.
+//!
+//! The primary MMU calls; secondary MMUs ([`MmuNotifier`]) listen. Before the primary takes a mapping away or takes rights
+//! from it, it opens a *pair*: [`Notifiers::invalidate`] calls every listener's `invalidate_range_start` and returns a
+//! guard, whose drop calls `invalidate_range_end`. From the return of the start to the end, no listener has a usable
+//! translation of the range, nor makes one.
+//!
+//! # Who calls what, holding what
+//! | op | caller holds | may sleep |
+//! | --- | --- | --- |
+//! | `release` | nothing, or the mmap lock | yes |
+//! | `invalidate_range_start`, `_end` | the mmap lock (read or write) | yes, unless the range is [`Blockable::No`] |
+//! | `invalidate_page` | the mmap lock | yes |
+//! | `invalidate_range`, `change_pte`, the young ops | a page-table lock | no |
+//!
+//! Every op runs inside a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections, cannot
+//! be done from inside an op; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks.
+//! Listeners are called newest first, start and end in the same order. Ops must not call into the `Mm` that calls them.
+//!
+//! What is *not* notified: filling an empty pte, and giving a mapping more rights. A secondary may lag by allowing less,
+//! never by allowing more.
+
+mod list;
+pub mod srcu;
+
+pub use list::{InvalidateGuard, Misuse, Notifiers, Subscription};
+
+use crate::addr::{Hva, HvaRange};
+use crate::mm::Pte;
+use std::fmt::Debug;
+
+/// Why a range is invalidated (`enum mmu_notifier_event`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The mapping goes: munmap, or its old place in mremap.
+    Unmap,
+    /// The ptes go, the mapping stays: madvise, copy-on-write, merging, reclaim.
+    Clear,
+    /// Rights of the whole mapping change: mprotect.
+    ProtectionVma,
+    /// Rights of pages change: fork, write-back.
+    ProtectionPage,
+    /// The address space goes.
+    Release,
+}
+
+/// Whether listeners may sleep in `invalidate_range_start`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Blockable {
+    /// They may.
+    Yes,
+    /// They must not; one that would have to returns [`WouldBlock`].
+    No,
+}
+
+/// A listener cannot do without sleeping what it was asked to do without sleeping (`-EAGAIN`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a listener would have to sleep")]
+pub struct WouldBlock;
+
+/// What a pair is about (`struct mmu_notifier_range`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Invalidation {
+    /// The addresses.
+    pub range: HvaRange,
+    /// The reason.
+    pub event: Event,
+    /// Whether listeners may sleep.
+    pub blockable: Blockable,
+}
+
+/// A secondary MMU: whatever caches translations of the address space it is registered with.
+///
+/// Every op has an empty default, as a missing op is skipped. See the table at the top of this module for the locks held
+/// around each, and the kernel's `include/linux/mmu_notifier.h` (4.x) for the originals.
+pub trait MmuNotifier: Debug + Send + Sync {
+    /// The address space is going. On return the listener has no translation and can never make one again. May be called
+    /// twice, also at the same time, and beside other ops.
+    fn release(&self) {}
+
+    /// Tests and clears "accessed" over `range`, and flushes so that the next access sets it again. Returns whether any
+    /// page was young.
+    fn clear_flush_young(&self, range: HvaRange) -> bool {
+        let _ = range;
+        false
+    }
+
+    /// As [`clear_flush_young`](Self::clear_flush_young), but the flush may be left out.
+    fn clear_young(&self, range: HvaRange) -> bool {
+        let _ = range;
+        false
+    }
+
+    /// Whether the page at `hva` was accessed. Changes nothing.
+    fn test_young(&self, hva: Hva) -> bool {
+        let _ = hva;
+        false
+    }
+
+    /// The pte at `hva` is about to become `pte`; the old one is cleared and flushed already. On return the old frame is
+    /// out of reach; the new one may be mapped with at most the rights of `pte`.
+    fn change_pte(&self, hva: Hva, pte: Pte) {
+        let _ = (hva, pte);
+    }
+
+    /// The page at `hva` has lost its pte (before 4.13).
+    fn invalidate_page(&self, hva: Hva) {
+        let _ = hva;
+    }
+
+    /// The range is about to change. On return no translation of it is usable, and none appears before the matching end.
+    ///
+    /// # Errors
+    /// [`WouldBlock`], only for a range that is [`Blockable::No`] and only from a listener without an end op.
+    fn invalidate_range_start(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
+        let _ = invalidation;
+        Ok(())
+    }
+
+    /// The range has changed.
+    fn invalidate_range_end(&self, invalidation: &Invalidation) {
+        let _ = invalidation;
+    }
+
+    /// Ptes of the range were cleared and their frames are not freed yet; for devices that walk the primary's own tables
+    /// (3.19 to 6.5).
+    fn invalidate_range(&self, range: HvaRange) {
+        let _ = range;
+    }
+}

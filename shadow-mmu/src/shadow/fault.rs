@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The fault path: from "the CPU could not" to a leaf that it can use. The order of steps is at the top of the
+//! [module](super); here they are in code. After `kvm_tdp_page_fault` and `kvm_faultin_pfn`.
+
+use super::gather::Gather;
+use super::{Core, FaultAround, ShadowMmu, SlotAccess, Spte};
+use crate::addr::{Access, Gfn, Gpa, HvaRange, Pfn};
+use crate::frame::OutOfFrames;
+use crate::mm::{FaultError, FaultRequest, Pinned, PinnedPage};
+use crate::sync::atomic::Ordering;
+use crate::table::index;
+
+/// What a fault came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultOutcome {
+    /// A leaf was installed or got more rights.
+    Fixed,
+    /// The leaf was good already: another vCPU was faster, or the CPU had cached what was true before.
+    Spurious,
+}
+
+/// What became of one leaf.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Installed {
+    New,
+    Upgraded,
+    Already,
+    /// The leaf maps another frame than the primary does.
+    Stale,
+}
+
+impl ShadowMmu {
+    /// Makes `access` at `gpa` possible. `around` is the faulting vCPU's memory of its faults.
+    ///
+    /// # Errors
+    /// [`FaultError`]: the access is not allowed, or there is no memory for it. Without a slot: nothing is mapped there.
+    pub fn fault(
+        &self,
+        around: &mut FaultAround,
+        gpa: Gpa,
+        access: Access,
+    ) -> Result<FaultOutcome, FaultError> {
+        let core = &*self.core;
+        let gfn = gpa.gfn();
+        core.stats.pf_taken.fetch_add(1, Ordering::Relaxed);
+        let mut request: Option<FaultRequest> = None;
+        for attempt in 0u32.. {
+            // The snapshot comes first: everything that is looked at below may be gone by the time it is used.
+            let seq = core.seq.load(Ordering::Acquire);
+            let slots = self.slots();
+            let slot = slots.find(gfn).ok_or(FaultError::NoMapping)?;
+            if access.contains(Access::WRITE) && slot.access == SlotAccess::ReadOnly {
+                return Err(FaultError::NoAccess);
+            }
+            {
+                let state = core.state.read();
+                if state.released {
+                    return Err(FaultError::NoMapping);
+                }
+                if core.spte(gfn).rights().contains(access) {
+                    core.stats.pf_spurious.fetch_add(1, Ordering::Relaxed);
+                    return Ok(FaultOutcome::Spurious);
+                }
+                // Without this look a fault in a window would fetch the page again and again, and hold the locks that
+                // the window's owner needs to get on (R31).
+                if state.in_window(&(gfn.0..gfn.0 + 1)) {
+                    drop(state);
+                    core.wait_to_retry(attempt);
+                    continue;
+                }
+            }
+            // A retry is the same fault, so it is counted as one.
+            let mut asked = *request.get_or_insert_with(|| around.request(slot.hva_of(gfn), access));
+            asked.hva = slot.hva_of(gfn);
+            asked.around = asked.around.intersect(slot.hvas());
+            let pinned = self.mm.fault(&asked)?;
+
+            let rights = match slot.access {
+                SlotAccess::ReadWrite => Access::all(),
+                SlotAccess::ReadOnly => Access::READ | Access::EXEC,
+            };
+            let leaf = |page: PinnedPage| Spte::leaf(page.pfn, page.rights & rights);
+            let required = pinned.required();
+            let mut fresh: Vec<Pfn> = Vec::new();
+            let installed = {
+                let state = core.state.read();
+                if state.released {
+                    return Err(FaultError::NoMapping);
+                }
+                if state.must_retry(seq, core.seq.load(Ordering::Acquire), &(gfn.0..gfn.0 + 1)) {
+                    drop(state);
+                    core.wait_to_retry(attempt);
+                    continue;
+                }
+                core.install(gfn, leaf(required).touched(access)).inspect(|installed| {
+                    if *installed == Installed::New {
+                        fresh.push(required.pfn);
+                    }
+                    for &page in pinned.around() {
+                        let gfn = slot.gfn_of(page.hva);
+                        if state.in_window(&(gfn.0..gfn.0 + 1)) {
+                            continue;
+                        }
+                        // A neighbour for which there is no table, or that is stale, can wait for its own fault.
+                        if core.install(gfn, leaf(page)) == Ok(Installed::New) {
+                            fresh.push(page.pfn);
+                        }
+                    }
+                })
+            };
+            match installed {
+                Ok(Installed::Stale) => core.drop_stale(gfn, &pinned),
+                Ok(Installed::Already) => return Ok(FaultOutcome::Spurious),
+                Ok(Installed::New | Installed::Upgraded) => {
+                    core.stats.pf_fixed.fetch_add(1, Ordering::Relaxed);
+                    if fresh.len() > 1 {
+                        core.stats.around_installed.fetch_add(fresh.len() as u64 - 1, Ordering::Relaxed);
+                        core.tlb.prefault(&fresh);
+                    }
+                    return Ok(FaultOutcome::Fixed);
+                }
+                Err(OutOfFrames) => {
+                    // Tables that nobody uses are memory too.
+                    let _state = core.state.write();
+                    if core.reclaim_tables() == 0 {
+                        return Err(FaultError::OutOfMemory);
+                    }
+                }
+            }
+        }
+        unreachable!("the loop above has no end but its returns")
+    }
+
+    /// Whether the page at `gpa` could be made reachable for `access` without asking for memory: for reports.
+    pub fn would_allow(&self, gpa: Gpa, access: Access) -> bool {
+        let slots = self.slots();
+        let Some(slot) = slots.find(gpa.gfn()) else { return false };
+        self.mm.vma(slot.hva_of(gpa.gfn())).is_some_and(|vma| vma.allows(access))
+    }
+}
+
+impl Core {
+    fn wait_to_retry(&self, attempt: u32) {
+        self.stats.pf_retried.fetch_add(1, Ordering::Relaxed);
+        // A window is short, but its owner may not be running.
+        if attempt < 4 { std::hint::spin_loop() } else { std::thread::yield_now() }
+    }
+
+    /// Installs `new` for `gfn`, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for reading and has
+    /// checked sequence and windows under it.
+    fn install(&self, gfn: Gfn, new: Spte) -> Result<Installed, OutOfFrames> {
+        let entry = &self.tables.leaf_table_or_new(gfn.0)?[index(gfn.0, 1)];
+        let mut old = Spte(entry.load(Ordering::Acquire));
+        loop {
+            let (next, installed) = if !old.is_leaf() {
+                (new, Installed::New)
+            } else if old.pfn() != new.pfn() {
+                return Ok(Installed::Stale);
+            } else if old.rights().contains(new.rights()) {
+                return Ok(Installed::Already);
+            } else {
+                // More rights for the same frame, and never less: what the old leaf allows was allowed when it was made,
+                // and a right that is taken away takes the leaf with it.
+                (new.with_marks_of(old), Installed::Upgraded)
+            };
+            // Compare-exchange: the CPU may set A or D in the old leaf, another vCPU may install (R11).
+            match entry.compare_exchange(old.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => {
+                    if installed == Installed::New {
+                        self.stats.pages_4k.fetch_add(1, Ordering::Relaxed);
+                    }
+                    return Ok(installed);
+                }
+                Err(now) => old = Spte(now),
+            }
+        }
+    }
+
+    /// A present leaf must never map another frame than the primary does (I17): somebody did not notify. Reported, and
+    /// mended by a zap with its flush, so that the guest at least does not go on writing there.
+    fn drop_stale(&self, gfn: Gfn, pinned: &Pinned<'_>) {
+        let required = pinned.required();
+        log::error!(
+            "guest frame {:#x} maps another frame than {:#x}, which {} now is: a notification was missed",
+            gfn.0,
+            required.pfn.0,
+            HvaRange::page(required.hva)
+        );
+        self.stats.stale_leaves.fetch_add(1, Ordering::Relaxed);
+        let _state = self.state.write();
+        let mut gather = Gather::new(self.tlb.as_ref());
+        self.zap(gfn.0..gfn.0 + 1, &mut gather);
+        self.seq.fetch_add(1, Ordering::AcqRel);
+        self.finish(gather);
+    }
+}

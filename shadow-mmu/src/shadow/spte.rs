@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The shadow page-table entry: an x86-64 entry that the CPU walks, plus software bits of ours.
+//!
+//! | bit | name | who sets it |
+//! | --- | --- | --- |
+//! | 0 | present: the entry may be used, and for reads | us |
+//! | 1 | W | us |
+//! | 2 | user | us, in every entry of the lower half |
+//! | 5 | A, accessed | the CPU, and us at a fault that the access is about to repeat |
+//! | 6 | D, dirty (leaf only) | the same |
+//! | 9 | HOST_WRITABLE: the primary allowed writing when the entry was made | us, constant while present (I16) |
+//! | 10 | MMU_WRITABLE: W may be given back without asking the primary | us |
+//! | 11 | MMU_PRESENT: a leaf of ours is here, whatever bit 0 says | us |
+//! | 12–51 | pfn | us |
+//! | 63 | NX | us |
+//!
+//! Legal (HOST_WRITABLE, MMU_WRITABLE, W): 111 writable, 110 write-protected for tracking, 000 read-only by the primary
+//! (`spte.h`; 100, protected because it is a shadowed guest table, cannot occur: guests have no page tables).
+
+use crate::addr::{Access, PAGE_SHIFT, Pfn};
+use std::fmt;
+
+/// Present, for the CPU.
+pub const PRESENT: u64 = 1;
+const WRITE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const HOST_WRITABLE: u64 = 1 << 9;
+const MMU_WRITABLE: u64 = 1 << 10;
+const MMU_PRESENT: u64 = 1 << 11;
+const NO_EXEC: u64 = 1 << 63;
+const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
+
+/// One entry of the shadow map, by value. In a table it is an atomic word, because the CPU writes it too.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Spte(pub u64);
+
+impl Spte {
+    /// No entry.
+    pub const NONE: Self = Self(0);
+
+    /// A leaf for `pfn` with at most `rights`; a leaf can always be read.
+    pub fn leaf(pfn: Pfn, rights: Access) -> Self {
+        let mut bits = pfn.offset() | PRESENT | USER | MMU_PRESENT;
+        if rights.contains(Access::WRITE) {
+            bits |= WRITE | HOST_WRITABLE | MMU_WRITABLE;
+        }
+        if !rights.contains(Access::EXEC) {
+            bits |= NO_EXEC;
+        }
+        Self(bits)
+    }
+
+    /// An entry that leads to the table in `pfn`. All rights: the leaf decides.
+    pub fn table(pfn: Pfn) -> Self {
+        Self(pfn.offset() | PRESENT | WRITE | USER | ACCESSED)
+    }
+
+    /// With A set, and D for an access that writes: what the CPU would do when it repeats the access, for less.
+    pub fn touched(self, access: Access) -> Self {
+        Self(self.0 | ACCESSED | if access.contains(Access::WRITE) { DIRTY } else { 0 })
+    }
+
+    /// Whether the CPU may use the entry, as a leaf or as a table.
+    pub fn is_present(self) -> bool {
+        self.0 & PRESENT != 0
+    }
+    /// Whether this is a leaf of the shadow map.
+    pub fn is_leaf(self) -> bool {
+        self.0 & MMU_PRESENT != 0
+    }
+    /// The frame: of the page for a leaf, of the next table otherwise.
+    pub fn pfn(self) -> Pfn {
+        Pfn(((self.0 & PFN_MASK) >> PAGE_SHIFT) as u32)
+    }
+    /// What the CPU lets a guest do through this leaf.
+    pub fn rights(self) -> Access {
+        if !self.is_present() {
+            return Access::empty();
+        }
+        let mut rights = Access::READ;
+        rights.set(Access::WRITE, self.is_writable());
+        rights.set(Access::EXEC, self.0 & NO_EXEC == 0);
+        rights
+    }
+    /// W.
+    pub fn is_writable(self) -> bool {
+        self.0 & WRITE != 0
+    }
+    /// HOST_WRITABLE.
+    pub fn is_host_writable(self) -> bool {
+        self.0 & HOST_WRITABLE != 0
+    }
+    /// MMU_WRITABLE.
+    pub fn is_mmu_writable(self) -> bool {
+        self.0 & MMU_WRITABLE != 0
+    }
+    /// A.
+    pub fn is_accessed(self) -> bool {
+        self.0 & ACCESSED != 0
+    }
+    /// D.
+    pub fn is_dirty(self) -> bool {
+        self.0 & DIRTY != 0
+    }
+    /// Whether (HOST_WRITABLE, MMU_WRITABLE, W) is one of the legal states, and D is not set without W's leave.
+    pub fn is_legal(self) -> bool {
+        matches!(
+            (self.is_host_writable(), self.is_mmu_writable(), self.is_writable()),
+            (true, true, true) | (true, true, false) | (false, false, false)
+        ) && (self.is_host_writable() || !self.is_dirty())
+    }
+    /// Without A and D, to compare entries for what they translate to and allow.
+    pub fn without_marks(self) -> Self {
+        Self(self.0 & !(ACCESSED | DIRTY))
+    }
+    /// The marks of `other` added to this entry's.
+    pub fn with_marks_of(self, other: Self) -> Self {
+        Self(self.0 | other.0 & (ACCESSED | DIRTY))
+    }
+}
+
+impl fmt::Debug for Spte {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.is_present() && !self.is_leaf() {
+            return write!(f, "none");
+        }
+        let flag = |set, letter| if set { letter } else { '-' };
+        write!(
+            f,
+            "{} {:#x} {}{}{}{}{}",
+            if self.is_leaf() { "leaf" } else { "table" },
+            self.pfn().0,
+            self.rights(),
+            flag(self.is_accessed(), 'A'),
+            flag(self.is_dirty(), 'D'),
+            flag(self.is_host_writable(), 'H'),
+            flag(self.is_mmu_writable(), 'M'),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leaf_gives_back_what_it_was_made_of() {
+        for pfn in [0, 1, u32::MAX] {
+            for bits in 0..8 {
+                let rights = Access::from_bits_truncate(bits) | Access::READ;
+                let spte = Spte::leaf(Pfn(pfn), rights);
+                assert_eq!((spte.pfn(), spte.rights()), (Pfn(pfn), rights));
+                assert!(spte.is_leaf() && spte.is_legal(), "{spte:?}");
+                assert!(!spte.is_accessed() && !spte.is_dirty());
+            }
+        }
+    }
+
+    #[test]
+    fn i16_only_three_states_of_writability_are_legal() {
+        let states = [0, WRITE, MMU_WRITABLE, MMU_WRITABLE | WRITE].map(|low| [low, low | HOST_WRITABLE]);
+        let legal = states.iter().flatten().filter(|&&bits| Spte(PRESENT | MMU_PRESENT | bits).is_legal());
+        assert_eq!(legal.count(), 3);
+    }
+
+    #[test]
+    fn a_touch_sets_d_only_for_a_write() {
+        let spte = Spte::leaf(Pfn(7), Access::READ | Access::WRITE);
+        assert!(!spte.touched(Access::READ).is_dirty() && spte.touched(Access::READ).is_accessed());
+        assert!(spte.touched(Access::WRITE).is_dirty());
+    }
+
+    #[test]
+    fn a_table_is_no_leaf() {
+        assert!(!Spte::table(Pfn(3)).is_leaf() && Spte::table(Pfn(3)).is_present());
+    }
+}

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Removing leaves, and page tables that have none left.
+//!
+//! A table that became empty stays linked: the next fault beside it needs it again, and unlinking one needs the dearest
+//! flush there is (a KVM that shadows guest tables goes on using the table it knows under an entry that it has cached, so
+//! a table's frame may be reused only when everything was dropped). Empty tables are looked for when there are twice as many
+//! tables as were left the last time, and then one full flush pays for all of them.
+
+use super::gather::Gather;
+use super::{Core, Spte};
+use crate::addr::Gfn;
+use crate::frame::FrameFlags;
+use crate::sync::atomic::Ordering;
+use crate::table::LOWER_HALF_PAGES;
+use std::ops::Range;
+
+/// Tables that are kept without a look: 1 MiB of them.
+pub(super) const RECLAIM_LEAST: usize = 256;
+
+impl Core {
+    /// Removes every leaf in `gfns` and adds it to `gather`; its A and D go to the frame (I25). The caller holds `mmu_lock`
+    /// for writing.
+    pub(super) fn zap(&self, gfns: Range<u64>, gather: &mut Gather<'_>) {
+        let mut zapped = 0;
+        self.tables.for_each_leaf_table(gfns, |base, table, entries| {
+            for at in entries {
+                if table[at].load(Ordering::Relaxed) == 0 {
+                    continue;
+                }
+                // Exchange, not load and store: the CPU may set A or D at any moment until the flush (R11).
+                let old = Spte(table[at].swap(0, Ordering::AcqRel));
+                self.hand_over_marks(old);
+                gather.add(Gfn(base + at as u64), 1, old);
+                zapped += 1;
+            }
+        });
+        self.stats.zapped.fetch_add(zapped, Ordering::Relaxed);
+        self.stats.pages_4k.fetch_sub(zapped, Ordering::Relaxed);
+    }
+
+    /// Tells the frame what the CPU noted in a leaf that is lost.
+    fn hand_over_marks(&self, old: Spte) {
+        let mut flags = FrameFlags::empty();
+        flags.set(FrameFlags::ACCESSED, old.is_accessed());
+        flags.set(FrameFlags::DIRTY, old.is_dirty());
+        self.pool.frame(old.pfn()).set_flags(flags);
+    }
+
+    /// Flushes `gather` while the caller still holds `mmu_lock`.
+    pub(super) fn finish(&self, mut gather: Gather<'_>) {
+        if gather.flush() > 0 {
+            self.stats.flushes.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Reclaims empty tables if there are many. The caller holds `mmu_lock` for writing.
+    pub(super) fn reclaim_tables_if_many(&self) {
+        if self.tables.count() >= self.reclaim_at.load(Ordering::Relaxed) {
+            self.reclaim_tables();
+        }
+    }
+
+    /// Frees every table without a leaf. The caller holds `mmu_lock` for writing. Returns how many there were.
+    pub(super) fn reclaim_tables(&self) -> usize {
+        let tables = self.tables.unlink_empty(0..LOWER_HALF_PAGES);
+        if !tables.is_empty() {
+            self.tlb.flush_all();
+            self.tables.free_unlinked(&tables);
+            self.stats.flushes.fetch_add(1, Ordering::Relaxed);
+            self.stats.tables_reclaimed.fetch_add(tables.len() as u64, Ordering::Relaxed);
+        }
+        self.reclaim_at.store((2 * self.tables.count()).max(RECLAIM_LEAST), Ordering::Relaxed);
+        tables.len()
+    }
+}
