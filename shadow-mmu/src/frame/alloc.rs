@@ -176,7 +176,7 @@ mod tests {
     fn punched_runs_come_from_the_top_and_go_back_clean() {
         let mut free = FreeFrames::new(256);
         take(&mut free, 256);
-        [1, 2, 3, 200, 201, 90].map(|f| free.put_used(Pfn(f)));
+        [1, 2, 3, 200, 201, 90].into_iter().for_each(|f| free.put_used(Pfn(f)));
         assert_eq!(free.take_used_runs(4), [200..202, 90..91, 3..4]);
         free.put_clean(200..202);
         assert_eq!((free.free_count(), free.used_count()), (4, 2));

@@ -80,7 +80,7 @@ impl Mm {
         vma_flags.set(VmaFlags::STACK, flags.contains(MapFlags::GROWSDOWN));
         let backing = match backing {
             Backing::Anonymous if flags.contains(MapFlags::SHARED) => {
-                Backing::Object { object: Object::shared_memory(&self.pool), offset: 0 }
+                Backing::Object { object: Object::shared_memory(&self.pool, len / PAGE_SIZE), offset: 0 }
             }
             backing => backing,
         };

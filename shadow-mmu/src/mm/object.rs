@@ -45,11 +45,21 @@ impl From<OutOfFrames> for NoPage {
     }
 }
 
+/// What an object's pages are made of at first.
+#[derive(Debug)]
+enum Origin {
+    File(Arc<dyn FileSource>),
+    /// Zeros; this many pages, for mremap may make a mapping longer than what it maps.
+    Zeros {
+        pages: u64,
+    },
+}
+
 /// Pages shared by every mapping of this object.
 #[derive(Debug)]
 pub struct Object {
     pool: Arc<FramePool>,
-    source: Option<Arc<dyn FileSource>>,
+    origin: Origin,
     /// By page offset. The object holds one reference to each frame.
     pages: Mutex<BTreeMap<u64, Pfn>>,
 }
@@ -57,17 +67,20 @@ pub struct Object {
 impl Object {
     /// The page cache of a file, empty.
     pub fn file(pool: &Arc<FramePool>, source: Arc<dyn FileSource>) -> Arc<Self> {
-        Arc::new(Self { pool: Arc::clone(pool), source: Some(source), pages: Mutex::default() })
+        Arc::new(Self { pool: Arc::clone(pool), origin: Origin::File(source), pages: Mutex::default() })
     }
 
-    /// Shared anonymous memory: zeros until written.
-    pub fn shared_memory(pool: &Arc<FramePool>) -> Arc<Self> {
-        Arc::new(Self { pool: Arc::clone(pool), source: None, pages: Mutex::default() })
+    /// Shared anonymous memory of `pages` pages: zeros until written.
+    pub fn shared_memory(pool: &Arc<FramePool>, pages: u64) -> Arc<Self> {
+        Arc::new(Self { pool: Arc::clone(pool), origin: Origin::Zeros { pages }, pages: Mutex::default() })
     }
 
     /// What to call a mapping of it in reports.
     pub fn name(&self) -> &str {
-        self.source.as_ref().map_or("[shared]", |source| source.name())
+        match &self.origin {
+            Origin::File(source) => source.name(),
+            Origin::Zeros { .. } => "[shared]",
+        }
     }
 
     /// The frame of page `page`, read in if it must be, with a reference for the caller.
@@ -80,9 +93,10 @@ impl Object {
             self.pool.get(pfn);
             return Ok(pfn);
         }
-        let pfn = match &self.source {
-            None => self.pool.alloc(Fill::Zeros)?,
-            Some(source) => self.read_in(source.as_ref(), page)?,
+        let pfn = match &self.origin {
+            Origin::File(source) => self.read_in(source.as_ref(), page)?,
+            Origin::Zeros { pages } if page >= *pages => return Err(NoPage::PastEnd),
+            Origin::Zeros { .. } => self.pool.alloc(Fill::Zeros)?,
         };
         pages.insert(page, pfn);
         self.pool.get(pfn);

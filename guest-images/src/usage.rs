@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One usage line a guest. The guests print it, the library hands it out: written once, so that they cannot
+//! differ.
+
+/// `hello` and `hello-pie`.
+pub(crate) const HELLO: &str = "hello";
+
+/// `touch`.
+pub(crate) const TOUCH: &str = "touch [--pages N] [--order asc|desc|random|stride:K] [--write PCT] \
+                                [--pattern HEX] [--passes P] [--seed S] [--verify] [--time] [--prime] \
+                                [--spin N]";
+
+/// `threads`.
+pub(crate) const THREADS: &str =
+    "threads [--writers W] [--rounds R | --seconds S] [--pages N] [--seed S] [--stats]";
+
+/// `torture`.
+pub(crate) const TORTURE: &str = "torture SEED[..LAST] [--ops N] [--pages N] [--trace]";

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Runs every image natively and compares its whole output. What is written here is what the images must
+//! print under umbra too: it depends on the arguments alone.
+
+use std::collections::BTreeSet;
+use std::process::{Command, Output};
+
+/// Runs an image through the native runner.
+fn guest(line: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_guest-images"))
+        .args(line.split_whitespace())
+        .output()
+        .expect("the runner can be started")
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("guests print UTF-8")
+}
+
+/// Expects `line` to print just `stdout`, nothing on stderr, and to end with status 0.
+#[track_caller]
+fn prints(line: &str, stdout: &str) {
+    let run = guest(line);
+    assert_eq!((text(&run.stdout), text(&run.stderr), run.status.code()), (stdout, "", Some(0)), "{line}");
+}
+
+#[test]
+fn hello_greets_in_both_elf_types() {
+    let greeting = "hello from ring 3: stack, data, bss, brk and mmap answer (checksum 62b06fc823e14792)\n";
+    prints("hello", greeting);
+    prints("hello-pie", greeting);
+}
+
+#[test]
+fn touch_prints_what_the_arguments_decide() {
+    prints("touch --pages 64", "touch: 64 pages, 1 passes, checksum 42e641543acd14b2\n");
+    prints(
+        "touch --pages 100 --order desc --passes 3 --write 30 --seed 9 --verify",
+        "touch: 100 pages, 3 passes, checksum 8f59909a64780b67\n",
+    );
+    prints(
+        "touch --pages 100 --order random --write 50 --pattern deadbeef --passes 2 --verify",
+        "touch: 100 pages, 2 passes, checksum 13df6a511e692054\n",
+    );
+    prints(
+        "touch --pages 96 --order stride:36 --verify",
+        "touch: 96 pages, 1 passes, checksum 4b438fd3a76dcf80\n",
+    );
+}
+
+/// With every page written, --verify sees a page that an order left out: it would hold zero.
+#[test]
+fn every_order_of_touch_reaches_every_page() {
+    for pages in [1, 2, 3, 31, 64, 1000] {
+        for order in ["asc", "desc", "random", "stride:1", "stride:6", "stride:1000", "stride:1001"] {
+            let line = format!("touch --pages {pages} --order {order} --verify");
+            let run = guest(&line);
+            assert_eq!((text(&run.stderr), run.status.code()), ("", Some(0)), "{line}");
+        }
+    }
+}
+
+#[test]
+fn touch_tells_the_time_of_each_pass() {
+    let run = guest("touch --pages 8 --passes 2 --time");
+    let lines: Vec<&str> = text(&run.stdout).lines().collect();
+    let [first, second, last] = lines[..] else { panic!("expected three lines, got {lines:?}") };
+    for (line, name) in [(first, "pass 1: "), (second, "pass 2: ")] {
+        let (total, each) = line
+            .strip_prefix(name)
+            .and_then(|times| times.strip_suffix(" us/page"))
+            .and_then(|times| times.split_once(" ns, "))
+            .expect(line);
+        let (total, each): (u64, f64) = (total.parse().expect(line), each.parse().expect(line));
+        assert!((total as f64 / 8000.0 - each).abs() <= 0.001, "{line}");
+    }
+    assert!(last.starts_with("touch: 8 pages, 2 passes, checksum "), "{last}");
+}
+
+/// The number of rounds must not show, or a run for a time could be compared with nothing.
+#[test]
+fn threads_prints_the_same_however_long_it_runs() {
+    for line in
+        ["threads --rounds 1", "threads --rounds 40", "threads --seconds 1", "threads --pages 3 --rounds 9"]
+    {
+        prints(line, "threads: ok, checksum 978f8876f0a3e62d\n");
+    }
+    prints("threads --writers 3 --seed 5 --pages 4 --rounds 20", "threads: ok, checksum 70825f6191a384c6\n");
+    let run = guest("threads --stats --rounds 3");
+    assert_eq!(text(&run.stdout), "threads: ok, checksum 978f8876f0a3e62d\n");
+    assert!(text(&run.stderr).starts_with("threads: 3 rounds, "), "{}", text(&run.stderr));
+}
+
+#[test]
+fn torture_prints_what_the_seed_decides() {
+    prints("torture 7 --ops 300", "torture seed 7: 300 ops, checksum 342ffdb8b2114b1a\n");
+    prints(
+        "torture 0..2 --ops 100 --pages 64",
+        "torture seed 0: 100 ops, checksum 1e80d040eca8f3b1\n\
+         torture seed 1: 100 ops, checksum a4342a8fe4d9371e\n\
+         torture seed 2: 100 ops, checksum 192d75bcc50c6a94\n",
+    );
+    prints(
+        "torture 3 --ops 2 --trace",
+        "op 0: brk to 0x0 bytes\n\
+         op 1: mprotect pages 164+13 none\n\
+         op 2: mprotect pages 68+13 rw\n\
+         op 3: check of everything\n\
+         torture seed 3: 2 ops, checksum d6f3fded69e862ea\n",
+    );
+}
+
+/// Linux must agree with the model, or the model is wrong.
+#[test]
+fn torture_finds_no_fault_in_linux() {
+    for line in ["torture 1..200", "torture 1..20 --ops 5000 --pages 64", "torture 1..10 --pages 4096"] {
+        let (first, second) = (guest(line), guest(line));
+        assert_eq!((text(&first.stderr), first.status.code()), ("", Some(0)), "{line}");
+        assert_eq!(text(&first.stdout), text(&second.stdout), "{line}");
+    }
+}
+
+/// The trace of many operations names each kind of them, so that none has gone missing.
+#[test]
+fn torture_does_all_that_it_can() {
+    let run = guest("torture 1 --ops 20000 --trace");
+    let kinds: BTreeSet<&str> = text(&run.stdout)
+        .lines()
+        .filter_map(|line| line.split_once(": ")?.1.split([' ', ',']).next())
+        .collect();
+    let expected =
+        ["brk", "check", "fill", "load", "madvise", "mmap", "mprotect", "mremap", "munmap", "store"];
+    for kind in expected {
+        assert!(kinds.contains(kind), "no {kind} in {kinds:?}");
+    }
+}
+
+#[test]
+fn a_wrong_command_line_ends_with_status_2_and_one_line() {
+    for line in [
+        "hello x",
+        "hello-pie --x",
+        "touch --pages 0",
+        "touch --pages 0x",
+        "touch --pages +1",
+        "touch --pages",
+        "touch --order sideways",
+        "touch --order stride:0",
+        "touch --pattern 123456789abcdef01",
+        "touch --write 101",
+        "touch x",
+        "threads --rounds 5 --seconds 1",
+        "threads --writers 0",
+        "threads --writers 65",
+        "threads x",
+        "torture",
+        "torture 1 2",
+        "torture 5..2",
+        "torture 1..",
+        "torture --ops 5",
+        "torture 1 --pages 63",
+        "torture 1 --x",
+        "nonsense",
+    ] {
+        let run = guest(line);
+        let stderr = text(&run.stderr);
+        assert_eq!((text(&run.stdout), run.status.code()), ("", Some(2)), "{line}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{line}: {stderr}");
+        assert!(stderr.ends_with('\n'), "{line}: {stderr}");
+    }
+}
+
+#[test]
+fn help_prints_the_usage_that_the_library_knows() {
+    for image in guest_images::all() {
+        prints(&format!("{} --help", image.name), &format!("usage: {}\n", image.usage));
+    }
+}
+
+#[test]
+fn without_arguments_the_runner_lists_the_images() {
+    let run = guest("");
+    assert_eq!(run.status.code(), Some(0));
+    for image in guest_images::all() {
+        for part in [image.name, image.summary, image.usage] {
+            assert!(text(&run.stdout).contains(part), "{part} is missing");
+        }
+    }
+}
+
+/// A program that could not say what it found has failed.
+#[test]
+fn a_full_disk_is_a_failure() {
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full exists");
+    let status = Command::new(env!("CARGO_BIN_EXE_guest-images"))
+        .arg("hello")
+        .stdout(full)
+        .status()
+        .expect("the runner can be started");
+    assert_eq!(status.code(), Some(1));
+}

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line, and what it says of bad input: one clear line, the documented exit status, no backtrace.
+
+mod common;
+
+use common::{STATIC, cc, code, finish, folder, kvm, run, stderr, umbra};
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const FAILED: i32 = 125;
+
+/// One line from umbra that holds all of `words`, and the exit status of its own failures.
+fn assert_refused(output: &Output, words: &[&str]) {
+    let said = stderr(output);
+    assert_eq!(code(output.status), FAILED, "{said}");
+    assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    assert!(said.starts_with("umbra: "), "{said}");
+    for word in words {
+        assert!(said.contains(word), "no `{word}` in: {said}");
+    }
+}
+
+fn file(test: &str, bytes: &[u8]) -> PathBuf {
+    let path = folder(test).join("program");
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// A good ELF file to be spoilt: the bundled `hello`.
+fn hello() -> Vec<u8> {
+    guest_images::find("hello").unwrap().elf.to_vec()
+}
+
+fn refused_elf(test: &str, elf: &[u8], words: &[&str]) {
+    if kvm() {
+        assert_refused(&finish(&mut run(&[], &[file(test, elf)]), b"", LIMIT), words);
+    }
+}
+
+/// Offset of program header `index` of a 64-bit ELF.
+fn program_header(elf: &[u8], index: usize) -> usize {
+    let table = u64::from_le_bytes(elf[32..40].try_into().unwrap()) as usize;
+    table + index * 56
+}
+
+/// Offsets of the PT_LOAD headers.
+fn load_headers(elf: &[u8]) -> Vec<usize> {
+    let count = u16::from_le_bytes([elf[56], elf[57]]) as usize;
+    (0..count).map(|n| program_header(elf, n)).filter(|&at| elf[at..at + 4] == [1, 0, 0, 0]).collect()
+}
+
+#[test]
+fn no_kvm_device() {
+    let output = finish(run(&[], &["hello"]).env("UMBRA_KVM_DEVICE", "/nonexistent/kvm"), b"", LIMIT);
+    assert_refused(&output, &["/nonexistent/kvm does not exist"]);
+}
+
+#[test]
+fn a_device_that_is_not_kvm() {
+    let output = finish(run(&[], &["hello"]).env("UMBRA_KVM_DEVICE", "/dev/null"), b"", LIMIT);
+    assert_refused(&output, &["/dev/null"]);
+}
+
+#[test]
+fn no_permission() {
+    // SAFETY: takes nothing and touches no memory.
+    if unsafe { libc::geteuid() } != 0 || !kvm() {
+        println!("skipped: needs KVM, and root to give up its rights");
+        return;
+    }
+    use std::os::unix::process::CommandExt;
+    let device = folder("no-permission").join("kvm");
+    std::fs::write(&device, b"").unwrap();
+    std::fs::set_permissions(&device, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    // Another user, who can reach the files but may not open that one.
+    let copy = std::env::temp_dir().join(format!("umbra-no-permission-{}", std::process::id()));
+    std::fs::copy(env!("CARGO_BIN_EXE_umbra-under-test"), &copy).unwrap();
+    let shown = std::env::temp_dir().join(format!("umbra-no-permission-device-{}", std::process::id()));
+    std::fs::rename(&device, &shown).or_else(|_| std::fs::copy(&device, &shown).map(drop)).unwrap();
+    std::fs::set_permissions(&shown, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let mut command = Command::new(&copy);
+    command.args(["run", "hello"]).env("UMBRA_KVM_DEVICE", &shown).uid(65534).gid(65534);
+    let output = finish(&mut command, b"", LIMIT);
+    std::fs::remove_file(&copy).unwrap();
+    std::fs::remove_file(&shown).unwrap();
+    assert_refused(&output, &["no permission"]);
+}
+
+#[test]
+fn no_such_program() {
+    assert_refused(
+        &finish(&mut run(&[], &["./no-such-file"]), b"", LIMIT),
+        &["./no-such-file", "no such file"],
+    );
+    assert_refused(&finish(&mut run(&[], &["helo"]), b"", LIMIT), &["helo", "umbra images"]);
+}
+
+#[test]
+fn not_an_elf() {
+    refused_elf("text", b"#!/bin/sh\necho no\n", &["not an ELF"]);
+    refused_elf("empty", b"", &["not an ELF"]);
+}
+
+#[test]
+fn a_dynamic_elf() {
+    if !kvm() {
+        return;
+    }
+    let folder = folder("dynamic");
+    let program = cc(&folder, "dynamic", "int main() { return 0; }", &[]);
+    assert_refused(&finish(&mut run(&[], &[program]), b"", LIMIT), &["dynamic", "static"]);
+}
+
+#[test]
+fn a_wrong_machine() {
+    let mut elf = hello();
+    elf[18..20].copy_from_slice(&183u16.to_le_bytes()); // EM_AARCH64
+    refused_elf("machine", &elf, &["x86-64"]);
+    let mut elf = hello();
+    elf[4] = 1; // ELFCLASS32
+    refused_elf("class", &elf, &["64"]);
+}
+
+#[test]
+fn truncated_files() {
+    let elf = hello();
+    refused_elf("cut-header", &elf[..40], &[]);
+    let last = *load_headers(&elf).last().unwrap();
+    let offset = u64::from_le_bytes(elf[last + 8..last + 16].try_into().unwrap()) as usize;
+    refused_elf("cut-segment", &elf[..offset.max(200) - 1], &[]);
+}
+
+#[test]
+fn overlapping_segments() {
+    let mut elf = hello();
+    let loads = load_headers(&elf);
+    let (first, second) = (loads[0], loads[1]);
+    let address: Vec<u8> = elf[first + 16..first + 24].to_vec();
+    elf[second + 16..second + 24].copy_from_slice(&address);
+    refused_elf("overlap", &elf, &["segment"]);
+}
+
+#[test]
+fn a_writable_and_executable_segment() {
+    let mut elf = hello();
+    let first = load_headers(&elf)[0];
+    elf[first + 4] = 7;
+    refused_elf("wx", &elf, &["writable and executable"]);
+}
+
+#[test]
+fn an_entry_outside() {
+    let mut elf = hello();
+    elf[24..32].copy_from_slice(&0x7000_0000u64.to_le_bytes());
+    refused_elf("entry", &elf, &["entry"]);
+}
+
+#[test]
+fn random_bytes_in_the_headers_never_do_harm() {
+    if !kvm() {
+        return;
+    }
+    let good = hello();
+    let path = file("fuzz", &good);
+    let mut seed = 12345u64;
+    for round in 0..60 {
+        let mut elf = good.clone();
+        for _ in 0..1 + round % 4 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let at = (seed >> 33) as usize % 400.min(elf.len());
+            elf[at] = (seed >> 24) as u8;
+        }
+        std::fs::write(&path, &elf).unwrap();
+        let output = finish(&mut run(&["--timeout", "2s"], &[&path]), b"", LIMIT);
+        let said = stderr(&output);
+        assert!(!said.contains("panicked") && !said.contains("bug of umbra"), "round {round}: {said}");
+    }
+}
+
+#[test]
+fn more_memory_than_the_limit() {
+    if !kvm() {
+        return;
+    }
+    let folder = folder("memory");
+    // What is promised too much at once is refused, what is promised and used too much ends the guest, as on Linux.
+    let source = r#"
+        #include <errno.h>
+        #include <stdio.h>
+        #include <stdlib.h>
+        #include <sys/mman.h>
+        int main(int argc, char **argv) {
+            if (argc > 1) for (;;) { char *p = malloc(1 << 20); if (p) for (int i = 0; i < 1 << 20; i += 4096) p[i] = 1; }
+            void *p = mmap(0, 1UL << 30, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            printf("%s\n", p == MAP_FAILED && errno == ENOMEM ? "ENOMEM" : "mapped");
+            return 0;
+        }"#;
+    let program = cc(&folder, "eat", source, STATIC);
+    let program = program.to_str().unwrap();
+    let refused = finish(&mut run(&["--memory", "32M"], &[program]), b"", LIMIT);
+    assert_eq!((code(refused.status), refused.stdout), (0, b"ENOMEM\n".to_vec()));
+    let killed = finish(&mut run(&["--memory", "32M", "--check"], &[program, "all"]), b"", LIMIT);
+    assert_eq!(code(killed.status), 128 + libc::SIGKILL, "{}", stderr(&killed));
+    assert!(stderr(&killed).contains("out of memory"), "{}", stderr(&killed));
+}
+
+#[test]
+fn a_program_that_does_not_fit_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let folder = folder("too-big");
+    let program = cc(&folder, "big", "char big[64 << 20] = {1}; int main() { return big[0]; }", STATIC);
+    let output = finish(&mut run(&["--memory", "4M"], &[program]), b"", LIMIT);
+    let status = code(output.status);
+    assert!(status == FAILED || status == 128 + libc::SIGKILL, "{status}: {}", stderr(&output));
+}
+
+#[test]
+fn bad_options_are_explained_with_status_2() {
+    for (options, word) in [
+        (["--memory", "lots"], "256M"),
+        (["--memory", "1K"], "1M"),
+        (["--fault-around", "3K"], "power of two"),
+        (["--env", "=x"], "name"),
+        (["--timeout", "soon"], "seconds"),
+        (["--no-such", "option"], "--no-such"),
+    ] {
+        let output = finish(&mut run(&options, &["hello"]), b"", LIMIT);
+        assert_eq!(code(output.status), 2);
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn help_teaches() {
+    for args in [
+        &["--help"][..],
+        &["run", "--help"],
+        &["images", "--help"],
+        &["doctor", "--help"],
+        &["bench", "--help"],
+    ] {
+        let output = umbra().args(args).output().unwrap();
+        assert!(output.status.success());
+        assert!(output.stdout.len() > 300, "{args:?}");
+    }
+}
+
+#[test]
+fn options_behind_the_program_are_the_programs_own() {
+    if !kvm() {
+        return;
+    }
+    let output = finish(&mut run(&[], &["touch", "--pages", "1", "--seed", "3"]), b"", LIMIT);
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+}
+
+#[test]
+fn the_environment_is_what_env_gives() {
+    if !kvm() {
+        return;
+    }
+    let source = "#include <stdio.h>\nextern char **environ;\nint main() { for (char **e = environ; *e; e++) puts(*e); }";
+    let program = cc(&folder("env"), "env", source, STATIC);
+    let mut command = run(&["--env", "A=1", "--env", "UMBRA_TEST"], &[program]);
+    let output = finish(command.env("UMBRA_TEST", "two words").env("OTHER", "x"), b"", LIMIT);
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "A=1\nUMBRA_TEST=two words\n");
+}
+
+#[test]
+fn doctor_says_what_is_there() {
+    let output = umbra().args(["doctor", "--json"]).output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["host"]["kernel"].is_string(), "{report}");
+    if kvm() {
+        assert!(output.status.success(), "{report}");
+        assert!(report["flush"]["chosen"].is_array() || report["flush"]["chosen"].is_string(), "{report}");
+    }
+    let hidden = umbra().arg("doctor").env("UMBRA_KVM_DEVICE", "/nonexistent/kvm").output().unwrap();
+    assert!(String::from_utf8_lossy(&hidden.stdout).contains("/nonexistent/kvm"));
+    assert_eq!(code(hidden.status), 1);
+}
+
+#[test]
+fn benchmarks_have_the_promised_shape() {
+    if !kvm() {
+        return;
+    }
+    let output = finish(
+        umbra().args(["bench", "fault", "--pages", "500", "--runs", "1", "--json"]),
+        b"",
+        Duration::from_secs(120),
+    );
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["bench"], "fault");
+    for key in ["kvm_backend", "kernel", "cpu", "cpus"] {
+        assert!(!report["host"][key].is_null(), "{report}");
+    }
+    for row in report["rows"].as_array().unwrap() {
+        assert!(row["min"].as_f64().unwrap() > 0.0 && row["unit"] == "us/page", "{row}");
+        assert_eq!(row["runs"], 1);
+    }
+    let names: Vec<_> =
+        report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert!(names.starts_with(&["umbra", "umbra-no-fault-around", "kvm-demand-paging"]), "{names:?}");
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the tests share: running umbra, running natively, and telling the two apart.
+#![allow(dead_code, reason = "every test takes what it needs")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Whether guests can be run here. Prints one line if not. Where the environment has `UMBRA_REQUIRE_KVM`, as on machines that
+/// are known to have KVM, a missing device is a failure.
+pub fn kvm() -> bool {
+    let device = vmm::cli::kvm_device();
+    if device.exists() {
+        return true;
+    }
+    assert!(
+        std::env::var_os("UMBRA_REQUIRE_KVM").is_none(),
+        "{} is required here and missing",
+        device.display()
+    );
+    println!("skipped: no {}", device.display());
+    false
+}
+
+/// The command under test.
+pub fn umbra() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_umbra-under-test"));
+    command.stdin(Stdio::null()).env_remove("RUST_LOG");
+    command
+}
+
+/// `umbra run OPTIONS PROGRAM ARGS`.
+pub fn run<S: AsRef<std::ffi::OsStr>>(options: &[&str], program: &[S]) -> Command {
+    let mut command = umbra();
+    command.arg("run").args(options).args(program);
+    command
+}
+
+/// A folder for the files of one test, empty.
+pub fn folder(test: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// The bundled guests as native executables.
+pub fn native_images(test: &str) -> PathBuf {
+    let folder = folder(test);
+    let status = umbra().args(["images", "--extract"]).arg(&folder).stdout(Stdio::null()).status().unwrap();
+    assert!(status.success());
+    folder
+}
+
+/// Builds a C program, statically, with `flags`.
+pub fn cc(folder: &Path, name: &str, source: &str, flags: &[&str]) -> PathBuf {
+    let (c, program) = (folder.join(format!("{name}.c")), folder.join(name));
+    fs::write(&c, source).unwrap();
+    let output =
+        Command::new("gcc").args(["-O1", "-w", "-o"]).arg(&program).arg(&c).args(flags).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    program
+}
+
+/// Flags of a static C program.
+pub const STATIC: &[&str] = &["-static", "-pthread"];
+
+/// Runs `command` with `input`, for at most `limit`.
+pub fn finish(command: &mut Command, input: &[u8], limit: Duration) -> Output {
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, mut stdout, mut stderr) =
+        (child.stdin.take().unwrap(), child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            // A program may end without reading all.
+            let _ = stdin.write_all(input);
+        });
+        let out = scope.spawn(move || {
+            let mut bytes = Vec::new();
+            stdout.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        let err = scope.spawn(move || {
+            let mut bytes = Vec::new();
+            stderr.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if began.elapsed() > limit {
+                child.kill().unwrap();
+                let _ = child.wait();
+                panic!("{command:?} did not end within {limit:?}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        Output { status, stdout: out.join().unwrap(), stderr: err.join().unwrap() }
+    })
+}
+
+/// What a shell would say of it: the exit code, or 128 + signal.
+pub fn code(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap())
+}
+
+/// Everything that went to stderr.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Asserts that a guest did what the native run did: output and status.
+pub fn assert_same(native: &Output, guest: &Output, what: &str) {
+    assert_eq!(code(native.status), code(guest.status), "{what}: status; umbra said: {}", stderr(guest));
+    assert!(
+        native.stdout == guest.stdout,
+        "{what}: output differs\nnative: {}\numbra:  {}\nstderr: {}",
+        String::from_utf8_lossy(&native.stdout[..native.stdout.len().min(2000)]),
+        String::from_utf8_lossy(&guest.stdout[..guest.stdout.len().min(2000)]),
+        stderr(guest)
+    );
+}
+
+/// `len` bytes of text lines, the same every time.
+pub fn text(len: usize) -> Vec<u8> {
+    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    const WORDS: [&str; 12] =
+        ["gfn", "spte", "zap", "42", "flush", "age", "retry", "walk", "7", "notifier", "dirty", "frame"];
+    let mut out = Vec::with_capacity(len + 64);
+    while out.len() < len {
+        out.extend((next() % 1_000_000).to_string().bytes());
+        for _ in 0..next() % 9 {
+            out.push(b' ');
+            out.extend(WORDS[(next() % 12) as usize].bytes());
+        }
+        out.push(b'\n');
+    }
+    out.truncate(len);
+    out
+}

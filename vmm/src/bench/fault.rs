@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `bench fault`: one guest touching fresh pages, served in four ways.
+//!
+//! | row | who brings a page in |
+//! | --- | --- |
+//! | `umbra` | umbra, with fault-around as it is by default |
+//! | `umbra-no-fault-around` | umbra, one page a fault |
+//! | `kvm-demand-paging` | KVM: every spte is there before the clock starts, the memory behind them is not |
+//! | `userfaultfd-thread` | a thread of umbra's that serves userfaultfd events, sptes as in the row above |
+//!
+//! The guest times itself, from before the first page to after the last; one further page is touched before.
+
+use super::{Host, Measure, Report, measure, output, ratios, umbra};
+use crate::engine::kvm::HostFacts;
+use anyhow::{Context, Result};
+use std::process::Command;
+
+/// Runs the benchmark over `pages` pages, `runs` times each.
+///
+/// # Errors
+/// What keeps umbra from running a guest at all.
+pub fn bench_fault(
+    facts: &HostFacts,
+    pages: u64,
+    runs: usize,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let umbra = umbra()?;
+    let run = |options: &'static [&'static str]| {
+        let umbra = umbra.clone();
+        Box::new(move || {
+            // Room for the pages, their tables, and the reserve that pages ahead of need stay clear of.
+            let memory = format!("{}K", (pages * 4 * 5 / 4).max(1 << 10) + (16 << 10));
+            let mut command = Command::new(&umbra);
+            command.args(["run", "--memory", &memory]).args(options);
+            command.args(["touch", "--prime", "--time", "--pages", &pages.to_string()]);
+            microseconds_a_page(&output(&mut command)?, pages)
+        }) as Box<dyn FnMut() -> Result<f64>>
+    };
+    // A window of 16 GiB is cut to the mapping: the first fault maps all of it.
+    let rows: Vec<Measure<'_>> = vec![
+        ("umbra", run(&[])),
+        ("umbra-no-fault-around", run(&["--fault-around", "off"])),
+        ("kvm-demand-paging", run(&["--fault-around", "16G", "--window", "on-demand"])),
+        ("userfaultfd-thread", run(&["--fault-around", "16G", "--window", "userfaultfd"])),
+    ];
+    let (rows, missing) = measure("us/page", runs, rows, progress)?;
+    let ratios = ratios(
+        &rows,
+        &[
+            ("umbra", "kvm-demand-paging"),
+            ("userfaultfd-thread", "umbra-no-fault-around"),
+            ("userfaultfd-thread", "umbra"),
+        ],
+    );
+    Ok(Report { bench: "fault".into(), host: Host::from(facts), rows, ratios, missing })
+}
+
+/// From the guest's line `pass 1: T ns, …`.
+fn microseconds_a_page(printed: &str, pages: u64) -> Result<f64> {
+    let nanoseconds = printed
+        .lines()
+        .find_map(|line| line.strip_prefix("pass 1: ")?.split(' ').next()?.parse::<f64>().ok())
+        .with_context(|| format!("the guest printed no time: {printed:?}"))?;
+    Ok(nanoseconds / 1e3 / pages as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_own_time_is_read() {
+        assert_eq!(microseconds_a_page("pass 1: 5000 ns, 0.500 us/page\ntouch: …\n", 10).unwrap(), 0.5);
+        assert!(microseconds_a_page("touch: 10 pages\n", 10).is_err());
+    }
+}

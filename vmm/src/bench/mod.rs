@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Benchmarks: what umbra costs, beside something else doing the same work in the same run.
+//!
+//! Every benchmark gives rows of one unit each, with the least, the median and the greatest of several runs, and ratios of
+//! medians. The runs of all rows take turns, so that a machine that changes its speed changes it for all of them. The
+//! absolute figures are the host's; compare ratios.
+
+mod cpu;
+mod fault;
+mod start;
+mod userfault;
+
+pub use userfault::WindowHandler;
+
+use crate::engine::kvm::HostFacts;
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+pub use cpu::bench_cpu;
+pub use fault::bench_fault;
+pub use start::bench_start;
+
+/// What the figures were measured on.
+#[derive(Debug, Clone, Serialize)]
+pub struct Host {
+    /// What KVM runs on.
+    pub kvm_backend: String,
+    /// Kernel release.
+    pub kernel: String,
+    /// CPU model.
+    pub cpu: String,
+    /// CPUs.
+    pub cpus: usize,
+}
+
+impl From<&HostFacts> for Host {
+    fn from(facts: &HostFacts) -> Self {
+        Self {
+            kvm_backend: facts.kvm_backend.to_string(),
+            kernel: facts.kernel.clone(),
+            cpu: facts.cpu.clone(),
+            cpus: facts.cpus,
+        }
+    }
+}
+
+/// One thing measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// What.
+    pub name: String,
+    /// In what.
+    pub unit: String,
+    /// The least of the runs.
+    pub min: f64,
+    /// Half of the runs are below.
+    pub median: f64,
+    /// The greatest.
+    pub max: f64,
+    /// How many there were.
+    pub runs: usize,
+}
+
+impl Row {
+    /// A row of `values`, which are not empty.
+    fn of(name: &str, unit: &str, mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let (runs, last) = (values.len(), values.len() - 1);
+        let median = (values[last / 2] + values[runs / 2]) / 2.0;
+        Self { name: name.into(), unit: unit.into(), min: values[0], median, max: values[last], runs }
+    }
+}
+
+/// A benchmark's result; every one has this shape in JSON.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Which benchmark.
+    pub bench: String,
+    /// Where.
+    pub host: Host,
+    /// The figures.
+    pub rows: Vec<Row>,
+    /// Medians, one over another: `a/b`.
+    pub ratios: BTreeMap<String, f64>,
+    /// What could not be measured, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub missing: Vec<String>,
+}
+
+impl Report {
+    /// For people.
+    pub fn text(&self) -> String {
+        let Host { kvm_backend, kernel, cpu, cpus } = &self.host;
+        let mut out = format!("{} on KVM ({kvm_backend}), Linux {kernel}, {cpu}, {cpus} CPUs\n", self.bench);
+        let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or(0).max(4);
+        out +=
+            &format!("{:<width$} {:>10} {:>10} {:>10} {:>5}  unit\n", "row", "min", "median", "max", "runs");
+        for Row { name, unit, min, median, max, runs } in &self.rows {
+            out += &format!("{name:<width$} {min:>10.3} {median:>10.3} {max:>10.3} {runs:>5}  {unit}\n");
+        }
+        for (name, ratio) in &self.ratios {
+            out += &format!("{name}: {ratio:.3}\n");
+        }
+        for line in &self.missing {
+            out += &format!("not measured: {line}\n");
+        }
+        out
+    }
+}
+
+/// One row to be measured: its name, and how to get one figure.
+type Measure<'a> = (&'a str, Box<dyn FnMut() -> Result<f64> + 'a>);
+
+/// Measures `rows` in turn, `runs` times each after one turn that does not count. A row that fails the first time is left out
+/// and named with its reason; one that fails later is an error.
+fn measure(
+    unit: &str,
+    runs: usize,
+    mut rows: Vec<Measure<'_>>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<(Vec<Row>, Vec<String>)> {
+    if runs == 0 {
+        bail!("a benchmark needs at least one run");
+    }
+    let mut missing = Vec::new();
+    rows.retain_mut(|(name, run)| {
+        progress(&format!("{name}: warming up"));
+        match run() {
+            Ok(_) => true,
+            Err(error) => {
+                missing.push(format!("{name}: {error:#}"));
+                false
+            }
+        }
+    });
+    let mut values = vec![Vec::new(); rows.len()];
+    for turn in 1..=runs {
+        for ((name, run), values) in rows.iter_mut().zip(&mut values) {
+            progress(&format!("{name}: run {turn} of {runs}"));
+            values.push(run().with_context(|| (*name).to_owned())?);
+        }
+    }
+    progress("");
+    Ok((rows.iter().zip(values).map(|((name, _), values)| Row::of(name, unit, values)).collect(), missing))
+}
+
+/// Medians of `rows`, one over another, for the pairs of names of which both were measured.
+fn ratios(rows: &[Row], pairs: &[(&str, &str)]) -> BTreeMap<String, f64> {
+    let median = |name: &str| rows.iter().find(|row| row.name == name).map(|row| row.median);
+    pairs
+        .iter()
+        .filter_map(|(a, b)| Some((format!("{a}/{b}"), median(a)? / median(b)?)))
+        .filter(|(_, ratio)| ratio.is_finite())
+        .collect()
+}
+
+/// This very program, to run guests as a user would.
+fn umbra() -> Result<PathBuf> {
+    std::env::current_exe().context("cannot find umbra's own executable")
+}
+
+/// Runs a command to its end and returns what it printed.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A bundled guest as an executable file, for native runs; it is gone when this is dropped.
+#[derive(Debug)]
+struct NativeImage(std::fs::File);
+
+impl NativeImage {
+    fn new(name: &str) -> Result<Self> {
+        use std::io::Write;
+        use std::os::fd::FromRawFd;
+        let image = guest_images::find(name).with_context(|| format!("no bundled guest {name}"))?;
+        // SAFETY: the name is a C string; the call touches no memory of ours.
+        let fd = unsafe { libc::memfd_create(c"umbra-native".as_ptr(), 0) };
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error()).context("memfd_create");
+        }
+        // SAFETY: the kernel just made it for us and nobody else knows it.
+        let mut file = unsafe { std::fs::File::from_raw_fd(fd) };
+        file.write_all(image.elf).context("cannot write a memfd")?;
+        Ok(Self(file))
+    }
+
+    fn command(&self) -> Command {
+        use std::os::fd::AsRawFd;
+        Command::new(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_the_middle_of_its_values() {
+        let row = Row::of("x", "s", vec![3.0, 1.0, 2.0]);
+        assert_eq!((row.min, row.median, row.max, row.runs), (1.0, 2.0, 3.0, 3));
+        assert_eq!(Row::of("x", "s", vec![4.0, 1.0]).median, 2.5);
+    }
+
+    #[test]
+    fn a_row_that_cannot_be_measured_is_named_and_the_rest_is_measured() {
+        let rows: Vec<Measure<'_>> =
+            vec![("good", Box::new(|| Ok(2.0))), ("bad", Box::new(|| bail!("no root")))];
+        let (rows, missing) = measure("s", 3, rows, &mut |_| {}).unwrap();
+        assert_eq!(rows.len(), 1);
+        assert_eq!(missing, ["bad: no root"]);
+        assert!(ratios(&rows, &[("good", "bad")]).is_empty());
+        assert_eq!(ratios(&rows, &[("good", "good")])["good/good"], 1.0);
+    }
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `umbra doctor`.
+
+use super::kvm_device;
+use crate::engine::kvm::{Effort, FlushReport, HostFacts, KvmVm, host_facts};
+use anyhow::{Context, Result};
+use clap::Args;
+use serde::Serialize;
+use shadow_mmu::frame::{FramePool, FreedFrames};
+use std::fmt::Write as _;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Say what this host offers: KVM and what it runs on, capabilities, and which ways to flush translations work.
+///
+/// The flush methods are tried, not looked up: two vCPUs write through an entry while it is changed. Exit status 0 if guests
+/// can be run, 1 if not.
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Times each flush method is tried with each kind of change.
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    rounds: u32,
+    /// Print as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Memory of the guest that the probe runs.
+const PROBE_MEMORY: u64 = 4 << 20;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    device: String,
+    host: HostFacts,
+    flush: Option<FlushReport>,
+    /// What keeps guests from running, or would make them slow, and what to do about it.
+    advice: Vec<String>,
+    ready: bool,
+}
+
+pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
+    let device = kvm_device();
+    let host = host_facts(&device);
+    let mut report =
+        Report { device: device.display().to_string(), host, flush: None, advice: Vec::new(), ready: false };
+    if let Some(obstacle) = &report.host.obstacle {
+        report.advice.push(obstacle.clone());
+    } else {
+        match probe(args.rounds) {
+            Ok(flush) => {
+                report.ready = !flush.chosen.is_empty();
+                if flush.chosen.is_empty() {
+                    report.advice.push("no way to flush translations works here: use another kernel".into());
+                }
+                report.flush = Some(flush);
+            }
+            Err(error) => report.advice.push(format!("{error:#}")),
+        }
+    }
+    if report.host.cpus < 2 {
+        report.advice.push("one CPU: guests with several threads take turns".into());
+    }
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        write!(out, "{}", text(&report))?;
+    }
+    Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn probe(rounds: u32) -> Result<FlushReport> {
+    let pool = Arc::new(FramePool::new(PROBE_MEMORY, FreedFrames::Keep)?);
+    let vm = KvmVm::new(&kvm_device(), pool)?;
+    vm.probe_flush(Effort::Thorough { rounds }).context("the flush methods could not be tried")
+}
+
+fn text(report: &Report) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = write_text(&mut out, report);
+    out
+}
+
+fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
+    let host = &report.host;
+    writeln!(out, "device    {}", report.device)?;
+    writeln!(out, "backend   {}", host.kvm_backend)?;
+    writeln!(out, "host      Linux {}, {}, {} CPUs", host.kernel, host.cpu, host.cpus)?;
+    if !host.capabilities.is_empty() {
+        writeln!(out, "capabilities")?;
+        for capability in &host.capabilities {
+            writeln!(out, "  {:<32} {}", capability.name, capability.value)?;
+        }
+    }
+    if let Some(flush) = &report.flush {
+        writeln!(out, "flush methods, each with two vCPUs writing through the entry")?;
+        writeln!(
+            out,
+            "  {:<18} {:<14} {:>7} {:>6} {:>10}",
+            "method", "change", "rounds", "stale", "median us"
+        )?;
+        for row in &flush.rows {
+            let (method, change) = (row.method.to_string(), row.change.to_string());
+            match &row.refused {
+                Some(why) => writeln!(out, "  {method:<18} {change:<14} refused: {why}")?,
+                None => writeln!(
+                    out,
+                    "  {method:<18} {change:<14} {:>7} {:>6} {:>10.1}",
+                    row.rounds, row.stale, row.median_us
+                )?,
+            }
+        }
+        let chosen: Vec<_> = flush.chosen.iter().map(ToString::to_string).collect();
+        writeln!(out, "  in use: {}", chosen.join(", "))?;
+        writeln!(
+            out,
+            "accessed bit: the CPU sets it again {}",
+            if flush.a_bit_needs_flush { "only after a flush" } else { "without a flush" }
+        )?;
+    }
+    for line in &report.advice {
+        writeln!(out, "advice    {line}")?;
+    }
+    writeln!(
+        out,
+        "{}",
+        if report.ready { "ready: guests can be run" } else { "not ready: guests cannot be run" }
+    )
+}

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line: one file a command, and what they share.
+//!
+//! Exit status: the guest's own for `run` (128 + signal when one ended it); 2 for a command line that makes no sense; 125 when
+//! umbra itself could not do what it was asked, as `env(1)` and container tools have it.
+
+mod bench;
+mod doctor;
+mod images;
+mod parse;
+mod run;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Exit status of umbra's own failures.
+pub const FAILED: u8 = 125;
+/// Environment variable that names another KVM device.
+pub const KVM_DEVICE: &str = "UMBRA_KVM_DEVICE";
+
+/// Run a static Linux program in ring 3 under KVM, on page tables that umbra writes itself.
+#[derive(Debug, Parser)]
+#[command(name = "umbra", version, propagate_version = true, max_term_width = 100, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  umbra run hello                         a bundled guest; `umbra images` lists them
+  umbra run --stats ./my-static-program   any static x86-64 ELF, with numbers at the end
+  umbra doctor                            what this host offers, and what to do about the rest
+  umbra bench fault --json                what a page fault costs here
+
+Set RUST_LOG=debug to see more, UMBRA_KVM_DEVICE to use another device than /dev/kvm.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::RunArgs),
+    Images(images::ImagesArgs),
+    Doctor(doctor::DoctorArgs),
+    Bench(bench::BenchArgs),
+}
+
+/// How a report is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// The KVM device to use.
+pub fn kvm_device() -> PathBuf {
+    std::env::var_os(KVM_DEVICE).map_or_else(|| "/dev/kvm".into(), PathBuf::from)
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .format_timestamp(None)
+        .init();
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(args),
+        Command::Images(args) => images::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            // One line, causes and all; a broken pipe is the reader's decision and no news.
+            if !is_broken_pipe(&error) {
+                eprintln!("umbra: {error:#}");
+            }
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|cause| cause.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Values on the command line: sizes, durations, fault-around, environment.
+
+use shadow_mmu::addr::PAGE_SIZE;
+use shadow_mmu::shadow::FaultAroundPolicy;
+use std::time::Duration;
+
+/// `256M`, `4G`, `65536`, `64K`: bytes, with binary suffixes.
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let bad =
+        || format!("`{text}` is no size: write a number of bytes, or one with K, M, G or T, as in 256M");
+    let text = text.strip_suffix("iB").or(text.strip_suffix('B')).unwrap_or(text);
+    let (number, shift) = match text.chars().last().ok_or_else(bad)?.to_ascii_uppercase() {
+        'K' => (&text[..text.len() - 1], 10),
+        'M' => (&text[..text.len() - 1], 20),
+        'G' => (&text[..text.len() - 1], 30),
+        'T' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = number.parse().map_err(|_| bad())?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 64 bits can count"))
+}
+
+/// Memory for a guest: a size that makes a pool.
+pub(super) fn memory(text: &str) -> Result<u64, String> {
+    /// Root tables, monitor, zero frame, a program's own first pages.
+    const LEAST: u64 = 1 << 20;
+    let bytes = size(text)?;
+    if bytes < LEAST {
+        return Err(format!("{text} is too little to run anything: give at least 1M"));
+    }
+    if bytes > 1 << 44 {
+        return Err(format!("{text} is more than the 16T that umbra can address"));
+    }
+    Ok(bytes)
+}
+
+/// `off`, `adaptive`, or a size that is a power of two of pages.
+pub(super) fn fault_around(text: &str) -> Result<FaultAroundPolicy, String> {
+    match text {
+        "off" => Ok(FaultAroundPolicy::Off),
+        "adaptive" => Ok(FaultAroundPolicy::Adaptive),
+        _ => {
+            let bytes =
+                size(text).map_err(|_| format!("`{text}` is neither `off`, `adaptive` nor a size"))?;
+            if bytes < PAGE_SIZE || !bytes.is_power_of_two() {
+                return Err(format!("{text} is not a power of two of at least one page (4K)"));
+            }
+            Ok(FaultAroundPolicy::Fixed(bytes / PAGE_SIZE))
+        }
+    }
+}
+
+/// `10`, `10s`, `500ms`, `2m`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("`{text}` is no duration: write seconds, or a number with ms, s or m");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale = match unit {
+        "" | "s" => 1.0,
+        "ms" => 1e-3,
+        "m" => 60.0,
+        _ => return Err(bad()),
+    };
+    let seconds = number.parse::<f64>().map_err(|_| bad())? * scale;
+    let duration = Duration::try_from_secs_f64(seconds).map_err(|_| bad())?;
+    if duration.is_zero() { Err(format!("{text} is no time at all")) } else { Ok(duration) }
+}
+
+/// `NAME=VALUE`, or `NAME` to pass on umbra's own.
+pub(super) fn environment(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some(("", _)) => Err(format!("`{text}` has no name before the =")),
+        Some(_) => Ok(text.to_owned()),
+        None => match std::env::var(text) {
+            Ok(value) => Ok(format!("{text}={value}")),
+            Err(_) => Err(format!("{text} is not set here: write {text}=VALUE")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("256M"), Ok(256 << 20));
+        assert_eq!(size("4KiB"), Ok(4096));
+        assert_eq!(size("7"), Ok(7));
+        for bad in ["", "M", "1.5G", "-1", "99999999999T", "1X"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+        assert!(memory("4K").is_err() && memory("17T").is_err() && memory("1M").is_ok());
+    }
+
+    #[test]
+    fn fault_around_is_a_word_or_a_power_of_two() {
+        assert_eq!(fault_around("64K"), Ok(FaultAroundPolicy::Fixed(16)));
+        assert_eq!(fault_around("off"), Ok(FaultAroundPolicy::Off));
+        assert!(fault_around("65K").is_err() && fault_around("1K").is_err() && fault_around("on").is_err());
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(duration("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("20ms"), Ok(Duration::from_millis(20)));
+        for bad in ["", "0", "1h", "s", "1e999"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn environment_wants_a_name() {
+        assert_eq!(environment("A=b=c"), Ok("A=b=c".into()));
+        assert!(environment("=x").is_err());
+        assert!(environment("UMBRA_SURELY_NOT_SET").is_err());
+    }
+}

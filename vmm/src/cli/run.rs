@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `umbra run`.
+
+use super::{Format, kvm_device, parse};
+use crate::guest::{Arguments, ExitStatus};
+use crate::reactor::{Event, Reactor, block_signals};
+use crate::report::{Stats, death_report, exit_code, signal_name};
+use crate::vm::{Machine, Program, Vm, VmConfig, WindowFill};
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::shadow::FaultAroundPolicy;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Run a program: a bundled guest by name, or any static x86-64 Linux ELF by path.
+///
+/// The program's stdin, stdout and stderr are umbra's, and so is its exit status; 128 + N if signal N ended it, 125 if umbra
+/// could not run it. A name with a slash in it is a path; any other is a bundled guest, and else a file in this folder.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// Memory for the guest, its page tables included: bytes, or with K, M, G.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse::memory)]
+    memory: u64,
+    /// What a page fault brings along: `off`, a block of this SIZE, or what the faults so far suggest.
+    #[arg(long, value_name = "off|SIZE|adaptive", default_value = "adaptive", value_parser = parse::fault_around)]
+    fault_around: FaultAroundPolicy,
+    /// Print what the run cost, to stderr, at the end.
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    stats: Option<Format>,
+    /// Set NAME to VALUE for the guest, or pass on umbra's own NAME. The guest's environment is empty otherwise.
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse::environment)]
+    env: Vec<String>,
+    /// End the guest with SIGKILL after this long: seconds, or with ms, s, m.
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    timeout: Option<Duration>,
+    /// Check umbra itself: freed frames are filled with a pattern and watched, and the shadow map is held against the
+    /// address space ten times a second and at the end. Exits with 125 if anything is wrong.
+    #[arg(long)]
+    check: bool,
+    /// How KVM's view of the frames is filled; for benchmarks.
+    #[arg(long, value_name = "HOW", default_value = "ahead", hide = true)]
+    window: WindowArg,
+    /// The program, and what it is to be given.
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "PROGRAM|IMAGE> [ARGS]..."
+    )]
+    program: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WindowArg {
+    Ahead,
+    OnDemand,
+    Userfaultfd,
+}
+
+pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
+    let began = Instant::now();
+    // Before the first thread, so that all inherit it.
+    block_signals()?;
+    let config = VmConfig {
+        kvm_device: kvm_device(),
+        memory: args.memory,
+        fault_around: args.fault_around,
+        freed: if args.check { FreedFrames::Poison } else { FreedFrames::Keep },
+        window: match args.window {
+            WindowArg::Ahead => WindowFill::Ahead,
+            WindowArg::OnDemand => WindowFill::OnDemand,
+            WindowArg::Userfaultfd => WindowFill::Userfaultfd,
+        },
+    };
+    let (vm, entry) = Vm::new(config, program(args.program, args.env)?)?;
+    let mut reactor = Reactor::new(vm.exited()?, args.timeout)?;
+    let checker = args.check.then(|| Checker::new(vm.machine()));
+    let status = std::thread::scope(|scope| -> Result<ExitStatus> {
+        if let Some(checker) = &checker {
+            scope.spawn(|| checker.run());
+        }
+        let ended = vm.start(entry).and_then(|()| {
+            reactor.run(|event| match event {
+                Event::Signal(signal) => vm.kill(signal),
+                Event::TimeLimit => vm.kill(libc::SIGKILL),
+                Event::Exited => {}
+            })
+        });
+        if let Some(checker) = &checker {
+            checker.stop();
+        }
+        ended?;
+        vm.wait()
+    })?;
+
+    if let ExitStatus::Signaled(signal) = status {
+        match vm.machine().death() {
+            Some(death) => eprint!("{}", death_report(&death, vm.machine())),
+            None => eprintln!("umbra: the guest was ended by {}", signal_name(signal)),
+        }
+    }
+    if let Some(format) = args.stats {
+        let stats = Stats::of(vm.machine(), began.elapsed());
+        match format {
+            Format::Text => eprintln!("{}", stats.text()),
+            Format::Json => eprintln!("{}", serde_json::to_string(&stats)?),
+        }
+    }
+    if let Some(checker) = checker {
+        checker.finish()?;
+    }
+    Ok(ExitCode::from(exit_code(status)))
+}
+
+/// The program that the command line names, with its arguments.
+fn program(words: Vec<OsString>, env: Vec<String>) -> Result<Program> {
+    let name = words.first().cloned().context("no program is named")?;
+    let path = Path::new(&name);
+    let image = name.to_str().filter(|name| !name.contains('/')).and_then(guest_images::find);
+    let elf: Arc<[u8]> = match image {
+        Some(image) => image.elf.into(),
+        None => match std::fs::read(path) {
+            Ok(bytes) => bytes.into(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                bail!("{}: no such file, and no bundled guest (`umbra images` lists them)", path.display())
+            }
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        },
+    };
+    let exe = if image.is_some() {
+        format!("/{}", path.display()).into_bytes()
+    } else {
+        let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        full.into_os_string().into_vec()
+    };
+    let arguments = Arguments {
+        exe,
+        args: words.into_iter().map(OsString::into_vec).collect(),
+        env: env.into_iter().map(String::into_bytes).collect(),
+        random: None,
+    };
+    Ok(Program { elf, arguments })
+}
+
+/// Audits a running guest.
+#[derive(Debug)]
+struct Checker<'a> {
+    machine: &'a Machine,
+    over: AtomicBool,
+    audits: std::sync::Mutex<(u64, Vec<String>)>,
+}
+
+impl<'a> Checker<'a> {
+    fn new(machine: &'a Machine) -> Self {
+        Self { machine, over: AtomicBool::new(false), audits: std::sync::Mutex::default() }
+    }
+
+    fn run(&self) {
+        while !self.over.load(Ordering::Acquire) {
+            self.audit();
+            std::thread::park_timeout(Duration::from_millis(100));
+        }
+    }
+
+    fn stop(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+
+    fn audit(&self) {
+        let (report, broken) = self.machine.check();
+        let mut audits = self.audits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        audits.0 += 1;
+        audits.1.extend(report.violations.iter().map(ToString::to_string));
+        if broken > 0 {
+            audits.1.push(format!("{broken} free frames were written"));
+        }
+    }
+
+    /// A last look, and the verdict.
+    fn finish(&self) -> Result<()> {
+        self.audit();
+        let audits = self.audits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for line in audits.1.iter().take(20) {
+            eprintln!("umbra: check: {line}");
+        }
+        if !audits.1.is_empty() {
+            bail!("{} checks failed: this is a bug of umbra's", audits.1.len());
+        }
+        eprintln!("umbra: check: {} audits clean, no free frame written", audits.0);
+        Ok(())
+    }
+}

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Dropping cached translations: the methods, the choice between them, and what happens when none works.
+//!
+//! # What is flushed
+//!
+//! umbra has changed sptes already. What may still be out there: entries of the CPUs' TLBs and, on a KVM that shadows
+//! guest tables, KVM's own copy of the sptes, which it does not refresh by itself (it only follows writes that it sees
+//! the *guest* make). A method must reach both. [`FlushMethod`] has what is known of each; the probe finds out which
+//! of them hold on this host.
+//!
+//! # Kick and wait (AlternateRoot)
+//!
+//! The window and memslot methods are the kernel's: when the system call returns, no vCPU uses the old translations. The
+//! alternate root is umbra's, in the manner of `kvm_flush_remote_tlbs` with the vCPU mode and `vcpu->requests`:
+//!
+//! 1. The flusher requests FLUSH of every vCPU there is. The request is a locked read-modify-write of the word that the
+//!    vCPU's entry also has to compare-exchange, so each entry is either before it (then the flusher sees IN_GUEST and
+//!    kicks) or after it (then the entry fails, the thread sees FLUSH and serves it first). The spte was changed before
+//!    the request: an entry after it walks the new one.
+//! 2. The flusher waits until each vCPU is outside or has served the request. A vCPU outside uses no translation, and
+//!    serves before it gets in again.
+//! 3. The vCPU's thread takes the request, then loads another root table and the old one again (`switch_root_and_back`).
+//!    KVM forgets what it had cached for the first when the second is loaded.
+//!
+//! A vCPU's thread does nothing between being kicked and leaving the guest, so the wait needs none of its locks. New
+//! vCPUs have nothing cached. Stopping the VM for good is the same protocol with STOP, which is never taken.
+//!
+//! # Locks
+//!
+//! The registry of run states and the dummy slot's lock are leaf locks; the caller holds `mmu_lock`.
+
+use super::KvmVm;
+use super::kick::{Requests, RunState};
+use super::window::{Run, Window};
+use kvm_bindings::kvm_userspace_memory_region;
+use serde::Serialize;
+use shadow_mmu::addr::{PAGE_SIZE, Pfn};
+use shadow_mmu::shadow::{Tlb, Zapped};
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use vm_memory::MmapRegion;
+
+/// A way to make the host drop cached translations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlushMethod {
+    /// Nothing: the control of the probe. Never chosen.
+    Nothing,
+    /// madvise(MADV_DONTNEED) on the frames' pages in the window, a call a run.
+    WindowMadvise,
+    /// The same through process_madvise(2), up to 1,024 runs a call; since Linux 6.13.
+    ProcessMadvise,
+    /// Every vCPU out of the guest and through another root table. Worth something with two-dimensional paging only.
+    AlternateRoot,
+    /// Adding and deleting a memslot that nobody uses: KVM drops everything it has for the VM.
+    DummySlot,
+}
+
+impl FlushMethod {
+    /// The ones that can be chosen.
+    pub const ALL: [Self; 4] =
+        [Self::WindowMadvise, Self::ProcessMadvise, Self::AlternateRoot, Self::DummySlot];
+
+    const fn bit(self) -> u8 {
+        match self {
+            Self::Nothing => 0,
+            Self::WindowMadvise => 1,
+            Self::ProcessMadvise => 2,
+            Self::AlternateRoot => 4,
+            Self::DummySlot => 8,
+        }
+    }
+}
+
+impl fmt::Display for FlushMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nothing => "nothing",
+            Self::WindowMadvise => "madvise",
+            Self::ProcessMadvise => "process_madvise",
+            Self::AlternateRoot => "alternate root",
+            Self::DummySlot => "dummy memslot",
+        })
+    }
+}
+
+/// Runs from which on process_madvise(2) beats a madvise(2) each.
+const PROCESS_MADVISE_RUNS: usize = 2;
+/// Runs from which on dropping everything beats dropping them one by one.
+const DUMMY_SLOT_RUNS: usize = 4096;
+/// Runs from which on kicking every vCPU beats dropping second-stage entries, which the guest must fault in again.
+const ALTERNATE_ROOT_RUNS: usize = 16;
+
+/// What the flush methods need.
+#[derive(Debug)]
+pub(super) struct Flusher {
+    pub(super) window: Window,
+    /// A page for the dummy slot; the lock keeps its two steps together.
+    dummy: Mutex<MmapRegion>,
+    /// Methods that work, by [`FlushMethod::bit`].
+    working: AtomicU8,
+    stopped: AtomicBool,
+    states: Mutex<Vec<Arc<RunState>>>,
+}
+
+impl Flusher {
+    pub(super) fn new(window: Window) -> io::Result<Self> {
+        let dummy = MmapRegion::new(PAGE_SIZE as usize).map_err(io::Error::other)?;
+        // Until the probe has spoken: the methods that hold on every kernel known.
+        let working = FlushMethod::WindowMadvise.bit() | FlushMethod::DummySlot.bit();
+        Ok(Self {
+            window,
+            dummy: Mutex::new(dummy),
+            working: AtomicU8::new(working),
+            stopped: AtomicBool::new(false),
+            states: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// The methods to use from now on.
+    pub(super) fn set_working(&self, methods: &[FlushMethod]) {
+        self.working.store(methods.iter().fold(0, |bits, method| bits | method.bit()), Ordering::Release);
+    }
+
+    fn works(&self, method: FlushMethod) -> bool {
+        self.working.load(Ordering::Acquire) & method.bit() != 0
+    }
+
+    /// Makes a new vCPU known: from now on it is flushed and stopped with the others.
+    pub(super) fn register(&self, state: &Arc<RunState>) {
+        let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
+        states.push(Arc::clone(state));
+        // `stop` sets the flag before it looks at the list under this lock, so one of the two sees the other.
+        if self.stopped.load(Ordering::SeqCst) {
+            state.request(Requests::STOP, None);
+        }
+    }
+
+    /// Requests something of every vCPU and waits until none is in the guest without having served it.
+    fn request_of_all(&self, request: Requests) {
+        let states = self.states.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        states.iter().for_each(|state| state.request(request, None));
+        for state in &states {
+            wait_until(|| state.is_out(request));
+        }
+    }
+
+    /// Ends the guest: no vCPU runs any more when this returns, nor ever will.
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.request_of_all(Requests::STOP);
+    }
+}
+
+/// Waits for a vCPU to come out: a few microseconds where it has a core of its own. Where it has not, sleeping is what
+/// gives it one; yielding keeps this core for up to a scheduler tick.
+fn wait_until(done: impl Fn() -> bool) {
+    const SPIN: Duration = Duration::from_micros(20);
+    const NAP: Duration = Duration::from_micros(10);
+    let start = Instant::now();
+    while !done() {
+        if start.elapsed() < SPIN { std::hint::spin_loop() } else { std::thread::sleep(NAP) }
+    }
+}
+
+impl KvmVm {
+    /// Flushes `runs` by `method`, or more than that.
+    pub(super) fn flush_by(&self, method: FlushMethod, runs: &[Run]) -> io::Result<()> {
+        match method {
+            FlushMethod::Nothing => Ok(()),
+            FlushMethod::WindowMadvise => self.flusher.window.discard(runs),
+            FlushMethod::ProcessMadvise => self.flusher.window.discard_many(runs),
+            FlushMethod::AlternateRoot => {
+                self.flusher.request_of_all(Requests::FLUSH);
+                Ok(())
+            }
+            FlushMethod::DummySlot => self.touch_dummy_slot(),
+        }
+    }
+
+    /// Adds and deletes the dummy slot. The deletion is what flushes (`kvm_arch_flush_shadow_memslot`).
+    fn touch_dummy_slot(&self) -> io::Result<()> {
+        const SLOT: u32 = 1;
+        let page = self.flusher.dummy.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = kvm_userspace_memory_region {
+            slot: SLOT,
+            flags: 0,
+            // Right behind the pool, where no spte points.
+            guest_phys_addr: self.flusher.window.bytes(),
+            memory_size: PAGE_SIZE,
+            userspace_addr: page.as_ptr() as u64,
+        };
+        // SAFETY: the page lives as long as the VM, and the slot overlaps no other.
+        unsafe { self.vm.set_user_memory_region(slot) }?;
+        slot.memory_size = 0;
+        // SAFETY: a slot of size 0 is deleted.
+        Ok(unsafe { self.vm.set_user_memory_region(slot) }?)
+    }
+
+    /// Tries the methods that work, in this order, until one succeeds; stops the VM if none does.
+    fn flush_by_first(&self, order: [FlushMethod; 4], runs: &[Run]) {
+        for method in order {
+            if !self.flusher.works(method) {
+                continue;
+            }
+            match self.flush_by(method, runs) {
+                Ok(()) => return,
+                Err(error) => {
+                    log::warn!("flushing by {method} failed and is given up: {error}");
+                    self.flusher.working.fetch_and(!method.bit(), Ordering::AcqRel);
+                }
+            }
+        }
+        log::error!("no flush method works any more: the guest is stopped");
+        self.flusher.stop();
+    }
+}
+
+/// The flush strategy of one VM.
+#[derive(Debug)]
+pub(super) struct KvmTlb {
+    pub(super) vm: Arc<KvmVm>,
+}
+
+impl Tlb for KvmTlb {
+    fn flush(&self, zapped: &[Zapped]) {
+        use FlushMethod::{AlternateRoot, DummySlot, ProcessMadvise, WindowMadvise};
+        let frames =
+            |zap: &Zapped| Run::new(zap.old.pfn(), 1 << (9 * u32::from(zap.level.saturating_sub(1))));
+        let runs = Run::coalesce(zapped.iter().map(frames).collect());
+        let order = match runs.len() {
+            0 => return,
+            n if n >= ALTERNATE_ROOT_RUNS && self.vm.facts().kvm_backend.is_two_dimensional() => {
+                [AlternateRoot, ProcessMadvise, WindowMadvise, DummySlot]
+            }
+            n if n >= DUMMY_SLOT_RUNS => [DummySlot, ProcessMadvise, WindowMadvise, AlternateRoot],
+            n if n >= PROCESS_MADVISE_RUNS => [ProcessMadvise, WindowMadvise, DummySlot, AlternateRoot],
+            _ => [WindowMadvise, ProcessMadvise, DummySlot, AlternateRoot],
+        };
+        self.vm.flush_by_first(order, &runs);
+    }
+
+    fn flush_all(&self) {
+        use FlushMethod::{AlternateRoot, DummySlot, ProcessMadvise, WindowMadvise};
+        let order = if self.vm.facts().kvm_backend.is_two_dimensional() {
+            [AlternateRoot, DummySlot, WindowMadvise, ProcessMadvise]
+        } else {
+            [DummySlot, WindowMadvise, ProcessMadvise, AlternateRoot]
+        };
+        self.vm.flush_by_first(order, &[self.vm.flusher.window.whole()]);
+    }
+
+    fn prefault(&self, frames: &[Pfn]) {
+        let runs = Run::coalesce(frames.iter().map(|&pfn| Run::new(pfn, 1)).collect());
+        runs.into_iter().for_each(|run| self.vm.flusher.window.populate(run));
+    }
+}

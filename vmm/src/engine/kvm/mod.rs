@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The KVM engine: ring 3 in long mode, with the shadow map as the page table that the CPU walks.
+//!
+//! ```text
+//! KvmVm ─┬─ VM fd, one memslot: the frame pool's file through the window      window.rs
+//!        ├─ the monitor: stubs, IDT, GDT, a TSS and a stack page a vCPU       monitor.rs
+//!        ├─ flush methods, and which of them work here                        flush.rs, probe.rs
+//!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
+//! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, kick.rs
+//! ```
+//!
+//! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the monitor's list of
+//! frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
+
+mod error;
+mod flush;
+mod fpu;
+mod host;
+mod kick;
+mod monitor;
+mod probe;
+mod raw_vcpu;
+mod vcpu;
+mod window;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use error::SetupError;
+pub use flush::FlushMethod;
+pub use host::{Backend, Capability, HostFacts, host_facts};
+pub use probe::{Change, Effort, FlushReport, FlushRow};
+pub use vcpu::KvmVcpu;
+
+use flush::{Flusher, KvmTlb};
+use fpu::FpuLayout;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use monitor::Monitor;
+use raw_vcpu::{CpuModel, RawVcpu};
+use shadow_mmu::addr::Pfn;
+use shadow_mmu::frame::FramePool;
+use shadow_mmu::shadow::Tlb;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use window::Window;
+
+/// What is needed to make one more vCPU.
+#[derive(Debug)]
+struct Making {
+    model: CpuModel,
+    /// vCPUs made so far, and the number of the next.
+    made: usize,
+}
+
+/// One virtual machine.
+///
+/// Fields are dropped from top to bottom: vCPUs and VM before the memory that they use, the window before the monitor
+/// returns its frames to the pool.
+#[derive(Debug)]
+pub struct KvmVm {
+    parked: Mutex<Vec<RawVcpu>>,
+    making: Mutex<Making>,
+    /// Set by the first vCPU, when KVM has said which components it accepts.
+    fpu: OnceLock<FpuLayout>,
+    vm: VmFd,
+    flusher: Flusher,
+    monitor: Monitor,
+    facts: HostFacts,
+}
+
+impl KvmVm {
+    /// A VM whose memory is `pool`, without vCPUs. `device` is the path of `/dev/kvm`.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub fn new(device: &Path, pool: Arc<FramePool>) -> Result<Arc<Self>, SetupError> {
+        let (kvm, facts) = host::open(device)?;
+        kick::install_handler()?;
+        let model = CpuModel::of_host(&kvm, facts.capability("KVM_CAP_XSAVE2"))?;
+        let vm = loop {
+            match kvm.create_vm() {
+                // A signal while KVM allocates: again, says its documentation.
+                Err(error) if error.errno() == libc::EINTR => {}
+                result => break result.map_err(SetupError::ioctl("KVM_CREATE_VM"))?,
+            }
+        };
+        let window = Window::new(pool.map_window()?);
+        let slot = kvm_userspace_memory_region {
+            slot: 0,
+            flags: 0,
+            guest_phys_addr: 0,
+            memory_size: window.bytes(),
+            userspace_addr: window.address(),
+        };
+        // SAFETY: the window is a mapping of that size, nobody else's, and is unmapped after the VM is gone.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(|error| {
+            SetupError::host(
+                "KVM_SET_USER_MEMORY_REGION of the frame pool",
+                Some(0..window.bytes()),
+                error.errno(),
+            )
+        })?;
+        let flusher = Flusher::new(window).map_err(|source| SetupError::Host {
+            what: "mapping a page for flushing".to_owned(),
+            addresses: None,
+            source,
+        })?;
+        let monitor = Monitor::new(pool)?;
+        Ok(Arc::new(Self {
+            parked: Mutex::new(Vec::new()),
+            making: Mutex::new(Making { model, made: 0 }),
+            fpu: OnceLock::new(),
+            vm,
+            flusher,
+            monitor,
+            facts,
+        }))
+    }
+
+    /// The place and the raw value of the entry that belongs into the upper half of every root table that a vCPU of this
+    /// VM walks. It is constant, and it is not an entry of the shadow map: leave it alone when that is zapped.
+    pub fn monitor_entry(&self) -> (usize, u64) {
+        self.monitor.entry()
+    }
+
+    /// A vCPU that walks the table `root`, which holds the [monitor's entry](Self::monitor_entry), with all registers
+    /// zero and the FPU of a new process.
+    ///
+    /// # Errors
+    /// [`SetupError`]; [`SetupError::VcpuLimit`] where too many are in use at once.
+    pub fn create_vcpu(self: &Arc<Self>, root: Pfn) -> Result<KvmVcpu, SetupError> {
+        let parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let raw = match parked {
+            Some(raw) => raw,
+            None => self.make_vcpu()?,
+        };
+        raw.reset(self.fpu())?;
+        Ok(KvmVcpu::new(raw, Arc::clone(self), root))
+    }
+
+    fn make_vcpu(&self) -> Result<RawVcpu, SetupError> {
+        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = making.made;
+        if number >= self.max_vcpus() {
+            return Err(SetupError::VcpuLimit { limit: self.max_vcpus() });
+        }
+        // Counted even if it fails below: KVM does not give a number back.
+        making.made += 1;
+        let pages = self.monitor.add_vcpu(number)?;
+        let raw = RawVcpu::new(&self.vm, &mut making.model, number, pages)?;
+        let _ = self.fpu.set(making.model.fpu.clone());
+        self.flusher.register(&raw.state);
+        Ok(raw)
+    }
+
+    /// Takes a vCPU back whose guest thread is gone.
+    fn park(&self, raw: RawVcpu) {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner).push(raw);
+    }
+
+    fn fpu(&self) -> &FpuLayout {
+        self.fpu.get_or_init(|| self.making.lock().unwrap_or_else(PoisonError::into_inner).model.fpu.clone())
+    }
+
+    fn monitor(&self) -> &Monitor {
+        &self.monitor
+    }
+
+    fn bare_root(&self) -> Pfn {
+        self.monitor.bare_root()
+    }
+
+    /// The VM's flush strategy, for its shadow map.
+    pub fn tlb(self: &Arc<Self>) -> Arc<dyn Tlb> {
+        Arc::new(KvmTlb { vm: Arc::clone(self) })
+    }
+
+    /// The most vCPUs that can be in use at once.
+    pub fn max_vcpus(&self) -> usize {
+        usize::try_from(self.facts.capability("KVM_CAP_MAX_VCPUS")).unwrap_or(0).max(1)
+    }
+
+    /// The addresses, in this process, of the mapping of the frame pool that KVM has as its RAM.
+    pub fn window(&self) -> std::ops::Range<u64> {
+        let window = &self.flusher.window;
+        window.address()..window.address() + window.bytes()
+    }
+
+    /// What this host is.
+    pub fn facts(&self) -> &HostFacts {
+        &self.facts
+    }
+}

@@ -1,0 +1,387 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest thread's vCPU: into ring 3 by writing registers, out of it through the monitor, one KVM_RUN an exit.
+//!
+//! # Entry
+//!
+//! All registers travel in the page shared with KVM (KVM_CAP_SYNC_REGS). System registers are written whole on every
+//! entry: an exit leaves the vCPU in ring 0, and whatever the guest loaded into its segment registers is gone with that.
+//! Of the guest's flags those pass that ring 3 may choose. A rip, or a segment base, that no x86-64 program can have does
+//! not reach the CPU: [`run`](Vcpu::run) reports the exception that the CPU would raise.
+//!
+//! # Exit
+//!
+//! * KVM_EXIT_IO: the guest arrived at a stub of the monitor; the port tells which. Exceptions have their frame on the
+//!   vCPU's stack page. `syscall` comes with the return address in rcx and the flags in r11.
+//! * On nested PVM `syscall` makes rip the value of LSTAR but leaves the CPL at 3, so that it arrives as a fault of the
+//!   instruction fetch there. A guest that *jumps* to that address arrives in the same way and has made a system call
+//!   that returns to what rcx says: it could have had that for less.
+//! * EINTR: somebody kicked, or some other signal came. In ring 3 the registers are the guest's. In ring 0 the guest
+//!   had arrived at a stub but not executed `out` yet: that is the same exit, told by rip. If KVM holds an exception that
+//!   it has not delivered yet, the vCPU runs on before the kick is reported: delivery leads straight to a stub, while
+//!   registers changed under a pending exception (a signal frame) would get it on top. Signals that nobody asked a kick
+//!   with do not end `run`.
+
+use super::KvmVm;
+use super::kick::{Kicker, Requests};
+use super::monitor::{Arrival, SYSCALL_ENTRY};
+use super::raw_vcpu::RawVcpu;
+use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
+use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs};
+use kvm_ioctls::{SyncReg, VcpuExit};
+use shadow_mmu::addr::{Access, Gpa, Pfn};
+use std::io;
+use std::sync::Arc;
+
+/// CF, PF, AF, ZF, SF, TF, DF, OF, RF, AC, ID: the flags that a guest chooses. Not IOPL, NT, VM, VIF, VIP.
+const USER_FLAGS: u64 = 0x0025_0dd5;
+/// Bit 1, always set, and IF, as every Linux program sees it. No interrupt ever comes.
+const FIXED_FLAGS: u64 = 0x202;
+
+/// First address above the lower half.
+const LOWER_HALF_END: u64 = 1 << 47;
+
+const INVALID_OPCODE: u8 = 6;
+const PAGE_FAULT: u8 = 14;
+const GENERAL_PROTECTION: u8 = 13;
+/// Vectors that say the monitor is broken, or the machine: NMI, double fault, invalid TSS, machine check.
+const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
+
+/// Bits of a page fault's error code.
+const FAULT_WRITE: u32 = 1 << 1;
+const FAULT_RESERVED: u32 = 1 << 3;
+const FAULT_FETCH: u32 = 1 << 4;
+
+const fn is_canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
+}
+
+/// The exception that the CPU raises instead of running with these registers.
+fn refused(regs: &Regs) -> Option<Exit> {
+    let canonical = [regs.rip, regs.fs_base, regs.gs_base].into_iter().all(is_canonical);
+    if !canonical {
+        Some(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 })
+    } else if regs.rip >= LOWER_HALF_END {
+        Some(Exit::PageFault { addr: Gpa(regs.rip), access: Access::EXEC })
+    } else {
+        None
+    }
+}
+
+fn to_kvm(regs: &Regs) -> kvm_regs {
+    let Regs { rax, rbx, rcx, rdx, rsi, rdi, rbp, rsp, r8, r9, r10, r11, r12, r13, r14, r15, rip, .. } =
+        *regs;
+    let rflags = regs.rflags & USER_FLAGS | FIXED_FLAGS;
+    kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
+}
+
+fn from_kvm(regs: &kvm_regs, fs_base: u64, gs_base: u64) -> Regs {
+    let kvm_regs {
+        rax,
+        rbx,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        rsp,
+        rbp,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        rip,
+        rflags,
+    } = *regs;
+    Regs {
+        rax,
+        rbx,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        rbp,
+        rsp,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        rip,
+        rflags,
+        fs_base,
+        gs_base,
+    }
+}
+
+/// What KVM_RUN came back with.
+enum Outcome {
+    /// A stub's `out`.
+    Port(u16),
+    /// EINTR or EAGAIN.
+    Interrupted,
+    /// The instruction at rip is one that KVM has to emulate and cannot.
+    NotEmulated,
+    /// Anything else.
+    Failed(EngineError),
+}
+
+fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
+    EngineError { what: what.into(), source }
+}
+
+/// Whether ring 3 was running, by what KVM last wrote to the shared page.
+fn in_ring3(raw: &mut RawVcpu) -> bool {
+    raw.fd.sync_regs_mut().sregs.cs.dpl == 3
+}
+
+/// Where the vCPU stands, for an error.
+fn facts(raw: &mut RawVcpu) -> String {
+    let reason = raw.fd.get_kvm_run().exit_reason;
+    let sync = raw.fd.sync_regs_mut();
+    format!(
+        "(KVM exit reason {reason}, rip {:#x}, cs {:#x}, rsp {:#x}, rflags {:#x}, cr2 {:#x}, cr3 {:#x})",
+        sync.regs.rip,
+        sync.sregs.cs.selector,
+        sync.regs.rsp,
+        sync.regs.rflags,
+        sync.sregs.cr2,
+        sync.sregs.cr3
+    )
+}
+
+/// KVM_RUN, once.
+fn enter(raw: &mut RawVcpu) -> Outcome {
+    let what = match raw.fd.run() {
+        Ok(VcpuExit::IoOut(port, _)) => return Outcome::Port(port),
+        Ok(VcpuExit::Intr) => return Outcome::Interrupted,
+        Ok(VcpuExit::InternalError) => return internal_error(raw),
+        Ok(exit) => format!("{exit:?}"),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Outcome::Interrupted,
+        Err(error) => {
+            let facts = facts(raw);
+            return Outcome::Failed(lost(format!("KVM_RUN {facts}"), error.into()));
+        }
+    };
+    let facts = facts(raw);
+    Outcome::Failed(lost(
+        format!("the vCPU stopped for no reason of the guest's {facts}"),
+        io::Error::other(what),
+    ))
+}
+
+fn internal_error(raw: &mut RawVcpu) -> Outcome {
+    let run = raw.fd.get_kvm_run();
+    // SAFETY: the exit reason KVM_EXIT_INTERNAL_ERROR tells that KVM filled this field of the union.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    if internal.suberror == KVM_INTERNAL_ERROR_EMULATION && in_ring3(raw) {
+        return Outcome::NotEmulated;
+    }
+    let data = internal.data.get(..internal.ndata as usize).unwrap_or(&internal.data);
+    let what = format!("internal error, suberror {}, data {data:x?}", internal.suberror);
+    let facts = facts(raw);
+    Outcome::Failed(lost(format!("KVM gave the vCPU up {facts}"), io::Error::other(what)))
+}
+
+/// Makes KVM drop what the vCPU has cached of its root table: loads another table now, and the old one again with the
+/// registers of the next entry. On two-dimensional paging only.
+fn switch_root_and_back(raw: &mut RawVcpu, other: Pfn) -> Result<(), EngineError> {
+    let sregs = kvm_sregs { cr3: other.offset(), ..raw.fd.sync_regs_mut().sregs };
+    raw.fd
+        .set_sregs(&sregs)
+        .map_err(|error| lost("KVM_SET_SREGS with the other root table", error.into()))?;
+    raw.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+    Ok(())
+}
+
+/// Whether KVM holds an exception that the guest has not seen yet. Also ends an interrupt shadow (`mov ss`): it belongs to
+/// an instruction that may not be the next one any more.
+fn exception_in_flight(raw: &RawVcpu) -> Result<bool, EngineError> {
+    let ioctl = |what: &'static str| move |error: kvm_ioctls::Error| lost(what, error.into());
+    let mut events = raw.fd.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
+    let in_flight = events.exception.pending != 0 || events.exception.injected != 0;
+    if !in_flight && events.interrupt.shadow != 0 {
+        events.interrupt.shadow = 0;
+        events.flags = KVM_VCPUEVENT_VALID_SHADOW;
+        raw.fd.set_vcpu_events(&events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
+    }
+    Ok(in_flight)
+}
+
+/// One virtual CPU of a [`KvmVm`], over one root table.
+#[derive(Debug)]
+pub struct KvmVcpu {
+    /// `None` once KVM's state of it cannot be trusted any more.
+    raw: Option<RawVcpu>,
+    vm: Arc<KvmVm>,
+    root: Pfn,
+    kicker: Arc<Kicker>,
+    regs: Regs,
+}
+
+impl KvmVcpu {
+    pub(super) fn new(raw: RawVcpu, vm: Arc<KvmVm>, root: Pfn) -> Self {
+        let lease = raw.state.begin_lease();
+        let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease });
+        Self { raw: Some(raw), vm, root, kicker, regs: Regs::default() }
+    }
+
+    /// The table that this vCPU walks.
+    pub fn root(&self) -> Pfn {
+        self.root
+    }
+
+    /// Runs until there is something to report. Every error is the end of this vCPU.
+    fn drive(&mut self) -> Result<Exit, EngineError> {
+        let raw =
+            self.raw.as_mut().ok_or_else(|| lost("KVM_RUN", io::Error::other("the vCPU failed before")))?;
+        let sregs = raw.ring3(self.root.offset(), self.regs.fs_base, self.regs.gs_base);
+        let sync = raw.fd.sync_regs_mut();
+        sync.regs = to_kvm(&self.regs);
+        sync.sregs = sregs;
+        raw.fd.set_sync_dirty_reg(SyncReg::Register);
+        raw.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+        let mut deferred = Requests::empty();
+        loop {
+            if let Err(requests) = raw.state.enter(deferred) {
+                if requests.contains(Requests::STOP) {
+                    return Err(lost("the VM was stopped", io::Error::other("flushing translations failed")));
+                }
+                if requests.contains(Requests::FLUSH) {
+                    // Taken before it is served: one that comes meanwhile is served again.
+                    raw.state.take(Requests::FLUSH);
+                    switch_root_and_back(raw, self.vm.bare_root())?;
+                    continue;
+                }
+                raw.state.take(Requests::KICK);
+                return Ok(Exit::Kicked);
+            }
+            let outcome = enter(raw);
+            raw.state.leave();
+            let arrival = match outcome {
+                Outcome::Port(port) => Arrival::by_port(port),
+                Outcome::Interrupted if !in_ring3(raw) => Arrival::by_rip(raw.fd.sync_regs_mut().regs.rip),
+                Outcome::Interrupted => {
+                    store(&mut self.regs, raw);
+                    let in_flight = raw.state.wants(Requests::KICK) && exception_in_flight(raw)?;
+                    deferred = if in_flight { Requests::KICK } else { Requests::empty() };
+                    continue;
+                }
+                Outcome::NotEmulated => {
+                    store(&mut self.regs, raw);
+                    return Ok(Exit::Exception { vector: INVALID_OPCODE, error_code: 0 });
+                }
+                Outcome::Failed(error) => return Err(error),
+            };
+            store(&mut self.regs, raw);
+            return match arrival {
+                Some(Arrival::Syscall) => Ok(self.syscall()),
+                Some(Arrival::Exception(vector)) => self.exception(vector),
+                None => {
+                    let facts = facts(raw);
+                    Err(lost(
+                        format!("an exit from nowhere {facts}"),
+                        io::Error::other("not a stub of the monitor"),
+                    ))
+                }
+            };
+        }
+    }
+
+    /// Makes the registers those behind a `syscall` instruction.
+    fn syscall(&mut self) -> Exit {
+        self.regs.rip = self.regs.rcx;
+        self.regs.rflags = self.regs.r11;
+        Exit::Syscall
+    }
+
+    /// Reads the frame of an exception and makes the registers those of the guest.
+    fn exception(&mut self, vector: u8) -> Result<Exit, EngineError> {
+        let Some(raw) = self.raw.as_mut() else {
+            return Err(lost("reading a frame", io::Error::other("no vCPU")));
+        };
+        let frame = self.vm.monitor().exception_frame(raw.pages, vector);
+        let cr2 = raw.fd.sync_regs_mut().sregs.cr2;
+        let error_code = frame.error_code;
+        let reserved = vector == PAGE_FAULT && error_code & FAULT_RESERVED != 0;
+        if frame.cs & 3 != 3 || reserved || FATAL_VECTORS.contains(&vector) {
+            let facts = facts(raw);
+            let what = format!("vector {vector}, error code {error_code:#x}, frame {frame:x?}, cr2 {cr2:#x}");
+            return Err(lost(
+                format!("an exception that no guest can cause {facts}"),
+                io::Error::other(what),
+            ));
+        }
+        self.regs.rip = frame.rip;
+        self.regs.rsp = frame.rsp;
+        self.regs.rflags = frame.rflags;
+        if vector != PAGE_FAULT {
+            return Ok(Exit::Exception { vector, error_code });
+        }
+        if frame.rip == SYSCALL_ENTRY && cr2 == SYSCALL_ENTRY {
+            return Ok(self.syscall());
+        }
+        let access = match error_code {
+            code if code & FAULT_FETCH != 0 => Access::EXEC,
+            code if code & FAULT_WRITE != 0 => Access::WRITE,
+            _ => Access::READ,
+        };
+        Ok(Exit::PageFault { addr: Gpa(cr2), access })
+    }
+}
+
+/// Takes over the registers that KVM wrote to the shared page.
+fn store(regs: &mut Regs, raw: &mut RawVcpu) {
+    let sync = raw.fd.sync_regs_mut();
+    *regs = from_kvm(&sync.regs, sync.sregs.fs.base, sync.sregs.gs.base);
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        if let Some(exit) = refused(&self.regs) {
+            return Ok(exit);
+        }
+        self.drive().inspect_err(|_| self.raw = None)
+    }
+
+    fn regs(&self) -> &Regs {
+        &self.regs
+    }
+
+    fn regs_mut(&mut self) -> &mut Regs {
+        &mut self.regs
+    }
+
+    fn xsave(&self) -> Result<Vec<u8>, EngineError> {
+        let raw = self
+            .raw
+            .as_ref()
+            .ok_or_else(|| lost("KVM_GET_XSAVE", io::Error::other("the vCPU failed before")))?;
+        self.vm.fpu().get(&raw.fd).map_err(|source| lost("KVM_GET_XSAVE", source))
+    }
+
+    fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError> {
+        let raw = self
+            .raw
+            .as_ref()
+            .ok_or_else(|| lost("KVM_SET_XSAVE", io::Error::other("the vCPU failed before")))?;
+        self.vm.fpu().set(&raw.fd, state).map_err(|source| lost("KVM_SET_XSAVE", source))
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::<Kicker>::clone(&self.kicker)
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        if let Some(raw) = self.raw.take() {
+            self.vm.park(raw);
+        }
+    }
+}

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Threads come and go: `clone`, `clone3`, `exit`. Only threads: `fork` and `vfork` in all their forms are `ENOSYS`.
+//!
+//! A thread shares files and working directory with its process whether or not it asks for that.
+
+use super::errno::{Errno, SysResult};
+use super::group::ExitStatus;
+use super::thread::Thread;
+use super::uaccess::Record;
+use crate::engine::Vcpu;
+use shadow_mmu::addr::{PAGE_SIZE, TASK_SIZE};
+
+const CLONE_VM: u64 = libc::CLONE_VM as u64;
+const CLONE_SIGHAND: u64 = libc::CLONE_SIGHAND as u64;
+const CLONE_THREAD: u64 = libc::CLONE_THREAD as u64;
+const CLONE_PIDFD: u64 = libc::CLONE_PIDFD as u64;
+const CLONE_SETTLS: u64 = libc::CLONE_SETTLS as u64;
+const CLONE_PARENT_SETTID: u64 = libc::CLONE_PARENT_SETTID as u64;
+const CLONE_CHILD_SETTID: u64 = libc::CLONE_CHILD_SETTID as u64;
+const CLONE_CHILD_CLEARTID: u64 = libc::CLONE_CHILD_CLEARTID as u64;
+
+/// What both calls ask for (`struct kernel_clone_args`).
+#[derive(Debug)]
+struct Request {
+    flags: u64,
+    /// The new stack pointer; 0 for the parent's.
+    stack: u64,
+    parent_tid: u64,
+    child_tid: u64,
+    tls: u64,
+}
+
+/// `clone(flags, stack, parent_tid, child_tid, tls)`.
+pub(super) fn clone(t: &mut Thread, vcpu: &dyn Vcpu, args: &[u64; 6]) -> SysResult {
+    let [flags, stack, parent_tid, child_tid, tls, _] = *args;
+    // The low byte is the signal to the parent, which a thread does not send.
+    let flags = flags & u64::from(u32::MAX) & !0xff;
+    start(t, vcpu, &Request { flags, stack, parent_tid, child_tid, tls })
+}
+
+/// `clone3(args, size)`.
+pub(super) fn clone3(t: &mut Thread, vcpu: &dyn Vcpu, args: u64, size: u64) -> SysResult {
+    const FIRST_SIZE: u64 = 64;
+    const KNOWN_SIZE: usize = 88;
+    if size > PAGE_SIZE {
+        return Err(Errno::E2BIG);
+    }
+    if size < FIRST_SIZE {
+        return Err(Errno::EINVAL);
+    }
+    let mut bytes = vec![0; size as usize];
+    t.process.user().read(args, &mut bytes)?;
+    if bytes.iter().skip(KNOWN_SIZE).any(|&byte| byte != 0) {
+        return Err(Errno::E2BIG);
+    }
+    bytes.resize(KNOWN_SIZE, 0);
+    let mut record = Record::<KNOWN_SIZE>::zeroed();
+    record.0.copy_from_slice(&bytes);
+    let [
+        flags,
+        _pidfd,
+        child_tid,
+        parent_tid,
+        exit_signal,
+        stack,
+        stack_size,
+        tls,
+        set_tid,
+        set_tid_size,
+        _cgroup,
+    ] = std::array::from_fn(|index| record.u64(8 * index));
+    const DETACHED_OR_SIGNAL: u64 = 0x0040_00ff;
+    let bad_stack = (stack == 0) != (stack_size == 0);
+    let bad_thread = flags & CLONE_THREAD != 0 && exit_signal != 0;
+    let names_tids = set_tid != 0 || set_tid_size != 0;
+    if flags & DETACHED_OR_SIGNAL != 0 || exit_signal & !0xff != 0 || bad_stack || bad_thread || names_tids {
+        return Err(Errno::EINVAL);
+    }
+    let stack = stack.checked_add(stack_size).filter(|top| *top <= TASK_SIZE).ok_or(Errno::EINVAL)?;
+    start(t, vcpu, &Request { flags, stack, parent_tid, child_tid, tls })
+}
+
+fn start(t: &mut Thread, vcpu: &dyn Vcpu, request: &Request) -> SysResult {
+    let has = |flag| request.flags & flag != 0;
+    if has(CLONE_THREAD) && !has(CLONE_SIGHAND) || has(CLONE_SIGHAND) && !has(CLONE_VM) {
+        return Err(Errno::EINVAL);
+    }
+    if !has(CLONE_THREAD) {
+        log::warn!(
+            "the guest wants a new process (clone flags {:#x}): only threads are supported",
+            request.flags
+        );
+        return Err(Errno::ENOSYS);
+    }
+    if has(CLONE_PIDFD) {
+        return Err(Errno::EINVAL);
+    }
+    if has(CLONE_SETTLS) && request.tls >= TASK_SIZE {
+        return Err(Errno::EPERM);
+    }
+    let xsave = vcpu.xsave().map_err(|error| {
+        log::error!("no new thread: {error}");
+        Errno::EAGAIN
+    })?;
+    let mask = t.process.group().mask(t.tid);
+    let mut child = t.process.new_thread(mask, t.name)?;
+    let tid = child.tid;
+    let user = t.process.user();
+    // As on Linux: an address that cannot be written does not keep the thread from starting.
+    if has(CLONE_PARENT_SETTID) {
+        let _ = user.write_u32(request.parent_tid, tid as u32);
+    }
+    if has(CLONE_CHILD_SETTID) {
+        let _ = user.write_u32(request.child_tid, tid as u32);
+    }
+    if has(CLONE_CHILD_CLEARTID) {
+        child.clear_child_tid = request.child_tid;
+    }
+    let mut regs = *vcpu.regs();
+    regs.rax = 0;
+    if request.stack != 0 {
+        regs.rsp = request.stack;
+    }
+    if has(CLONE_SETTLS) {
+        regs.fs_base = request.tls;
+    }
+    t.process.host().start_thread(child, regs, xsave).map_err(Errno)?;
+    Ok(tid as u64)
+}
+
+pub(super) fn exit(t: &mut Thread, code: i32) -> SysResult {
+    t.exit_code = Some(code & 0xff);
+    Ok(0)
+}
+
+pub(super) fn exit_group(t: &mut Thread, code: i32) -> SysResult {
+    t.process.end(ExitStatus::Exited(code & 0xff));
+    exit(t, code)
+}
+
+pub(super) fn set_tid_address(t: &mut Thread, addr: u64) -> SysResult {
+    t.clear_child_tid = addr;
+    Ok(t.tid as u64)
+}

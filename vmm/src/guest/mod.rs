@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest: a static Linux program and the system-call ABI it runs on.
+//!
+//! ```text
+//!  load     ELF image ──► segments, stack, registers          elf, load, stack
+//!  run      Thread::run: enter ─► exit ─► what for? ─► enter  thread
+//!             ├─ syscall    number ──► function               syscall ─► memory, files, poll, futex, time, clone, info
+//!             ├─ page fault ──► FaultHandler (the VM's)
+//!             ├─ exception  ──► signal                        signal
+//!             └─ kick       ──► signals, the end              group, waker
+//! ```
+//!
+//! The ABI is Linux's for x86-64, with its errors in its order, so that every guest also runs natively and the native run
+//! says what is right. What is not implemented is `ENOSYS`. [`Process`] states the lock order.
+//!
+//! Everything that a guest passes in is a claim: pointers go through [`uaccess`], lengths are bounded before anything is
+//! allocated, and there is no argument that panics, hangs or leaks a descriptor of the host's.
+
+mod clone;
+mod elf;
+mod errno;
+mod files;
+mod futex;
+mod group;
+mod host;
+mod info;
+mod load;
+mod memory;
+mod poll;
+mod process;
+mod restart;
+mod robust;
+mod signal;
+mod stack;
+mod syscall;
+#[cfg(test)]
+mod testing;
+mod thread;
+mod time;
+mod uaccess;
+mod waker;
+
+pub use elf::ElfError;
+pub use errno::Errno;
+pub use files::Files;
+pub use group::ExitStatus;
+pub use load::{LoadError, load};
+pub use process::{Death, Host, Process, Setup};
+pub use stack::{Arguments, ArgumentsError};
+pub use thread::Thread;
+
+use shadow_mmu::addr::{Access, Gpa};
+use std::fmt::Debug;
+
+/// What came of a page fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The access can be tried again.
+    Resolved,
+    /// Nothing is mapped there: SIGSEGV, `SEGV_MAPERR`.
+    NoMapping,
+    /// The mapping does not allow it: SIGSEGV, `SEGV_ACCERR`.
+    NoAccess,
+    /// The mapping's object ends before: SIGBUS, `BUS_ADRERR`.
+    BusError,
+    /// No frame is left: the guest dies of SIGKILL, as of the OOM killer.
+    OutOfMemory,
+}
+
+/// Resolves page faults of one vCPU; the VM's part.
+pub trait FaultHandler: Debug + Send {
+    /// Makes `addr` reachable for `access`, or says why it is not.
+    fn fault(&mut self, addr: Gpa, access: Access) -> Fault;
+}

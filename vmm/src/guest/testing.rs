@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest without a CPU, for tests: the test says what each thread does next, and sees the registers it goes on with.
+//!
+//! Everything but the vCPU is real: address space, files (pipes), threads, signals.
+
+use super::*;
+use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
+use shadow_mmu::addr::{Hva, PAGE_SIZE};
+use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::mm::{Backing, MapFlags, Mm};
+use shadow_mmu::sync::Mutex;
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use uaccess::UserMemory;
+
+/// Long enough for anything that is going to happen.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+type Step = Box<dyn FnOnce(&mut Regs) -> Exit + Send>;
+
+enum Command {
+    Run(Step),
+    Kick,
+}
+
+#[derive(Debug)]
+struct FakeKick(Mutex<Sender<Command>>);
+
+impl Kick for FakeKick {
+    fn kick(&self) {
+        let _ = self.0.lock().send(Command::Kick);
+    }
+}
+
+/// A vCPU that does what the test says.
+pub(super) struct FakeVcpu {
+    regs: Regs,
+    xsave: Vec<u8>,
+    commands: Receiver<Command>,
+    entries: Sender<Regs>,
+    kick: Arc<FakeKick>,
+    /// The test waits to hear of the next entry.
+    owes_entry: bool,
+}
+
+impl Debug for FakeVcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FakeVcpu").field("regs", &self.regs).finish_non_exhaustive()
+    }
+}
+
+impl Vcpu for FakeVcpu {
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        if std::mem::take(&mut self.owes_entry) {
+            let _ = self.entries.send(self.regs);
+        }
+        Ok(match self.commands.recv() {
+            Ok(Command::Run(step)) => {
+                self.owes_entry = true;
+                step(&mut self.regs)
+            }
+            // The vCPU's own kicker keeps the channel open, so there is no other end.
+            Ok(Command::Kick) | Err(_) => Exit::Kicked,
+        })
+    }
+    fn regs(&self) -> &Regs {
+        &self.regs
+    }
+    fn regs_mut(&mut self) -> &mut Regs {
+        &mut self.regs
+    }
+    fn xsave(&self) -> Result<Vec<u8>, EngineError> {
+        Ok(self.xsave.clone())
+    }
+    fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError> {
+        self.xsave = state.to_vec();
+        Ok(())
+    }
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.kick) as Arc<dyn Kick>
+    }
+}
+
+/// The test's end of a guest thread.
+#[derive(Debug)]
+pub(super) struct Remote {
+    pub(super) tid: i32,
+    commands: Sender<Command>,
+    entries: Receiver<Regs>,
+}
+
+impl Remote {
+    /// Starts a step without waiting for its result.
+    pub(super) fn begin(&self, step: impl FnOnce(&mut Regs) -> Exit + Send + 'static) {
+        let _ = self.commands.send(Command::Run(Box::new(step)));
+    }
+    /// The registers with which the guest is entered after the last step; `None` if it never will be.
+    pub(super) fn finish(&self) -> Option<Regs> {
+        match self.entries.recv_timeout(PATIENCE) {
+            Ok(regs) => Some(regs),
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("thread {} hangs", self.tid),
+        }
+    }
+    pub(super) fn step(&self, step: impl FnOnce(&mut Regs) -> Exit + Send + 'static) -> Option<Regs> {
+        self.begin(step);
+        self.finish()
+    }
+    pub(super) fn begin_call(&self, number: i64, args: &[u64]) {
+        let mut all = [0; 6];
+        all[..args.len()].copy_from_slice(args);
+        self.begin(move |regs| {
+            regs.rax = number as u64;
+            [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = all;
+            regs.rip += 2;
+            Exit::Syscall
+        });
+    }
+    /// A system call, to its result.
+    pub(super) fn call(&self, number: i64, args: &[u64]) -> i64 {
+        self.begin_call(number, args);
+        self.finish().expect("the thread is gone").rax as i64
+    }
+    /// The registers now.
+    pub(super) fn regs(&self) -> Regs {
+        self.step(|_| Exit::Kicked).expect("the thread is gone")
+    }
+}
+
+/// Runs threads on host threads of their own.
+#[derive(Debug, Default)]
+pub(super) struct FakeHost {
+    pub(super) deaths: Mutex<Vec<Death>>,
+    pub(super) exits: Mutex<u32>,
+    pub(super) refuse_threads: std::sync::atomic::AtomicBool,
+    started: Mutex<Vec<Remote>>,
+    joins: Mutex<Vec<JoinHandle<()>>>,
+    mm: Mutex<Option<Arc<Mm>>>,
+}
+
+impl FakeHost {
+    fn spawn(&self, thread: Thread, regs: Regs, xsave: Vec<u8>) -> Remote {
+        let (commands, commands_in) = channel();
+        let (entries_out, entries) = channel();
+        let tid = thread.tid();
+        let kick = Arc::new(FakeKick(Mutex::new(commands.clone())));
+        let mut vcpu =
+            FakeVcpu { regs, xsave, commands: commands_in, entries: entries_out, kick, owes_entry: false };
+        let mut faults = FakeFaults(self.mm.lock().clone().expect("set by the fixture"));
+        let run = move || thread.run(&mut vcpu, &mut faults).expect("a fake vCPU does not fail");
+        self.joins.lock().push(std::thread::spawn(run));
+        Remote { tid, commands, entries }
+    }
+    /// The thread that was started last and has not been asked for.
+    pub(super) fn take_started(&self) -> Remote {
+        self.started.lock().pop().expect("no thread was started")
+    }
+}
+
+impl Host for FakeHost {
+    fn start_thread(&self, thread: Thread, regs: Regs, xsave: Vec<u8>) -> Result<(), i32> {
+        if self.refuse_threads.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(libc::EAGAIN);
+        }
+        let remote = self.spawn(thread, regs, xsave);
+        self.started.lock().push(remote);
+        Ok(())
+    }
+    fn report_death(&self, death: &Death) {
+        self.deaths.lock().push(death.clone());
+    }
+    fn exited(&self) {
+        *self.exits.lock() += 1;
+    }
+}
+
+#[derive(Debug)]
+struct FakeFaults(Arc<Mm>);
+
+impl FaultHandler for FakeFaults {
+    fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
+        match self.0.vma(Hva(addr.0)) {
+            None => Fault::NoMapping,
+            Some(vma) if !vma.allows(access) => Fault::NoAccess,
+            Some(_) => Fault::Resolved,
+        }
+    }
+}
+
+/// A pipe: (read end, write end).
+pub(super) fn pipe() -> (OwnedFd, OwnedFd) {
+    let mut ends = [0; 2];
+    // SAFETY: the result is ours to write.
+    assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+    // SAFETY: the kernel just made both for us.
+    ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).into()
+}
+
+/// A process with a main thread, and the other ends of its files.
+#[derive(Debug)]
+pub(super) struct Fixture {
+    pub(super) process: Arc<Process>,
+    pub(super) host: Arc<FakeHost>,
+    pub(super) mm: Arc<Mm>,
+    /// The main thread.
+    pub(super) main: Remote,
+    pub(super) stdin: Option<File>,
+    pub(super) stdout: Option<File>,
+    pub(super) stderr: Option<File>,
+}
+
+impl Fixture {
+    pub(super) fn new() -> Self {
+        let (stdin, to_stdin) = pipe();
+        Self::with_stdin(stdin, Some(to_stdin.into()))
+    }
+
+    /// `stdin` is what the guest reads; `other_end` is kept for the test.
+    pub(super) fn with_stdin(stdin: OwnedFd, other_end: Option<File>) -> Self {
+        let (from_stdout, stdout) = pipe();
+        let (from_stderr, stderr) = pipe();
+        let pool = Arc::new(FramePool::new(16 << 20, FreedFrames::Poison).unwrap());
+        let mm = Mm::new(pool).unwrap();
+        let host = Arc::new(FakeHost::default());
+        *host.mm.lock() = Some(Arc::clone(&mm));
+        let process = Process::new(Setup {
+            mm: Arc::clone(&mm),
+            files: Files::new([Some(stdin), Some(stdout), Some(stderr)]),
+            host: Arc::clone(&host) as Arc<dyn Host>,
+            exe: b"/bin/fake".to_vec(),
+            max_threads: 8,
+        });
+        let mut xsave = vec![0; 4096];
+        xsave[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
+        xsave[28..32].copy_from_slice(&0xffff_u32.to_le_bytes());
+        let regs = Regs { rip: 0x40_0000, rflags: 0x202, ..Regs::default() };
+        let main = host.spawn(process.main_thread().unwrap(), regs, xsave);
+        Self {
+            process,
+            host,
+            mm,
+            main,
+            stdin: other_end,
+            stdout: Some(from_stdout.into()),
+            stderr: Some(from_stderr.into()),
+        }
+    }
+
+    pub(super) fn user(&self) -> &UserMemory {
+        self.process.user()
+    }
+
+    /// Fresh readable and writable pages, with nothing mapped behind them.
+    pub(super) fn map_pages(&self, pages: u64) -> u64 {
+        let flags = MapFlags::PRIVATE | MapFlags::ANONYMOUS;
+        let len = (pages + 1) * PAGE_SIZE;
+        let at = self.mm.mmap(Hva(0), len, Access::READ | Access::WRITE, flags, Backing::Anonymous).unwrap();
+        self.mm.munmap(Hva(at.0 + pages * PAGE_SIZE), PAGE_SIZE).unwrap();
+        at.0
+    }
+
+    /// A second thread, made by the main one.
+    pub(super) fn new_thread(&self) -> Remote {
+        let flags = libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
+        let tid = self.main.call(libc::SYS_clone, &[flags as u64, 0x7000_0000]);
+        assert!(tid > 0, "{tid}");
+        self.host.take_started()
+    }
+
+    /// Waits until every thread has left; the process must be ending.
+    pub(super) fn join(&self) -> ExitStatus {
+        for join in std::mem::take(&mut *self.host.joins.lock()) {
+            join.join().expect("a guest thread panicked");
+        }
+        assert_eq!(*self.host.exits.lock(), 1);
+        self.process.status().expect("every thread has left")
+    }
+
+    /// Sets a handler at `0x40_1000` with `flags`.
+    pub(super) fn handle(&self, signal: i32, flags: i32) {
+        let page = self.map_pages(1);
+        let words = [0x40_1000, (flags | 0x0400_0000) as u32 as u64, 0x40_2000, 0];
+        for (index, word) in words.into_iter().enumerate() {
+            self.user().write_u64(page + 8 * index as u64, word).unwrap();
+        }
+        assert_eq!(self.main.call(libc::SYS_rt_sigaction, &[signal as u64, page, 0, 8]), 0);
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.process.end(ExitStatus::Exited(0));
+        for join in std::mem::take(&mut *self.host.joins.lock()) {
+            let result = join.join();
+            assert!(std::thread::panicking() || result.is_ok(), "a guest thread panicked");
+        }
+    }
+}

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A thread of the guest and the loop that runs it: enter, see why the vCPU stopped, do what is needed, enter again.
+//!
+//! One host thread drives one [`Thread`] on one vCPU. Everything in here belongs to that thread; what others may touch of
+//! it is in the [`group`](super::group) and in its [`Waker`].
+
+use super::errno::Errno;
+use super::group::ExitStatus;
+use super::process::Process;
+use super::restart::Restart;
+use super::robust::RobustList;
+use super::signal::deliver::{Flow, Forced, Interrupted};
+use super::signal::{AltStack, SI_KERNEL, SigInfo, SigSet, Signal, Trap};
+use super::syscall;
+use super::waker::{Parked, Waker};
+use super::{Fault, FaultHandler};
+use crate::engine::{EngineError, Exit, Vcpu};
+use shadow_mmu::addr::{Access, Gpa};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A thread of the guest, before and while it runs. Dropping it takes it out of its process.
+#[derive(Debug)]
+pub struct Thread {
+    pub(super) process: Arc<Process>,
+    pub(super) tid: i32,
+    pub(super) waker: Arc<Waker>,
+    /// `comm`: up to 15 bytes and a NUL.
+    pub(super) name: [u8; 16],
+    /// Where to store 0 and wake a futex when the thread ends (`CLONE_CHILD_CLEARTID`); 0 for nowhere.
+    pub(super) clear_child_tid: u64,
+    pub(super) robust_list: RobustList,
+    pub(super) alt_stack: AltStack,
+    /// The last exception, for signal frames.
+    pub(super) trap: Trap,
+    /// The mask to go back to after a call that changed it for its own duration.
+    pub(super) saved_mask: Option<SigSet>,
+    /// A system call whose result depends on what signals there are.
+    pub(super) interrupted: Option<Interrupted>,
+    /// What `restart_syscall` continues.
+    pub(super) restart: Restart,
+    /// The thread has said `exit`.
+    pub(super) exit_code: Option<i32>,
+}
+
+impl Thread {
+    pub(super) fn new(process: Arc<Process>, tid: i32, waker: Arc<Waker>, name: [u8; 16]) -> Self {
+        Self {
+            process,
+            tid,
+            waker,
+            name,
+            clear_child_tid: 0,
+            robust_list: RobustList::default(),
+            alt_stack: AltStack::default(),
+            trap: Trap::default(),
+            saved_mask: None,
+            interrupted: None,
+            restart: Restart::None,
+            exit_code: None,
+        }
+    }
+
+    /// The thread's id, as the guest sees it. That of the main thread is the process's pid.
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// Runs the thread on `vcpu`, whose registers are set, until the thread or the process ends.
+    ///
+    /// # Errors
+    /// [`EngineError`]: the vCPU is lost. The process has been ended by SIGKILL then.
+    pub fn run(mut self, vcpu: &mut dyn Vcpu, faults: &mut dyn FaultHandler) -> Result<(), EngineError> {
+        self.waker.attach(vcpu.kicker());
+        let result = self.until_it_ends(vcpu, faults);
+        // From here on the thread makes system calls only on its own behalf; nobody needs its vCPU any more.
+        self.waker.detach();
+        if result.is_err() {
+            self.process.end(ExitStatus::Signaled(libc::SIGKILL));
+        }
+        self.release_user_memory();
+        result
+    }
+
+    fn until_it_ends(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        faults: &mut dyn FaultHandler,
+    ) -> Result<(), EngineError> {
+        loop {
+            let mut flow = self.settle(vcpu)?;
+            if flow == Flow::Enter {
+                flow = match vcpu.run()? {
+                    Exit::Kicked => Flow::Enter,
+                    Exit::Syscall => syscall::handle(self, vcpu)?,
+                    Exit::PageFault { addr, access } => self.page_fault(vcpu, faults, addr, access)?,
+                    Exit::Exception { vector, error_code } => self.exception(vcpu, vector, error_code)?,
+                };
+            }
+            if flow == Flow::Leave {
+                return Ok(());
+            }
+        }
+    }
+
+    fn page_fault(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        faults: &mut dyn FaultHandler,
+        addr: Gpa,
+        access: Access,
+    ) -> Result<Flow, EngineError> {
+        const SEGV_MAPERR: i32 = 1;
+        const SEGV_ACCERR: i32 = 2;
+        const BUS_ADRERR: i32 = 2;
+        let (signal, code) = match faults.fault(addr, access) {
+            Fault::Resolved => return Ok(Flow::Enter),
+            Fault::NoMapping => (Signal::SEGV, SEGV_MAPERR),
+            Fault::NoAccess => (Signal::SEGV, SEGV_ACCERR),
+            Fault::BusError => (Signal::BUS, BUS_ADRERR),
+            Fault::OutOfMemory => (Signal::KILL, SI_KERNEL),
+        };
+        // The error code as the CPU gives it: present, write, user, instruction fetch.
+        let error_code = u64::from(code == SEGV_ACCERR && signal == Signal::SEGV)
+            | u64::from(access.contains(Access::WRITE)) << 1
+            | 1 << 2
+            | u64::from(access.contains(Access::EXEC)) << 4;
+        let trap = Trap { vector: 14, error_code, cr2: addr.0 };
+        let info = SigInfo::fault(signal, code, addr.0);
+        self.fault(vcpu, Forced { signal, info, trap, access: Some((addr, access)) })
+    }
+
+    /// `arch/x86/kernel/traps.c`, as far as ring 3 can cause it.
+    fn exception(&mut self, vcpu: &mut dyn Vcpu, vector: u8, error_code: u32) -> Result<Flow, EngineError> {
+        const FPE_INTDIV: i32 = 1;
+        const FPE_FLTINV: i32 = 7;
+        const ILL_ILLOPN: i32 = 2;
+        const TRAP_TRACE: i32 = 2;
+        const BUS_ADRALN: i32 = 1;
+        let rip = vcpu.regs().rip;
+        let (signal, info) = match vector {
+            0 => (Signal::FPE, SigInfo::fault(Signal::FPE, FPE_INTDIV, rip)),
+            1 => (Signal::TRAP, SigInfo::fault(Signal::TRAP, TRAP_TRACE, rip)),
+            3 => (Signal::TRAP, SigInfo::kernel(Signal::TRAP)),
+            6 => (Signal::ILL, SigInfo::fault(Signal::ILL, ILL_ILLOPN, rip)),
+            16 | 19 => {
+                let code = fpu_error(&vcpu.xsave()?, vector).unwrap_or(FPE_FLTINV);
+                (Signal::FPE, SigInfo::fault(Signal::FPE, code, rip))
+            }
+            17 => (Signal::BUS, SigInfo::fault(Signal::BUS, BUS_ADRALN, 0)),
+            11 | 12 => (Signal::BUS, SigInfo::kernel(Signal::BUS)),
+            // General protection, #OF, #BR and whatever else: no address that could be told.
+            _ => (Signal::SEGV, SigInfo::kernel(Signal::SEGV)),
+        };
+        let trap = Trap { vector: vector.into(), error_code: error_code.into(), cr2: self.trap.cr2 };
+        self.fault(vcpu, Forced { signal, info, trap, access: None })
+    }
+
+    /// Waits until `done` (which is announced through [`Waker::notify`]), for a signal that is really to be taken, or
+    /// until `deadline`; `None` for ever.
+    pub(super) fn sleep(&self, deadline: Option<Instant>, done: impl Fn() -> bool) -> Parked {
+        loop {
+            match self.waker.park(deadline, &done) {
+                // Perhaps another thread took the signal meanwhile.
+                Parked::Interrupted if !self.is_wanted() => {}
+                parked => return parked,
+            }
+        }
+    }
+
+    /// The host's `poll`, with the same rules. `deadline`: `None` for ever.
+    ///
+    /// # Errors
+    /// `EINTR`: a signal is to be taken. Otherwise the host's.
+    pub(super) fn poll(&self, fds: &mut [libc::pollfd], deadline: Option<Instant>) -> Result<usize, Errno> {
+        loop {
+            match self.waker.poll(fds, deadline) {
+                Err(Errno::EINTR) if !self.is_wanted() => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.process.group().refresh(self.tid)
+    }
+
+    /// What a thread leaves behind in memory for others to find (`mm_release`).
+    fn release_user_memory(&mut self) {
+        self.release_robust_list();
+        let addr = std::mem::take(&mut self.clear_child_tid);
+        let others_live = self.process.group().len() > 1;
+        if addr != 0 && others_live {
+            // As on Linux: an address that is not there is the program's affair.
+            let _ = self.process.user().write_u32(addr, 0);
+            self.process.futexes().wake_one(addr);
+        }
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.process.thread_left(self.tid, self.exit_code.unwrap_or(0));
+    }
+}
+
+/// `si_code` for a floating-point exception, from the state it left (`fpu__exception_code`).
+fn fpu_error(xsave: &[u8], vector: u8) -> Option<i32> {
+    let word = |at: usize| Some(u32::from_le_bytes(xsave.get(at..at + 4)?.try_into().ok()?));
+    let pending = match vector {
+        16 => {
+            let control_and_status = word(0)?;
+            (control_and_status >> 16) & !control_and_status
+        }
+        _ => {
+            let mxcsr = word(24)?;
+            !(mxcsr >> 7) & mxcsr
+        }
+    };
+    const INVALID: u32 = 1;
+    const DENORMAL: u32 = 2;
+    const DIVIDE: u32 = 4;
+    const OVERFLOW: u32 = 8;
+    const UNDERFLOW: u32 = 16;
+    const PRECISION: u32 = 32;
+    Some(match () {
+        () if pending & INVALID != 0 => 7,
+        () if pending & DIVIDE != 0 => 3,
+        () if pending & OVERFLOW != 0 => 4,
+        () if pending & (DENORMAL | UNDERFLOW) != 0 => 5,
+        () if pending & PRECISION != 0 => 6,
+        () => return None,
+    })
+}

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How a thread of the guest waits, and how others make it stop: the one place for both.
+//!
+//! A host thread that runs a guest thread is in one of four places, and a [`Waker`] reaches it in each:
+//!
+//! | the thread is | what makes it return |
+//! | --- | --- |
+//! | in the guest, or about to enter it | the vCPU's kick |
+//! | asleep ([`park`](Waker::park): futex, sleep, pause) | the condition variable |
+//! | in the host's `ppoll` ([`poll`](Waker::poll): read, write, poll) | an eventfd that is polled along |
+//! | running in umbra | the `attention` flag, which it looks at before it does any of the above |
+//!
+//! `attention` is `TIF_SIGPENDING`: a signal may be deliverable, or the process ends. It is set and cleared with the
+//! group's lock held, so it is never cleared for a reason that came up meanwhile. The lock in here is a leaf lock; it
+//! orders "look at the flag, then wait" against "set the flag, then wake".
+
+use super::errno::Errno;
+use super::host;
+use crate::engine::Kick;
+use shadow_mmu::sync::{Arc, Condvar, Mutex};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why [`Waker::park`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Parked {
+    /// What was waited for has happened.
+    Done,
+    /// The thread is wanted for something else ([`Waker::interrupt`]).
+    Interrupted,
+    /// The time is over.
+    TimedOut,
+}
+
+/// One thread's way to wait and to be woken.
+#[derive(Debug)]
+pub(super) struct Waker {
+    attention: AtomicBool,
+    event: EventFd,
+    state: Mutex<State>,
+    asleep: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The vCPU that runs the thread, while one does.
+    kick: Option<Arc<dyn Kick>>,
+    /// The thread is in the host's `ppoll`.
+    polling: bool,
+}
+
+impl Waker {
+    /// # Errors
+    /// The host's, where it has no descriptor left.
+    pub(super) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            attention: AtomicBool::new(false),
+            event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            state: Mutex::default(),
+            asleep: Condvar::new(),
+        })
+    }
+
+    /// From here on `kick` is how to get the thread out of the guest.
+    pub(super) fn attach(&self, kick: Arc<dyn Kick>) {
+        self.state.lock().kick = Some(kick);
+    }
+
+    /// The thread will not enter the guest again. Under the lock: once this has returned, nobody is about to kick.
+    pub(super) fn detach(&self) {
+        self.state.lock().kick = None;
+    }
+
+    /// Whether the thread should look at its signals before it goes on.
+    pub(super) fn has_attention(&self) -> bool {
+        self.attention.load(Ordering::Acquire)
+    }
+
+    /// Makes the thread look at its signals now, wherever it is. With the group's lock held.
+    pub(super) fn interrupt(&self) {
+        let state = self.state.lock();
+        self.attention.store(true, Ordering::Release);
+        self.asleep.notify_all();
+        if state.polling {
+            // Fails only when the counter is full; then it is readable already.
+            let _ = self.event.write(1);
+        }
+        if let Some(kick) = &state.kick {
+            kick.kick();
+        }
+    }
+
+    /// Says whether there is something to look at. With the group's lock held, by the thread itself: it waits nowhere.
+    pub(super) fn set_attention(&self, wanted: bool) {
+        self.attention.store(wanted, Ordering::Release);
+    }
+
+    /// Something that the thread may be parked for has happened: it looks at its condition again.
+    pub(super) fn notify(&self) {
+        let _ordered_after_the_look = self.state.lock();
+        self.asleep.notify_all();
+    }
+
+    /// Sleeps until `done`, which must become true before a call of [`notify`](Self::notify); until an interruption; or
+    /// until `deadline`, `None` for never.
+    pub(super) fn park(&self, deadline: Option<Instant>, done: impl Fn() -> bool) -> Parked {
+        let mut state = self.state.lock();
+        loop {
+            if done() {
+                return Parked::Done;
+            }
+            if self.has_attention() {
+                return Parked::Interrupted;
+            }
+            state = match deadline {
+                None => self.asleep.wait(state),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Parked::TimedOut;
+                    }
+                    self.asleep.wait_timeout(state, left)
+                }
+            };
+        }
+    }
+
+    /// The host's `poll` of `fds` until one is ready, `deadline` is reached (`None`: never), or an interruption.
+    /// Returns how many are ready; what is ready is reported even to a thread that is wanted elsewhere.
+    ///
+    /// # Errors
+    /// `EINTR`: nothing is ready, and the thread is wanted elsewhere. Otherwise the host's.
+    pub(super) fn poll(&self, fds: &mut [libc::pollfd], deadline: Option<Instant>) -> Result<usize, Errno> {
+        let mut with_event = fds.to_vec();
+        with_event.push(libc::pollfd { fd: self.event.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+        loop {
+            let wanted_elsewhere = {
+                let mut state = self.state.lock();
+                state.polling = true;
+                self.has_attention()
+            };
+            let until = if wanted_elsewhere { Some(Instant::now()) } else { deadline };
+            let result = host::poll(&mut with_event, until);
+            {
+                let mut state = self.state.lock();
+                state.polling = false;
+                // Drains what an interruption wrote; there may be nothing.
+                let _ = self.event.read();
+            }
+            if !matches!(result, Ok(_) | Err(Errno::EINTR)) {
+                return result;
+            }
+            let ready = with_event[..fds.len()].iter().filter(|fd| fd.revents != 0).count();
+            if result.is_ok() && ready > 0 {
+                fds.copy_from_slice(&with_event[..fds.len()]);
+                return Ok(ready);
+            }
+            if wanted_elsewhere || self.has_attention() {
+                return Err(Errno::EINTR);
+            }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                fds.iter_mut().for_each(|fd| fd.revents = 0);
+                return Ok(0);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use std::time::Duration;
+
+    const SOON: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn an_interruption_before_the_wait_is_not_lost() {
+        let waker = Waker::new().unwrap();
+        waker.interrupt();
+        assert_eq!(waker.park(None, || false), Parked::Interrupted);
+        assert_eq!(waker.poll(&mut [], None), Err(Errno::EINTR));
+        waker.set_attention(false);
+        assert_eq!(waker.park(Some(Instant::now() + SOON), || false), Parked::TimedOut);
+        assert_eq!(waker.poll(&mut [], Some(Instant::now() + SOON)), Ok(0));
+    }
+
+    #[test]
+    fn an_interruption_reaches_a_sleeper_and_a_poller() {
+        for round in 0..100 {
+            let waker = Waker::new().unwrap();
+            thread::scope(|scope| {
+                let sleeper = scope.spawn(|| match round % 2 {
+                    0 => assert_eq!(waker.park(None, || false), Parked::Interrupted),
+                    _ => assert_eq!(waker.poll(&mut [], None), Err(Errno::EINTR)),
+                });
+                if round % 3 == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                waker.interrupt();
+                sleeper.join().unwrap();
+            });
+        }
+    }
+
+    #[test]
+    fn what_is_ready_is_reported_even_under_attention() {
+        let waker = Waker::new().unwrap();
+        let ready = EventFd::new(0).unwrap();
+        ready.write(1).unwrap();
+        waker.interrupt();
+        let mut fds = [libc::pollfd { fd: ready.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
+        assert_eq!(waker.poll(&mut fds, None), Ok(1));
+        assert_eq!(fds[0].revents, libc::POLLIN);
+    }
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! umbra: runs a static Linux program in ring 3 under KVM, on page tables that umbra writes itself.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`engine`] | a vCPU that runs ring-3 code until something needs umbra |
+//! | [`guest`] | what a program sees: ELF loading and the Linux system calls |
+//! | [`vm`] | one guest, put together: pool, address space, shadow map, engine, threads |
+//! | [`reactor`] | the event loop around it |
+//! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
+//! | [`bench`], [`cli`] | the commands |
+
+pub mod bench;
+pub mod cli;
+pub mod engine;
+pub mod guest;
+pub mod reactor;
+pub mod recorder;
+pub mod report;
+pub mod vm;

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What umbra says about a guest: how it died, and what it cost.
+
+use crate::guest::{Death, ExitStatus};
+use crate::vm::Machine;
+use serde::Serialize;
+use shadow_mmu::addr::{Gpa, Hva, PAGE_SIZE};
+use shadow_mmu::mm::Vma;
+use shadow_mmu::shadow::Spte;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Numbers of a run.
+#[derive(Debug, Clone, Serialize)]
+pub struct Stats {
+    /// What KVM runs on: `pvm`, `npt`, `ept` or `shadow`.
+    pub kvm_backend: String,
+    /// Seconds from start to end, loading included.
+    pub wall_s: f64,
+    /// Page faults that reached umbra.
+    pub pf_taken: u64,
+    /// Of those, faults that installed or upgraded a leaf.
+    pub pf_fixed: u64,
+    /// Faults that found the leaf good already.
+    pub pf_spurious: u64,
+    /// Times a fault began again because of an invalidation.
+    pub pf_retried: u64,
+    /// Leaves installed for neighbours of a fault.
+    pub around_installed: u64,
+    /// Leaves present at the end.
+    pub pages_4k: u64,
+    /// Leaves removed.
+    pub zapped: u64,
+    /// Flushes of cached translations.
+    pub flushes: u64,
+    /// Shadow page tables at the end, and reclaimed so far.
+    pub tables: u64,
+    /// Shadow page tables reclaimed.
+    pub tables_reclaimed: u64,
+    /// Pages brought in because they were touched.
+    pub demand_pages: u64,
+    /// Pages brought in ahead.
+    pub ahead_pages: u64,
+    /// Pages copied on a write.
+    pub copied_pages: u64,
+    /// Ptes of the zero page made.
+    pub zero_pages: u64,
+    /// Frames of the pool.
+    pub frames: u64,
+    /// Most frames in use at once.
+    pub frames_peak: u64,
+    /// Frames given back to the host while running.
+    pub frames_punched: u64,
+}
+
+impl Stats {
+    /// The numbers of `machine` now.
+    pub fn of(machine: &Machine, wall: Duration) -> Self {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (shadow, mm, pool) = (machine.shadow().stats(), machine.mm().stats(), machine.pool().stats());
+        Self {
+            kvm_backend: machine.kvm().facts().kvm_backend.to_string(),
+            wall_s: wall.as_secs_f64(),
+            pf_taken: get(&shadow.pf_taken),
+            pf_fixed: get(&shadow.pf_fixed),
+            pf_spurious: get(&shadow.pf_spurious),
+            pf_retried: get(&shadow.pf_retried),
+            around_installed: get(&shadow.around_installed),
+            pages_4k: get(&shadow.pages_4k),
+            zapped: get(&shadow.zapped),
+            flushes: get(&shadow.flushes),
+            tables: machine.shadow().table_count() as u64,
+            tables_reclaimed: get(&shadow.tables_reclaimed),
+            demand_pages: get(&mm.demand_pages),
+            ahead_pages: get(&mm.ahead_pages),
+            copied_pages: get(&mm.copied_pages),
+            zero_pages: get(&mm.zero_pages),
+            frames: pool.frames as u64,
+            frames_peak: pool.peak as u64,
+            frames_punched: pool.punched,
+        }
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let mib = |pages: u64| pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20);
+        format!(
+            "umbra: ran {:.3} s on KVM ({})\n\
+             faults    {} ({} fixed, {} spurious, {} retried), {} neighbours installed\n\
+             primary   {} pages on demand, {} ahead, {} zero, {} copied\n\
+             shadow    {} leaves present, {} zapped in {} flushes, {} tables ({} reclaimed)\n\
+             frames    {} ({:.1} MiB) at most of {} ({:.0} MiB), {} given back to the host",
+            self.wall_s,
+            self.kvm_backend,
+            self.pf_taken,
+            self.pf_fixed,
+            self.pf_spurious,
+            self.pf_retried,
+            self.around_installed,
+            self.demand_pages,
+            self.ahead_pages,
+            self.zero_pages,
+            self.copied_pages,
+            self.pages_4k,
+            self.zapped,
+            self.flushes,
+            self.tables,
+            self.tables_reclaimed,
+            self.frames_peak,
+            mib(self.frames_peak),
+            self.frames,
+            mib(self.frames),
+            self.frames_punched,
+        )
+    }
+}
+
+/// The name of a signal, as `SIGSEGV`.
+pub fn signal_name(signal: i32) -> String {
+    const NAMES: [(i32, &str); 14] = [
+        (libc::SIGHUP, "SIGHUP"),
+        (libc::SIGINT, "SIGINT"),
+        (libc::SIGQUIT, "SIGQUIT"),
+        (libc::SIGILL, "SIGILL"),
+        (libc::SIGTRAP, "SIGTRAP"),
+        (libc::SIGABRT, "SIGABRT"),
+        (libc::SIGBUS, "SIGBUS"),
+        (libc::SIGFPE, "SIGFPE"),
+        (libc::SIGKILL, "SIGKILL"),
+        (libc::SIGUSR1, "SIGUSR1"),
+        (libc::SIGSEGV, "SIGSEGV"),
+        (libc::SIGUSR2, "SIGUSR2"),
+        (libc::SIGPIPE, "SIGPIPE"),
+        (libc::SIGTERM, "SIGTERM"),
+    ];
+    let known = NAMES.iter().find(|(number, _)| *number == signal);
+    known.map_or_else(|| format!("signal {signal}"), |(_, name)| (*name).to_owned())
+}
+
+/// The exit status that says how a guest ended: its own, or 128 + signal.
+pub fn exit_code(status: ExitStatus) -> u8 {
+    match status {
+        ExitStatus::Exited(code) => code as u8,
+        ExitStatus::Signaled(signal) => 128u8.wrapping_add(signal as u8),
+    }
+}
+
+/// Everything that helps to see why a guest died of an exception: what it did, where, what was mapped there, what the CPU
+/// found on its walk, and what the notifier said last.
+pub fn death_report(death: &Death, machine: &Machine) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = write_report(&mut out, death, machine);
+    out
+}
+
+fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt::Result {
+    writeln!(out, "umbra: the guest died of {}{}", signal_name(death.signal), reason(death))?;
+    let regs = &death.regs;
+    let vector = death.vector.map_or_else(String::new, |vector| format!(" (exception {vector})"));
+    match (death.address, death.access) {
+        (Some(address), Some(access)) => {
+            writeln!(
+                out,
+                "  thread {} wanted {access} of {address} at rip {:#x}{vector}",
+                death.tid, death.rip
+            )?;
+        }
+        _ => writeln!(out, "  thread {} was at rip {:#x}{vector}", death.tid, death.rip)?,
+    }
+    if let Some(address) = death.address {
+        write_mapping(out, address, machine)?;
+        write_walk(out, address, machine)?;
+    }
+    writeln!(out, "registers")?;
+    for row in [
+        [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx), ("rdx", regs.rdx)],
+        [("rsi", regs.rsi), ("rdi", regs.rdi), ("rbp", regs.rbp), ("rsp", regs.rsp)],
+        [("r8", regs.r8), ("r9", regs.r9), ("r10", regs.r10), ("r11", regs.r11)],
+        [("r12", regs.r12), ("r13", regs.r13), ("r14", regs.r14), ("r15", regs.r15)],
+        [("rip", regs.rip), ("flags", regs.rflags), ("fs", regs.fs_base), ("gs", regs.gs_base)],
+    ] {
+        let row: Vec<_> = row.iter().map(|(name, value)| format!("{name:>5} {value:016x}")).collect();
+        writeln!(out, " {}", row.join(" "))?;
+    }
+    let events = machine.recorder().events();
+    writeln!(out, "last notifier events{}", if events.is_empty() { ": none" } else { "" })?;
+    for (when, event) in events {
+        writeln!(out, "  {:>12.6} s  {event}", when.as_secs_f64())?;
+    }
+    Ok(())
+}
+
+fn reason(death: &Death) -> &'static str {
+    match (death.signal, death.code) {
+        (libc::SIGSEGV, 1) => ": nothing is mapped there (SEGV_MAPERR)",
+        (libc::SIGSEGV, 2) => ": the mapping does not allow it (SEGV_ACCERR)",
+        (libc::SIGBUS, 2) => ": the mapping reaches beyond the end of its file (BUS_ADRERR)",
+        (libc::SIGKILL, _) => ": out of memory, every frame is in use (give it more with --memory)",
+        _ => "",
+    }
+}
+
+fn vma_line(vma: &Vma) -> String {
+    let kind = if vma.is_shared() { 's' } else { 'p' };
+    format!("{}-{} {}{kind} {}", vma.range.start, vma.range.end, vma.prot, vma.name())
+}
+
+fn write_mapping(out: &mut String, address: Gpa, machine: &Machine) -> std::fmt::Result {
+    let vmas = machine.mm().vmas();
+    let after = vmas.partition_point(|vma| vma.range.start.0 <= address.0);
+    let holds = after.checked_sub(1).map(|at| &vmas[at]).filter(|vma| vma.range.contains(Hva(address.0)));
+    match holds {
+        Some(vma) => writeln!(out, "mapping\n  {}", vma_line(vma)),
+        None => {
+            writeln!(out, "mapping: none; the nearest are")?;
+            for vma in
+                [after.checked_sub(1).and_then(|at| vmas.get(at)), vmas.get(after)].into_iter().flatten()
+            {
+                let (side, distance) = if vma.range.end.0 <= address.0 {
+                    ("below", address.0 - vma.range.end.0)
+                } else {
+                    ("above", vma.range.start.0 - address.0)
+                };
+                writeln!(out, "  {} ({distance:#x} bytes {side})", vma_line(vma))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn write_walk(out: &mut String, address: Gpa, machine: &Machine) -> std::fmt::Result {
+    if address.0 >> 47 != 0 {
+        return writeln!(out, "walk: not an address of the user half");
+    }
+    writeln!(out, "walk of the shadow map")?;
+    for (level, entry) in machine.shadow().walk(address.gfn()) {
+        writeln!(out, "  level {level}  {entry:#018x}  {:?}", Spte(entry))?;
+    }
+    match machine.mm().lookup(Hva(address.0)) {
+        Some((pte, _)) => writeln!(out, "  primary  {pte:?}"),
+        None => Ok(()),
+    }
+}

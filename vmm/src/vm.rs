@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One guest, put together: frame pool, address space, shadow map, KVM engine, process, and a host thread for each vCPU.
+//!
+//! # Who holds whom
+//! ```text
+//! Vm ──► Process ──► Machine ──► ShadowMmu ──► Mm ──► FramePool
+//!  └────────────────►   │  └────► KvmVm ──────────────►  ▲
+//! ```
+//! The process calls back into the [`Machine`] (its [`Host`]), so the machine does not hold the process. vCPU threads hold
+//! the machine; they are joined in [`Vm::wait`], so when a [`Vm`] is dropped after it nobody walks the shadow map any more.
+
+use crate::engine::kvm::{Effort, KvmVm};
+use crate::engine::{EngineError, Regs, Vcpu};
+use crate::guest::{
+    self, Arguments, Death, ExitStatus, Fault, FaultHandler, Files, Host, Process, Setup, Thread,
+};
+use crate::recorder::Recorder;
+use anyhow::{Context, Result};
+use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
+use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::mm::{FaultError, Mm};
+use shadow_mmu::shadow::{
+    AuditReport, FaultAround, FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Tlb, Zapped,
+};
+use shadow_mmu::table::LOWER_HALF_PAGES;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use vmm_sys_util::eventfd::EventFd;
+
+/// How the pages of the window, KVM's view of the frames, come to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WindowFill {
+    /// As KVM needs them, and ahead of need for what a fault brought along.
+    #[default]
+    Ahead,
+    /// As KVM needs them.
+    OnDemand,
+    /// By a thread that serves userfaultfd events: what monitors do that back guest memory themselves. For comparison.
+    Userfaultfd,
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    /// The KVM device.
+    pub kvm_device: PathBuf,
+    /// Bytes of memory, page tables included.
+    pub memory: u64,
+    /// What a fault brings along.
+    pub fault_around: FaultAroundPolicy,
+    /// What happens to freed frames.
+    pub freed: FreedFrames,
+    /// How the window is filled.
+    pub window: WindowFill,
+}
+
+/// What a machine runs.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// The file.
+    pub elf: Arc<[u8]>,
+    /// Its path, arguments and environment.
+    pub arguments: Arguments,
+}
+
+/// The part of a VM that its process calls: memory, engine, threads.
+#[derive(Debug)]
+pub struct Machine {
+    config: VmConfig,
+    pool: Arc<FramePool>,
+    mm: Arc<Mm>,
+    shadow: Arc<ShadowMmu>,
+    kvm: Arc<KvmVm>,
+    recorder: Arc<Recorder>,
+    exited: EventFd,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    death: Mutex<Option<Death>>,
+    lost: Mutex<Option<EngineError>>,
+    /// Keeps the window's handler while the machine runs.
+    _handler: Option<crate::bench::WindowHandler>,
+}
+
+/// A guest.
+#[derive(Debug)]
+pub struct Vm {
+    machine: Arc<Machine>,
+    process: Arc<Process>,
+}
+
+/// Leaves out the hint that window pages will be needed.
+#[derive(Debug)]
+struct OnDemand(Arc<dyn Tlb>);
+
+impl Tlb for OnDemand {
+    fn flush(&self, zapped: &[Zapped]) {
+        self.0.flush(zapped);
+    }
+    fn flush_all(&self) {
+        self.0.flush_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    fn new(config: VmConfig) -> Result<Arc<Self>> {
+        let pool = Arc::new(FramePool::new(config.memory, config.freed)?);
+        let kvm = KvmVm::new(&config.kvm_device, Arc::clone(&pool)).context("cannot use KVM")?;
+        kvm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
+        let mm = Mm::new(Arc::clone(&pool))?;
+        let recorder = Arc::new(Recorder::default());
+        mm.register(Arc::clone(&recorder) as _)?;
+        let tlb = match config.window {
+            WindowFill::Ahead => kvm.tlb(),
+            WindowFill::OnDemand | WindowFill::Userfaultfd => Arc::new(OnDemand(kvm.tlb())),
+        };
+        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb)?);
+        let (index, entry) = kvm.monitor_entry();
+        shadow.set_upper(index, entry);
+        // The guest has no paging of its own and its addresses are those of its address space: one slot, one to one.
+        shadow.add_slot(Memslot {
+            gfn: Gfn(0),
+            pages: LOWER_HALF_PAGES,
+            hva: Hva(0),
+            access: SlotAccess::ReadWrite,
+        })?;
+        let handler = match config.window {
+            WindowFill::Userfaultfd => {
+                Some(crate::bench::WindowHandler::start(kvm.window()).context("cannot serve the window")?)
+            }
+            _ => None,
+        };
+        Ok(Arc::new(Self {
+            config,
+            pool,
+            mm,
+            shadow,
+            kvm,
+            recorder,
+            exited: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("cannot make an eventfd")?,
+            threads: Mutex::default(),
+            death: Mutex::default(),
+            lost: Mutex::default(),
+            _handler: handler,
+        }))
+    }
+
+    /// The address space.
+    pub fn mm(&self) -> &Arc<Mm> {
+        &self.mm
+    }
+    /// The shadow map.
+    pub fn shadow(&self) -> &ShadowMmu {
+        &self.shadow
+    }
+    /// The frames.
+    pub fn pool(&self) -> &Arc<FramePool> {
+        &self.pool
+    }
+    /// The engine.
+    pub fn kvm(&self) -> &KvmVm {
+        &self.kvm
+    }
+    /// The last notifier events.
+    pub fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+    /// How the guest died, if a signal ended it.
+    pub fn death(&self) -> Option<Death> {
+        lock(&self.death).clone()
+    }
+    /// Checks the shadow map and the free frames now.
+    pub fn check(&self) -> (AuditReport, u64) {
+        (self.shadow.audit(&self.mm), self.pool.check_poison())
+    }
+
+    fn spawn(self: Arc<Self>, thread: Thread, regs: Regs, xsave: Option<Vec<u8>>) -> Result<()> {
+        let mut vcpu = self.kvm.create_vcpu(self.shadow.root())?;
+        *vcpu.regs_mut() = regs;
+        if let Some(xsave) = xsave {
+            vcpu.set_xsave(&xsave)?;
+        }
+        let machine = Arc::clone(&self);
+        let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
+            let mut faults = VcpuFaults {
+                shadow: Arc::clone(&machine.shadow),
+                around: FaultAround::new(machine.config.fault_around),
+            };
+            if let Err(error) = thread.run(&mut vcpu, &mut faults) {
+                lock(&machine.lost).get_or_insert(error);
+            }
+        })?;
+        let mut threads = lock(&self.threads);
+        // Those that ended need no join for anything but their resources; a guest that starts threads all day must not
+        // make the list grow.
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(handle);
+        Ok(())
+    }
+}
+
+/// Resolves the page faults of one vCPU.
+#[derive(Debug)]
+struct VcpuFaults {
+    shadow: Arc<ShadowMmu>,
+    around: FaultAround,
+}
+
+impl FaultHandler for VcpuFaults {
+    fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
+        match self.shadow.fault(&mut self.around, addr, access) {
+            Ok(_) => Fault::Resolved,
+            Err(FaultError::NoMapping) => Fault::NoMapping,
+            Err(FaultError::NoAccess) => Fault::NoAccess,
+            Err(FaultError::BusError) => Fault::BusError,
+            Err(FaultError::OutOfMemory) => Fault::OutOfMemory,
+        }
+    }
+}
+
+/// The machine as its process sees it.
+#[derive(Debug)]
+struct MachineHost(Arc<Machine>);
+
+impl Host for MachineHost {
+    fn start_thread(&self, thread: Thread, regs: Regs, xsave: Vec<u8>) -> Result<(), i32> {
+        Arc::clone(&self.0).spawn(thread, regs, Some(xsave)).map_err(|error| {
+            log::warn!("the guest gets no further thread: {error:#}");
+            libc::EAGAIN
+        })
+    }
+
+    fn report_death(&self, death: &Death) {
+        lock(&self.0.death).get_or_insert_with(|| death.clone());
+    }
+
+    fn exited(&self) {
+        if let Err(error) = self.0.exited.write(1) {
+            log::error!("cannot tell that the guest has ended: {error}");
+        }
+    }
+}
+
+impl Vm {
+    /// A machine with `program` loaded, not running yet.
+    ///
+    /// # Errors
+    /// Whatever keeps the program from being run, in one line that says what to do.
+    pub fn new(config: VmConfig, program: Program) -> Result<(Self, Regs)> {
+        let machine = Machine::new(config)?;
+        let entry = guest::load(&machine.mm, program.elf, &program.arguments)?;
+        let process = Process::new(Setup {
+            mm: Arc::clone(&machine.mm),
+            files: Files::inherit(),
+            host: Arc::new(MachineHost(Arc::clone(&machine))),
+            exe: program.arguments.exe,
+            max_threads: machine.kvm.max_vcpus(),
+        });
+        Ok((Self { machine, process }, entry))
+    }
+
+    /// Starts the first thread.
+    ///
+    /// # Errors
+    /// No vCPU, or no host thread.
+    pub fn start(&self, entry: Regs) -> Result<()> {
+        let thread = self
+            .process
+            .main_thread()
+            .map_err(|error| anyhow::anyhow!("cannot make the guest's first thread: {error}"))?;
+        Arc::clone(&self.machine).spawn(thread, entry, None)
+    }
+
+    /// Readable when the guest has ended.
+    ///
+    /// # Errors
+    /// No descriptor left.
+    pub fn exited(&self) -> Result<EventFd> {
+        self.machine.exited.try_clone().context("cannot duplicate an eventfd")
+    }
+
+    /// The machine that the guest runs on.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Ends the guest as by `signal`. Does not wait.
+    pub fn kill(&self, signal: i32) {
+        self.process.kill(signal);
+    }
+
+    /// Waits for every vCPU thread, and returns how the guest ended.
+    ///
+    /// # Errors
+    /// The engine lost a vCPU.
+    pub fn wait(&self) -> Result<ExitStatus> {
+        loop {
+            let Some(thread) = lock(&self.machine.threads).pop() else { break };
+            if thread.join().is_err() {
+                anyhow::bail!("a vCPU thread panicked: this is a bug of umbra's");
+            }
+        }
+        if let Some(error) = lock(&self.machine.lost).take() {
+            return Err(error).context("KVM lost a vCPU");
+        }
+        self.process.status().context("the guest did not end")
+    }
+}
