@@ -117,7 +117,7 @@ fn a_dynamic_elf() {
 fn a_wrong_machine() {
     let mut elf = hello();
     elf[18..20].copy_from_slice(&183u16.to_le_bytes()); // EM_AARCH64
-    refused_elf("machine", &elf, &["x86-64"]);
+    refused_elf("machine", &elf, &["machine", "x86"]);
     let mut elf = hello();
     elf[4] = 1; // ELFCLASS32
     refused_elf("class", &elf, &["64"]);

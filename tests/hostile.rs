@@ -219,7 +219,7 @@ fn exhausting_threads() {
     }
     let body = r#"
         static volatile int stop;
-        static void *sleeper(void *arg) { while (!stop) usleep(1000); return 0; }
+        static void *sleeper(void *arg) { while (!stop) usleep(50000); return 0; }
         int main() {
             static pthread_t threads[6000];
             pthread_attr_t attr;

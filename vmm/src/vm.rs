@@ -202,6 +202,11 @@ impl Machine {
     }
 }
 
+/// Threads that a guest with this much memory may have: one for every 32 frames, as Linux's `threads-max`.
+fn max_threads(pool: &FramePool) -> usize {
+    (pool.stats().frames / 32).max(20)
+}
+
 /// Resolves the page faults of one vCPU.
 #[derive(Debug)]
 struct VcpuFaults {
@@ -257,7 +262,7 @@ impl Vm {
             files: Files::inherit(),
             host: Arc::new(MachineHost(Arc::clone(&machine))),
             exe: program.arguments.exe,
-            max_threads: machine.kvm.max_vcpus(),
+            max_threads: machine.kvm.max_vcpus().min(max_threads(&machine.pool)),
         });
         Ok((Self { machine, process }, entry))
     }

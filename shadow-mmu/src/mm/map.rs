@@ -120,8 +120,8 @@ impl Mm {
             return Ok(range);
         }
         if addr.0 != 0 {
-            // A hint is rounded up to a page and to the lowest address there is.
-            let hint = Hva(page_ceil(addr.0).unwrap_or(0).max(MMAP_MIN_ADDR));
+            // A hint is rounded down to a page, and up to the lowest address there is (`round_hint_to_min`).
+            let hint = Hva(addr.page_floor().0.max(MMAP_MIN_ADDR));
             if let Some(end) = hint.checked_add(len).filter(|end| end.0 <= TASK_SIZE) {
                 let range = HvaRange { start: hint, end };
                 if map.vmas.is_free(range) {

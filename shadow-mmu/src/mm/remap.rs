@@ -46,23 +46,24 @@ impl Mm {
         let (Some(mut old_len), Some(new_len)) = (page_ceil(old_len), page_ceil(new_len)) else {
             return Err(MmError::Invalid);
         };
-        if new_len == 0 {
+        if new_len == 0 || new_len > TASK_SIZE {
             return Err(MmError::Invalid);
         }
-        let mut map = self.map.write();
-        if map.vmas.find(old).is_none() {
-            return Err(MmError::Fault);
-        }
-        let target = if fixed {
+        // Without MREMAP_FIXED the new address is a hint, and checked all the same (`check_mremap_params`).
+        let target = if fixed || keep {
             let target = user_range(new, new_len)?;
             let source = HvaRange { start: old, end: old.checked_add(old_len).ok_or(MmError::Invalid)? };
             if target.overlaps(source) {
                 return Err(MmError::Invalid);
             }
-            Some(target)
+            Some(target).filter(|_| fixed)
         } else {
             None
         };
+        let mut map = self.map.write();
+        if map.vmas.find(old).is_none() {
+            return Err(MmError::Fault);
+        }
         // The part that is cut off goes first, whatever it is made of.
         if old_len > new_len {
             let tail = HvaRange {
@@ -135,9 +136,6 @@ impl Mm {
         }
         if old_len > vma.range.end.0 - old.0 {
             return Err(MmError::Fault);
-        }
-        if new_len > TASK_SIZE {
-            return Err(MmError::NoMemory);
         }
         if vma.is_accounted() && new_len > old_len {
             self.check_overcommit((new_len - old_len) / PAGE_SIZE)?;

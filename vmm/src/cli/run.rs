@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use shadow_mmu::frame::FreedFrames;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -65,6 +65,11 @@ enum WindowArg {
 
 pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     let began = Instant::now();
+    // Whatever follows the program is the program's; so clap takes an option it does not know for the program.
+    if let Some(option) = args.program.first().filter(|word| word.as_bytes().starts_with(b"-")) {
+        eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
+        return Ok(ExitCode::from(2));
+    }
     // Before the first thread, so that all inherit it.
     block_signals()?;
     let config = VmConfig {

@@ -142,3 +142,111 @@ pub(super) fn set_tid_address(t: &mut Thread, addr: u64) -> SysResult {
     t.clear_child_tid = addr;
     Ok(t.tid as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+    use std::sync::atomic::Ordering;
+    use std::time::Duration;
+
+    const THREAD: u64 = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+
+    #[test]
+    fn a_thread_starts_as_its_parent_asked() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let flags = THREAD | CLONE_SETTLS | CLONE_PARENT_SETTID | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID;
+        let tid = fixture.main.call(libc::SYS_clone, &[flags, 0x7000, page, page + 8, 0x1234_5000]);
+        let child = fixture.host.take_started();
+        assert_eq!(tid, i64::from(child.tid));
+        let regs = child.regs();
+        assert_eq!((regs.rax, regs.rsp, regs.fs_base), (0, 0x7000, 0x1234_5000));
+        assert_eq!(regs.rip, fixture.main.regs().rip);
+        assert_eq!(fixture.user().load_u32(page), Ok(tid as u32));
+        assert_eq!(fixture.user().load_u32(page + 8), Ok(tid as u32));
+        assert_eq!(child.call(libc::SYS_gettid, &[]), tid);
+        assert_eq!(child.call(libc::SYS_getpid, &[]), fixture.main.call(libc::SYS_gettid, &[]));
+        fixture.main.begin_call(libc::SYS_futex, &[page + 8, libc::FUTEX_WAIT as u64, tid as u64]);
+        std::thread::sleep(Duration::from_millis(5));
+        child.begin_call(libc::SYS_exit, &[0]);
+        let joined = fixture.main.finish().unwrap().rax;
+        assert!(joined == 0 || joined == Errno::EAGAIN.as_rax());
+        assert_eq!(fixture.user().load_u32(page + 8), Ok(0));
+    }
+
+    #[test]
+    fn clone3_takes_what_clone_takes_and_checks_its_structure() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(2);
+        let clone3 = |words: &[(u64, u64)], size: u64| {
+            fixture.user().write(page, &[0; 200]).unwrap();
+            for (index, word) in words {
+                fixture.user().write_u64(page + 8 * index, *word).unwrap();
+            }
+            fixture.main.call(libc::SYS_clone3, &[page, size])
+        };
+        assert_eq!(clone3(&[(0, THREAD)], 63), errno(Errno::EINVAL));
+        assert_eq!(clone3(&[(0, THREAD)], 4097), errno(Errno::E2BIG));
+        assert_eq!(clone3(&[(0, THREAD), (11, 1)], 96), errno(Errno::E2BIG));
+        assert_eq!(clone3(&[(0, THREAD), (4, 17)], 88), errno(Errno::EINVAL), "a thread has no exit signal");
+        assert_eq!(clone3(&[(0, THREAD), (5, 0x7000)], 88), errno(Errno::EINVAL), "a stack without a size");
+        assert_eq!(clone3(&[(0, THREAD), (5, u64::MAX), (6, 2)], 88), errno(Errno::EINVAL));
+        assert_eq!(clone3(&[(4, 17)], 88), errno(Errno::ENOSYS), "fork");
+        assert_eq!(fixture.main.call(libc::SYS_clone3, &[1, 64]), errno(Errno::EFAULT));
+        let tid = clone3(&[(0, THREAD), (5, 0x7000), (6, 0x1000)], 96);
+        let child = fixture.host.take_started();
+        assert_eq!((child.regs().rsp, i64::from(child.tid)), (0x8000, tid));
+    }
+
+    #[test]
+    fn only_threads_can_be_made_and_only_so_many() {
+        let fixture = Fixture::new();
+        let clone = |flags: u64| fixture.main.call(libc::SYS_clone, &[flags, 0, 0, 0, 1 << 47]);
+        assert_eq!(clone(17), errno(Errno::ENOSYS));
+        assert_eq!(clone(CLONE_VM | libc::CLONE_VFORK as u64), errno(Errno::ENOSYS));
+        assert_eq!(clone(CLONE_VM | CLONE_THREAD), errno(Errno::EINVAL));
+        assert_eq!(clone(CLONE_SIGHAND | CLONE_THREAD), errno(Errno::EINVAL));
+        assert_eq!(clone(THREAD | CLONE_SETTLS), errno(Errno::EPERM));
+        assert_eq!(fixture.main.call(libc::SYS_fork, &[]), errno(Errno::ENOSYS));
+        fixture.host.refuse_threads.store(true, Ordering::Relaxed);
+        assert_eq!(clone(THREAD), errno(Errno::EAGAIN));
+        fixture.host.refuse_threads.store(false, Ordering::Relaxed);
+        let threads: Vec<_> = (0..7).map(|_| fixture.new_thread()).collect();
+        assert_eq!(clone(THREAD), errno(Errno::EAGAIN), "a refused thread took no place, the limit is 8");
+        threads[3].begin_call(libc::SYS_exit, &[0]);
+        assert!(threads[3].finish().is_none());
+        fixture.new_thread();
+    }
+
+    #[test]
+    fn the_process_outlives_its_main_thread_and_ends_with_the_last() {
+        let fixture = Fixture::new();
+        let other = fixture.new_thread();
+        fixture.main.begin_call(libc::SYS_exit, &[3]);
+        assert!(fixture.main.finish().is_none());
+        assert_eq!(other.call(libc::SYS_getpid, &[]), i64::from(fixture.process.pid()));
+        assert_eq!(fixture.process.status(), None);
+        other.begin_call(libc::SYS_exit, &[0x105]);
+        assert_eq!(fixture.join(), ExitStatus::Exited(5));
+    }
+
+    #[test]
+    fn exit_group_ends_threads_wherever_they_are() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let others: Vec<_> = (0..5).map(|_| fixture.new_thread()).collect();
+        others[0].begin_call(libc::SYS_pause, &[]);
+        others[1].begin_call(libc::SYS_read, &[0, page, 1]);
+        others[2].begin_call(libc::SYS_poll, &[0, 0, u64::MAX]);
+        others[3].begin_call(libc::SYS_futex, &[page, 0, 0]);
+        // The fifth is in the guest.
+        fixture.main.begin_call(libc::SYS_exit_group, &[7]);
+        assert_eq!(fixture.join(), ExitStatus::Exited(7));
+        assert!(fixture.host.deaths.lock().is_empty());
+    }
+}

@@ -134,12 +134,13 @@ pub(super) fn sysinfo(t: &mut Thread, into: u64) -> SysResult {
 pub(super) fn getrandom(t: &mut Thread, into: u64, len: u64, flags: u32) -> SysResult {
     const INSECURE: u32 = 4;
     const CHUNK: usize = 4096;
+    const MAX_RW_COUNT: u64 = 0x7fff_f000;
     if flags & !(libc::GRND_NONBLOCK | libc::GRND_RANDOM | INSECURE) != 0
         || flags & (libc::GRND_RANDOM | INSECURE) == libc::GRND_RANDOM | INSECURE
     {
         return Err(Errno::EINVAL);
     }
-    let len = len.min(i32::MAX as u64);
+    let len = len.min(MAX_RW_COUNT);
     UserMemory::check_range(into, len)?;
     let mut done = 0;
     while done < len {
@@ -247,5 +248,69 @@ pub(super) fn getpriority(which: i32, who: i32) -> SysResult {
         (0..=2, 0) => host::priority(),
         (0..=2, _) => Err(Errno::ESRCH),
         _ => Err(Errno::EINVAL),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+
+    #[test]
+    fn a_thread_has_segment_bases_and_a_name() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        assert_eq!(call(libc::SYS_arch_prctl, &[0x1002, 0x5000]), 0);
+        assert_eq!(call(libc::SYS_arch_prctl, &[0x1003, page]), 0);
+        assert_eq!(fixture.user().read_u64(page), Ok(0x5000));
+        assert_eq!(call(libc::SYS_arch_prctl, &[0x1001, 1 << 47]), errno(Errno::EPERM));
+        assert_eq!(call(libc::SYS_arch_prctl, &[0x1002, u64::MAX]), errno(Errno::EPERM));
+        assert_eq!(call(libc::SYS_arch_prctl, &[0x3001, 0]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_prctl, &[libc::PR_GET_NAME as u64, page]), 0);
+        assert_eq!(fixture.user().read_u64(page), Ok(u64::from_le_bytes(*b"fake\0\0\0\0")));
+        fixture.user().write(page + 4091, b"name\0").unwrap();
+        assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, page + 4091]), 0);
+        assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, page + 4096]), errno(Errno::EFAULT));
+        assert_eq!(call(libc::SYS_prctl, &[libc::PR_GET_NAME as u64, page]), 0);
+        assert_eq!(fixture.user().read_u32(page), Ok(u32::from_le_bytes(*b"name")));
+    }
+
+    #[test]
+    fn the_machine_describes_itself() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        assert_eq!(call(libc::SYS_uname, &[page]), 0);
+        assert_eq!(fixture.user().c_string(page, 65), Ok(Some(b"Linux".to_vec())));
+        assert_eq!(fixture.user().c_string(page + 4 * 65, 65), Ok(Some(b"x86_64".to_vec())));
+        assert_eq!(call(libc::SYS_sysinfo, &[page]), 0);
+        assert_eq!(fixture.user().read_u64(page + 32), Ok(16 << 20));
+        assert!(fixture.user().read_u64(page + 40).unwrap() < 16 << 20);
+        assert!(call(libc::SYS_sched_getaffinity, &[0, 128, page]) >= 8);
+        assert_ne!(fixture.user().read_u64(page), Ok(0));
+        assert_eq!(call(libc::SYS_sched_getaffinity, &[0, 7, page]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_sched_getaffinity, &[1, 128, page]), errno(Errno::ESRCH));
+        assert_eq!(call(libc::SYS_getcpu, &[page, page + 4]), 0);
+        assert_eq!(call(libc::SYS_getrusage, &[0, page]), 0);
+        assert_eq!(call(libc::SYS_getrusage, &[77, page]), errno(Errno::EINVAL));
+    }
+
+    #[test]
+    fn random_bytes_stop_at_a_bad_pointer() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(3);
+        let call = |args: &[u64]| fixture.main.call(libc::SYS_getrandom, args);
+        assert_eq!(call(&[page, 3 * 4096, 0]), 3 * 4096);
+        assert_eq!(call(&[page + 4096, 1 << 20, 0]), 2 * 4096);
+        assert_eq!(call(&[page, 1 << 40, 0]), errno(Errno::EFAULT), "cut to 2 GiB, that is still too far");
+        assert_eq!(call(&[page + 3 * 4096, 1, 0]), errno(Errno::EFAULT));
+        assert_eq!(call(&[page, 1, 8]), errno(Errno::EINVAL));
+        assert_eq!(call(&[page, 1, 6]), errno(Errno::EINVAL));
+        assert_eq!(call(&[0, 0, 0]), 0);
     }
 }

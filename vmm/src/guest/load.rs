@@ -191,3 +191,80 @@ fn map(
 fn write(user: &UserMemory, what: &'static str, addr: u64, bytes: &[u8]) -> Result<(), LoadError> {
     user.write(addr, bytes).map_err(|_: Errno| LoadError::Write { what, addr })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::elf::tests::{DATA, Header, TEXT, image};
+    use super::*;
+    use shadow_mmu::frame::{FramePool, FreedFrames};
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn space(pages: u64) -> Arc<Mm> {
+        Mm::new(Arc::new(FramePool::new(pages * PAGE_SIZE, FreedFrames::Poison).unwrap())).unwrap()
+    }
+
+    fn arguments() -> Arguments {
+        Arguments { args: vec![b"prog".to_vec()], env: vec![], exe: b"/prog".to_vec(), random: Some([7; 16]) }
+    }
+
+    #[test]
+    fn segments_have_their_bytes_their_zeros_and_their_rights() {
+        let mm = space(64);
+        let file = image(2, 0x40_0010, &[TEXT, DATA]);
+        let regs = load(&mm, file.clone().into(), &arguments()).unwrap();
+        assert_eq!((regs.rip, regs.rsp % 16, regs.rdx), (0x40_0010, 0, 0));
+        let view = iommu::view(&mm);
+        let mut data = vec![1; 0x3000];
+        view.read_slice(&mut data, GuestAddress(0x40_1200)).unwrap();
+        assert_eq!(data[..0x100], file[0x200..0x300]);
+        assert!(
+            data[0x100..].iter().all(|&byte| byte == 0),
+            "what the file has behind the segment is not seen"
+        );
+        assert_eq!(mm.vma(Hva(0x40_0000)).unwrap().prot, Access::READ | Access::EXEC);
+        assert_eq!(mm.vma(Hva(0x40_1000)).unwrap().prot, Access::READ | Access::WRITE);
+        assert_eq!(mm.vma(Hva(regs.rsp)).unwrap().prot, Access::READ | Access::WRITE, "no executable stack");
+        assert_eq!(mm.brk(Hva(0)), Hva(0x40_5000));
+    }
+
+    #[test]
+    fn a_read_only_segment_keeps_its_rights_over_its_zeros() {
+        let mm = space(64);
+        let constants = Header { flags: 4, ..DATA };
+        load(&mm, image(2, 0x40_0010, &[TEXT, constants]).into(), &arguments()).unwrap();
+        assert_eq!(mm.vma(Hva(0x40_1000)).unwrap().prot, Access::READ);
+        assert_eq!(iommu::view(&mm).read_obj::<u64>(GuestAddress(0x40_1300)).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_static_pie_is_moved_as_a_whole() {
+        let mm = space(64);
+        let headers = [Header { addr: 0, ..TEXT }, Header { addr: 0x1200, ..DATA }];
+        let regs = load(&mm, image(3, 0x10, &headers).into(), &arguments()).unwrap();
+        assert_eq!(regs.rip, LOAD_BASE + 0x10);
+        assert_eq!(mm.brk(Hva(0)), Hva(LOAD_BASE + 0x5000));
+        let mut magic = [0; 4];
+        iommu::view(&mm).read_slice(&mut magic, GuestAddress(LOAD_BASE)).unwrap();
+        assert_eq!(&magic, b"\x7fELF");
+    }
+
+    #[test]
+    fn programs_that_do_not_fit_are_refused() {
+        let low = Header { addr: 0x1000, ..TEXT };
+        let error = load(&space(64), image(2, 0x1010, &[low]).into(), &arguments()).unwrap_err();
+        assert!(matches!(error, LoadError::Elf(ElfError::Address { index: 0, addr: 0x1000 })), "{error}");
+        let high = Header { addr: STACK_BOTTOM, ..TEXT };
+        let error =
+            load(&space(64), image(2, STACK_BOTTOM + 0x10, &[high]).into(), &arguments()).unwrap_err();
+        assert!(matches!(error, LoadError::Elf(ElfError::Address { .. })), "{error}");
+        let large = Header { memory_size: 65 * PAGE_SIZE, ..DATA };
+        let error = load(&space(64), image(2, 0x40_0010, &[TEXT, large]).into(), &arguments()).unwrap_err();
+        assert!(matches!(error, LoadError::TooLarge { .. }), "{error}");
+        let align = 1 << 62;
+        let program = Program {
+            placement: Placement::Anywhere { align },
+            ..elf::parse(&image(3, 0x40_0010, &[TEXT])).unwrap()
+        };
+        assert!(matches!(place(&program), Err(ElfError::Address { .. })));
+    }
+}

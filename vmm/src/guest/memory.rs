@@ -128,3 +128,75 @@ pub(super) fn lock(addr: u64, len: u64) -> SysResult {
         _ => Err(Errno::ENOMEM),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::{Fixture, file_with};
+
+    const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+
+    #[test]
+    fn anonymous_memory_comes_changes_and_goes() {
+        let fixture = Fixture::new();
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        let at = call(libc::SYS_mmap, &[0, 0x3000, RW, PRIVATE, u64::MAX, 0]) as u64;
+        fixture.user().write_u64(at + 0x1000, 7).unwrap();
+        assert_eq!(call(libc::SYS_mprotect, &[at + 0x1000, 0x1000, libc::PROT_READ as u64]), 0);
+        assert!(fixture.user().write_u64(at + 0x1000, 8).is_err());
+        assert_eq!(fixture.user().read_u64(at + 0x1000), Ok(7));
+        assert_eq!(call(libc::SYS_munmap, &[at, 0x3000]), 0);
+        assert!(fixture.user().read_u64(at).is_err());
+    }
+
+    #[test]
+    fn nonsense_is_refused_in_linux_words() {
+        let fixture = Fixture::new();
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        let refused = |args: &[u64], errno: i32| {
+            assert_eq!(call(libc::SYS_mmap, args), -i64::from(errno), "mmap {args:x?}");
+        };
+        refused(&[0, 0, RW, PRIVATE, u64::MAX, 0], libc::EINVAL);
+        refused(&[0, 0x1000, RW, PRIVATE, u64::MAX, 1], libc::EINVAL);
+        refused(&[0, 0x1000, RW, libc::MAP_ANONYMOUS as u64, u64::MAX, 0], libc::EINVAL);
+        refused(&[0, u64::MAX, RW, PRIVATE, u64::MAX, 0], libc::ENOMEM);
+        refused(&[0, 1 << 46, RW, PRIVATE, u64::MAX, 0], libc::ENOMEM);
+        refused(&[1, 0x1000, RW, PRIVATE | libc::MAP_FIXED as u64, u64::MAX, 0], libc::EINVAL);
+        refused(&[0, 0x1000, RW, libc::MAP_PRIVATE as u64, 77, 0], libc::EBADF);
+        refused(&[0, 0x1000, RW, libc::MAP_PRIVATE as u64, 0, 0], libc::ENODEV);
+        refused(&[0, 0x1000, RW, libc::MAP_PRIVATE as u64, 1, 0], libc::EACCES);
+        let invalid = -i64::from(libc::EINVAL);
+        assert_eq!(call(libc::SYS_mprotect, &[0x10_0000, 0x1000, 0x80]), invalid);
+        assert_eq!(call(libc::SYS_mremap, &[0x10_0000, 0x1000, 0x1000, 1 << 40, 0]), invalid);
+        assert_eq!(call(libc::SYS_madvise, &[0x10_0000, 0x1000, 999]), invalid);
+        assert_eq!(call(libc::SYS_mincore, &[1, 0x1000, 0]), invalid);
+        assert_eq!(call(libc::SYS_mincore, &[0x1000, 1 << 63, 0]), -i64::from(libc::ENOMEM));
+    }
+
+    #[test]
+    fn standard_input_can_be_mapped_privately_if_it_is_a_file() {
+        let file = file_with(b"from the file");
+        let fixture = Fixture::with_stdin(file.into(), None);
+        let map = |flags: i32| fixture.main.call(libc::SYS_mmap, &[0, 0x2000, RW, flags as u64, 0, 0]);
+        let at = map(libc::MAP_PRIVATE) as u64;
+        let mut text = [0; 14];
+        fixture.user().read(at, &mut text).unwrap();
+        assert_eq!(&text, b"from the file\0");
+        fixture.user().write(at, b"copy").unwrap();
+        assert!(fixture.user().read_u64(at + 0x1000).is_err(), "behind the end of the file");
+        let again = map(libc::MAP_PRIVATE) as u64;
+        fixture.user().read(again, &mut text).unwrap();
+        assert_eq!(&text, b"from the file\0");
+        assert_eq!(map(libc::MAP_SHARED), -i64::from(libc::EACCES));
+    }
+
+    #[test]
+    fn mincore_writes_no_further_than_its_vector_goes() {
+        let fixture = Fixture::new();
+        let (range, vector) = (fixture.map_pages(20), fixture.map_pages(1));
+        let call = |into: u64| fixture.main.call(libc::SYS_mincore, &[range, 20 * PAGE_SIZE, into]);
+        assert_eq!(call(vector), 0);
+        assert_eq!(call(vector + 4096 - 19), -i64::from(libc::EFAULT));
+    }
+}

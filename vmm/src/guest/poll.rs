@@ -193,3 +193,69 @@ fn select_guest(t: &Thread, count: i32, sets: [u64; 3], deadline: Option<Instant
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+    use std::io::Write;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+    fn put(fixture: &Fixture, entries: &[(i32, i16)]) -> u64 {
+        let at = fixture.map_pages(1);
+        for (index, (fd, events)) in entries.iter().enumerate() {
+            fixture.user().write_u32(at + 8 * index as u64, *fd as u32).unwrap();
+            fixture.user().write_u32(at + 8 * index as u64 + 4, *events as u32).unwrap();
+        }
+        at
+    }
+    fn revents(fixture: &Fixture, at: u64, index: u64) -> i16 {
+        (fixture.user().read_u32(at + 8 * index + 4).unwrap() >> 16) as i16
+    }
+
+    #[test]
+    fn poll_reports_what_is_ready_and_what_is_not_open() {
+        let fixture = Fixture::new();
+        let at = put(&fixture, &[(0, libc::POLLIN), (1, libc::POLLOUT), (-1, libc::POLLIN)]);
+        assert_eq!(fixture.main.call(libc::SYS_poll, &[at, 3, u64::MAX]), 1);
+        assert_eq!([0, 1, 2].map(|index| revents(&fixture, at, index)), [0, libc::POLLOUT, 0]);
+        let at = put(&fixture, &[(0, libc::POLLIN), (9, libc::POLLIN)]);
+        assert_eq!(fixture.main.call(libc::SYS_poll, &[at, 2, u64::MAX]), 1);
+        assert_eq!([0, 1].map(|index| revents(&fixture, at, index)), [0, libc::POLLNVAL]);
+        assert_eq!(fixture.main.call(libc::SYS_poll, &[at, 1, 10]), 0);
+        assert_eq!(fixture.main.call(libc::SYS_poll, &[at, 1025, 0]), errno(Errno::EINVAL));
+        assert_eq!(fixture.main.call(libc::SYS_poll, &[1, 1, 0]), errno(Errno::EFAULT));
+    }
+
+    #[test]
+    fn poll_wakes_up_when_input_comes() {
+        let fixture = Fixture::new();
+        let at = put(&fixture, &[(0, libc::POLLIN)]);
+        fixture.main.begin_call(libc::SYS_ppoll, &[at, 1, 0, 0, 8]);
+        std::thread::sleep(Duration::from_millis(10));
+        fixture.stdin.as_ref().unwrap().write_all(b"x").unwrap();
+        assert_eq!(fixture.main.finish().unwrap().rax, 1);
+        assert_eq!(revents(&fixture, at, 0), libc::POLLIN);
+    }
+
+    #[test]
+    fn select_rewrites_its_sets_and_its_time() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let (read, write, time) = (page, page + 128, page + 256);
+        fixture.user().write_u64(read, 1).unwrap();
+        fixture.user().write_u64(write, 2).unwrap();
+        fixture.user().write_u64(time, 100).unwrap();
+        assert_eq!(fixture.main.call(libc::SYS_select, &[3, read, write, 0, time]), 1);
+        assert_eq!((fixture.user().read_u64(read), fixture.user().read_u64(write)), (Ok(0), Ok(2)));
+        assert!(fixture.user().read_u64(time).unwrap() <= 100);
+        fixture.user().write_u64(read, 1 << 40).unwrap();
+        assert_eq!(fixture.main.call(libc::SYS_select, &[64, read, 0, 0, time]), errno(Errno::EBADF));
+        assert_eq!(fixture.main.call(libc::SYS_select, &[u64::MAX, 0, 0, 0, time]), errno(Errno::EINVAL));
+        assert_eq!(fixture.main.call(libc::SYS_select, &[1, 1, 0, 0, time]), errno(Errno::EFAULT));
+        fixture.user().write_u64(time, 0).unwrap();
+        assert_eq!(fixture.main.call(libc::SYS_pselect6, &[1024, 0, 0, 0, time, 0]), 0);
+    }
+}

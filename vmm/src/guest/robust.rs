@@ -96,3 +96,58 @@ impl Thread {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+
+    /// A list of one entry: head at the page, entry at +64, futex 32 bytes behind an entry.
+    fn list(fixture: &Fixture, word: u32) -> u64 {
+        let page = fixture.map_pages(1);
+        let user = fixture.user();
+        for (at, value) in [(0, page + 64), (8, 32), (16, 0), (64, page)] {
+            user.write_u64(page + at, value).unwrap();
+        }
+        user.write_u32(page + 96, word).unwrap();
+        page
+    }
+
+    #[test]
+    fn a_held_lock_is_marked_and_its_waiter_woken() {
+        let fixture = Fixture::new();
+        let other = fixture.new_thread();
+        let page = list(&fixture, other.tid as u32 | WAITERS);
+        assert_eq!(other.call(libc::SYS_set_robust_list, &[page, 24]), 0);
+        assert_eq!(other.call(libc::SYS_get_robust_list, &[0, page + 200, page + 208]), 0);
+        assert_eq!(fixture.user().read_u64(page + 200), Ok(page));
+        let word = other.tid as u64 | u64::from(WAITERS);
+        fixture.main.begin_call(libc::SYS_futex, &[page + 96, 0, word]);
+        other.begin_call(libc::SYS_exit, &[0]);
+        // Woken, or late: then it sees that the word has changed.
+        let result = fixture.main.finish().unwrap().rax;
+        assert!(result == 0 || result == Errno::EAGAIN.as_rax(), "{result:#x}");
+        assert!(other.finish().is_none());
+        assert_eq!(fixture.user().load_u32(page + 96), Ok(WAITERS | OWNER_DIED));
+    }
+
+    #[test]
+    fn locks_of_others_stay_and_bad_lists_end() {
+        let fixture = Fixture::new();
+        for head in [1, 1 << 63, u64::MAX - 7, 0x1000] {
+            let other = fixture.new_thread();
+            assert_eq!(other.call(libc::SYS_set_robust_list, &[head, 24]), 0);
+            other.begin_call(libc::SYS_exit, &[0]);
+            assert!(other.finish().is_none(), "{head:#x}");
+        }
+        let page = list(&fixture, 77);
+        // A ring that never comes back to its head.
+        fixture.user().write_u64(page + 64, page + 64).unwrap();
+        let other = fixture.new_thread();
+        assert_eq!(other.call(libc::SYS_set_robust_list, &[page, 24]), 0);
+        assert_eq!(other.call(libc::SYS_set_robust_list, &[page, 23]), -i64::from(libc::EINVAL));
+        other.begin_call(libc::SYS_exit, &[0]);
+        assert!(other.finish().is_none());
+        assert_eq!(fixture.user().load_u32(page + 96), Ok(77));
+    }
+}

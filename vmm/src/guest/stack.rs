@@ -183,3 +183,82 @@ fn auxiliary_vector(
         [libc::AT_NULL, 0],
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOP: u64 = 0x7fff_ffff_f000;
+
+    struct Stack {
+        rsp: u64,
+        bytes: Vec<u8>,
+    }
+
+    impl Stack {
+        fn word(&self, at: u64) -> u64 {
+            let at = (at - self.rsp) as usize;
+            u64::from_le_bytes(self.bytes[at..at + 8].try_into().unwrap())
+        }
+        fn string(&self, at: u64) -> &[u8] {
+            let rest = &self.bytes[(at - self.rsp) as usize..];
+            &rest[..rest.iter().position(|&byte| byte == 0).unwrap()]
+        }
+    }
+
+    fn stack(args: &[&str], env: &[&str]) -> Result<Stack, ArgumentsError> {
+        let list = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
+        let arguments = Arguments {
+            args: list(args),
+            env: list(env),
+            exe: b"/bin/prog".to_vec(),
+            random: Some(*b"0123456789abcdef"),
+        };
+        let headers = ProgramHeaders { addr: 0x40_0040, count: 5 };
+        let (rsp, bytes) = build(TOP, &arguments, 0x40_1234, headers)?;
+        Ok(Stack { rsp, bytes })
+    }
+
+    #[test]
+    fn the_stack_reads_as_a_c_runtime_reads_it() {
+        for count in 0..5 {
+            let args = ["prog", "a", "", "bcd", "e"];
+            let stack = stack(&args[..count], &["HOME=/", "X=yz"]).unwrap();
+            assert_eq!(stack.rsp % 16, 0);
+            assert_eq!(stack.rsp + stack.bytes.len() as u64, TOP);
+            assert_eq!(stack.word(stack.rsp), count as u64);
+            let mut at = stack.rsp + 8;
+            for arg in &args[..count] {
+                assert_eq!(stack.string(stack.word(at)), arg.as_bytes());
+                at += 8;
+            }
+            assert_eq!(stack.word(at), 0);
+            assert_eq!(stack.string(stack.word(at + 8)), b"HOME=/");
+            assert_eq!(stack.string(stack.word(at + 16)), b"X=yz");
+            assert_eq!(stack.word(at + 24), 0);
+            let mut auxv = std::collections::HashMap::new();
+            at += 32;
+            while stack.word(at) != libc::AT_NULL {
+                auxv.insert(stack.word(at), stack.word(at + 8));
+                at += 16;
+            }
+            assert_eq!(auxv[&libc::AT_ENTRY], 0x40_1234);
+            assert_eq!((auxv[&libc::AT_PHDR], auxv[&libc::AT_PHNUM]), (0x40_0040, 5));
+            assert_eq!(stack.string(auxv[&libc::AT_EXECFN]), b"/bin/prog");
+            assert_eq!(stack.string(auxv[&libc::AT_PLATFORM]), b"x86_64");
+            assert_eq!(stack.word(auxv[&libc::AT_RANDOM]), u64::from_le_bytes(*b"01234567"));
+            assert!(auxv[&51] > 1000, "AT_MINSIGSTKSZ");
+            assert!(!auxv.contains_key(&libc::AT_SYSINFO_EHDR));
+        }
+    }
+
+    #[test]
+    fn arguments_are_limited_as_on_linux() {
+        let long = "x".repeat(MAX_ARG_STRLEN as usize - 1);
+        assert!(stack(&[&long], &[]).is_ok());
+        assert!(matches!(stack(&[&format!("{long}x")], &[]), Err(ArgumentsError::StringTooLong(_))));
+        assert!(matches!(stack(&[long.as_str(); 16], &[]), Err(ArgumentsError::TooLong { .. })));
+        assert!(matches!(stack(&[], &vec!["x"; 300_000]), Err(ArgumentsError::TooLong { .. })));
+        assert!(matches!(stack(&["a\0b"], &[]), Err(ArgumentsError::Nul)));
+    }
+}

@@ -180,3 +180,168 @@ impl UnknownCalls {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+    use std::fs::File;
+
+    /// Calls that end the thread or may rightly wait for ever.
+    const NOT_HERE: [i64; 9] = [
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_pause,
+        libc::SYS_rt_sigsuspend,
+        libc::SYS_poll,
+        libc::SYS_ppoll,
+        libc::SYS_select,
+        libc::SYS_pselect6,
+    ];
+    const HIGHEST: i64 = 470;
+
+    /// A guest whose input is empty and whose signals can do no harm.
+    fn fixture() -> Fixture {
+        let fixture = Fixture::with_stdin(File::open("/dev/null").unwrap().into(), None);
+        let all = fixture.map_pages(1);
+        fixture.user().write_u64(all, u64::MAX).unwrap();
+        assert_eq!(fixture.main.call(libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK as u64, all, 0, 8]), 0);
+        fixture
+    }
+
+    /// Whether a result is one that a program may see.
+    fn is_lawful(result: i64) -> bool {
+        !(-4095..0).contains(&result) || result > -134
+    }
+
+    #[test]
+    fn wild_pointers_are_survived_by_every_call() {
+        let wild =
+            [0, 1, 0x1000, 0x7fff_ffff_efff, 0x7fff_ffff_f000, 1 << 47, 1 << 63, u64::MAX - 4095, u64::MAX];
+        let mut fixture = fixture();
+        fixture.stdout = None;
+        let mut faults = 0;
+        for number in (0..=HIGHEST).filter(|number| !NOT_HERE.contains(number)) {
+            for pointer in wild {
+                for first in [pointer, 0, 1] {
+                    let args = [first, pointer, pointer, pointer, pointer, pointer];
+                    let result = fixture.main.call(number, &args);
+                    assert!(is_lawful(result), "call {number} {args:x?}: {result}");
+                    faults += i32::from(result == -i64::from(libc::EFAULT));
+                }
+            }
+        }
+        assert!(faults > 500, "{faults}");
+    }
+
+    #[test]
+    fn calls_that_wait_check_their_pointers_first() {
+        let fixture = fixture();
+        for number in
+            [libc::SYS_rt_sigsuspend, libc::SYS_poll, libc::SYS_ppoll, libc::SYS_select, libc::SYS_pselect6]
+        {
+            for pointer in [1, 1 << 47, 1 << 63, u64::MAX] {
+                let args = match number {
+                    libc::SYS_rt_sigsuspend => [pointer, 8, 0, 0, 0, 0],
+                    libc::SYS_poll => [pointer, 1, u64::MAX, 0, 0, 0],
+                    libc::SYS_ppoll => [pointer, 1, 0, 0, 8, 0],
+                    _ => [1, pointer, 0, 0, 0, 0],
+                };
+                assert_eq!(
+                    fixture.main.call(number, &args),
+                    -i64::from(libc::EFAULT),
+                    "{number} {pointer:#x}"
+                );
+            }
+        }
+    }
+
+    /// Calls with arguments that are partly right, in an order that is the same in every run.
+    #[test]
+    fn random_calls_neither_hang_nor_panic() {
+        // What sleeps for as long as it is told, makes threads, or writes into the test's own pipes.
+        const SLOW: [i64; 12] = [
+            libc::SYS_nanosleep,
+            libc::SYS_clock_nanosleep,
+            libc::SYS_rt_sigtimedwait,
+            libc::SYS_futex,
+            libc::SYS_clone,
+            libc::SYS_clone3,
+            libc::SYS_kill,
+            libc::SYS_tkill,
+            libc::SYS_tgkill,
+            libc::SYS_rt_sigqueueinfo,
+            libc::SYS_rt_tgsigqueueinfo,
+            libc::SYS_rt_sigprocmask,
+        ];
+        let mut fixture = fixture();
+        fixture.stdout = None;
+        fixture.stderr = None;
+        let page = fixture.map_pages(4);
+        let pool = [
+            0,
+            1,
+            2,
+            3,
+            7,
+            8,
+            16,
+            24,
+            64,
+            88,
+            100,
+            4095,
+            4096,
+            4097,
+            0x22,
+            0x32,
+            0x1002,
+            page,
+            page + 1,
+            page + 8,
+            page + 0x3ff8,
+            page + 0x4000,
+            1 << 31,
+            u64::from(u32::MAX),
+            1 << 40,
+            1 << 47,
+            1 << 63,
+            u64::MAX,
+        ];
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for _ in 0..60_000 {
+            let number = (random() % (HIGHEST as u64 + 1)) as i64;
+            if NOT_HERE.contains(&number) || SLOW.contains(&number) {
+                continue;
+            }
+            let args: [u64; 6] = std::array::from_fn(|_| pool[random() as usize % pool.len()]);
+            let result = fixture.main.call(number, &args);
+            assert!(is_lawful(result), "call {number} {args:x?}: {result}");
+        }
+    }
+
+    #[test]
+    fn unknown_calls_are_noted_once_each() {
+        let calls = UnknownCalls::default();
+        for number in [0, 63, 64, 511, 512, u64::MAX] {
+            calls.note(number);
+            calls.note(number);
+        }
+        let seen: u32 = calls.seen.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum();
+        assert_eq!(seen, 4);
+    }
+
+    #[test]
+    fn only_the_low_half_of_the_number_counts() {
+        let fixture = fixture();
+        assert_eq!(fixture.main.call(libc::SYS_getpid | 1 << 32, &[]), i64::from(fixture.process.pid()));
+        assert_eq!(fixture.main.call(libc::SYS_getpid | 1 << 30, &[]), -i64::from(libc::ENOSYS), "no x32");
+    }
+}

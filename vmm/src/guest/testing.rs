@@ -12,6 +12,7 @@ use shadow_mmu::sync::Mutex;
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -136,7 +137,7 @@ impl Remote {
 pub(super) struct FakeHost {
     pub(super) deaths: Mutex<Vec<Death>>,
     pub(super) exits: Mutex<u32>,
-    pub(super) refuse_threads: std::sync::atomic::AtomicBool,
+    pub(super) refuse_threads: AtomicBool,
     started: Mutex<Vec<Remote>>,
     joins: Mutex<Vec<JoinHandle<()>>>,
     mm: Mutex<Option<Arc<Mm>>>,
@@ -163,7 +164,7 @@ impl FakeHost {
 
 impl Host for FakeHost {
     fn start_thread(&self, thread: Thread, regs: Regs, xsave: Vec<u8>) -> Result<(), i32> {
-        if self.refuse_threads.load(std::sync::atomic::Ordering::Relaxed) {
+        if self.refuse_threads.load(Ordering::Relaxed) {
             return Err(libc::EAGAIN);
         }
         let remote = self.spawn(thread, regs, xsave);
@@ -198,6 +199,17 @@ pub(super) fn pipe() -> (OwnedFd, OwnedFd) {
     assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
     // SAFETY: the kernel just made both for us.
     ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).into()
+}
+
+/// An open regular file that holds `bytes`, at its start, and has no name any more.
+pub(super) fn file_with(bytes: &[u8]) -> File {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("umbra-test-{}-{number}", std::process::id()));
+    std::fs::write(&path, bytes).unwrap();
+    let file = File::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    file
 }
 
 /// A process with a main thread, and the other ends of its files.

@@ -9,7 +9,7 @@ use super::group::ExitStatus;
 use super::process::Process;
 use super::restart::Restart;
 use super::robust::RobustList;
-use super::signal::deliver::{Flow, Forced, Interrupted};
+use super::signal::deliver::{Cause, Flow, Forced, Interrupted};
 use super::signal::{AltStack, SI_KERNEL, SigInfo, SigSet, Signal, Trap};
 use super::syscall;
 use super::waker::{Parked, Waker};
@@ -127,7 +127,8 @@ impl Thread {
             | u64::from(access.contains(Access::EXEC)) << 4;
         let trap = Trap { vector: 14, error_code, cr2: addr.0 };
         let info = SigInfo::fault(signal, code, addr.0);
-        self.fault(vcpu, Forced { signal, info, trap, access: Some((addr, access)) })
+        let cause = Cause { vector: 14, access: Some((addr, access)) };
+        self.fault(vcpu, Forced { signal, info, trap, cause: Some(cause) })
     }
 
     /// `arch/x86/kernel/traps.c`, as far as ring 3 can cause it.
@@ -153,7 +154,7 @@ impl Thread {
             _ => (Signal::SEGV, SigInfo::kernel(Signal::SEGV)),
         };
         let trap = Trap { vector: vector.into(), error_code: error_code.into(), cr2: self.trap.cr2 };
-        self.fault(vcpu, Forced { signal, info, trap, access: None })
+        self.fault(vcpu, Forced { signal, info, trap, cause: Some(Cause { vector, access: None }) })
     }
 
     /// Waits until `done` (which is announced through [`Waker::notify`]), for a signal that is really to be taken, or

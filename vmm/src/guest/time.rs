@@ -150,3 +150,93 @@ pub(super) fn sleep(t: &mut Thread, sleep: Sleep) -> SysResult {
     t.restart = Restart::Sleep(sleep);
     Err(Errno::RESTART_BLOCK)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+    fn put(fixture: &Fixture, seconds: i64, nanoseconds: i64) -> u64 {
+        let at = fixture.map_pages(1);
+        fixture.user().write(at, &record(seconds, nanoseconds).0).unwrap();
+        at
+    }
+
+    #[test]
+    fn sleeps_last_as_long_as_they_say() {
+        let fixture = Fixture::new();
+        let start = Instant::now();
+        assert_eq!(fixture.main.call(libc::SYS_nanosleep, &[put(&fixture, 0, 30_000_000), 0]), 0);
+        assert!(start.elapsed() >= Duration::from_millis(30));
+        let past = put(&fixture, 1, 0);
+        let absolute = libc::TIMER_ABSTIME as u64;
+        assert_eq!(fixture.main.call(libc::SYS_clock_nanosleep, &[0, absolute, past, 0]), 0);
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn what_is_no_time_and_no_clock_is_refused() {
+        let fixture = Fixture::new();
+        for (seconds, nanoseconds) in [(-1, 0), (0, -1), (0, 1_000_000_000), (i64::MIN, i64::MAX)] {
+            let at = put(&fixture, seconds, nanoseconds);
+            assert_eq!(fixture.main.call(libc::SYS_nanosleep, &[at, 0]), errno(Errno::EINVAL));
+        }
+        let at = put(&fixture, 0, 0);
+        for clock in [-1, 3, 12, i32::MIN] {
+            let call = fixture.main.call(libc::SYS_clock_nanosleep, &[clock as u64, 0, at, 0]);
+            assert_eq!(call, errno(Errno::EINVAL), "{clock}");
+        }
+        assert_eq!(fixture.main.call(libc::SYS_clock_gettime, &[12, at]), errno(Errno::EINVAL));
+        assert_eq!(fixture.main.call(libc::SYS_clock_gettime, &[0, 0]), errno(Errno::EFAULT));
+        assert_eq!(fixture.main.call(libc::SYS_clock_getres, &[0, 0]), 0);
+    }
+
+    #[test]
+    fn a_sleep_for_ever_is_interrupted_and_tells_what_is_left() {
+        let fixture = Fixture::new();
+        fixture.handle(libc::SIGUSR1, libc::SA_RESTART);
+        let stack = fixture.map_pages(4);
+        let time = put(&fixture, i64::MAX, 0);
+        let hour = put(&fixture, 3600, 0);
+        for (time, at_least) in [(time, u64::MAX / 2 - 10), (hour, 3500)] {
+            let left = fixture.map_pages(1);
+            let mask = fixture.map_pages(1);
+            fixture.main.begin(move |regs| {
+                regs.rsp = stack + 4 * 4096;
+                regs.rax = libc::SYS_nanosleep as u64;
+                [regs.rdi, regs.rsi] = [time, left];
+                crate::engine::Exit::Syscall
+            });
+            std::thread::sleep(Duration::from_millis(10));
+            let info = crate::guest::signal::SigInfo::kernel(crate::guest::signal::Signal::new(10).unwrap());
+            let signal = crate::guest::signal::Signal::new(libc::SIGUSR1).unwrap();
+            fixture.process.group().send(None, signal, info).unwrap();
+            let handler = fixture.main.finish().unwrap();
+            assert_eq!(handler.rip, 0x40_1000);
+            let saved_rax = handler.rdx + 40 + 8 * libc::REG_RAX as u64;
+            assert_eq!(fixture.user().read_u64(saved_rax), Ok(Errno::EINTR.as_rax()), "SA_RESTART or not");
+            assert!(fixture.user().read_u64(left).unwrap() >= at_least);
+            fixture.main.call(libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK as u64, mask, 0, 8]);
+        }
+    }
+
+    #[test]
+    fn clocks_are_the_hosts() {
+        let fixture = Fixture::new();
+        let at = fixture.map_pages(1);
+        let (before, _) = host::clock(libc::CLOCK_REALTIME, ClockQuery::Time).unwrap();
+        for call in [
+            fixture.main.call(libc::SYS_clock_gettime, &[0, at]),
+            fixture.main.call(libc::SYS_gettimeofday, &[at, 0]),
+        ] {
+            assert_eq!(call, 0);
+            assert!((before..before + 100).contains(&(fixture.user().read_u64(at).unwrap() as i64)));
+        }
+        // `time` is the coarse clock, which lags by up to a tick.
+        assert!(fixture.main.call(libc::SYS_time, &[0]) >= before - 1);
+        assert!(fixture.main.call(libc::SYS_times, &[at]) > 0);
+    }
+}

@@ -78,3 +78,80 @@ pub(in crate::guest) fn ioctl(t: &Thread, fd: u32) -> SysResult {
 pub(in crate::guest) fn sync(t: &Thread, fd: u32, number: i64) -> SysResult {
     host::sync(t.process.files().get(fd)?.fd(), number)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+    use std::io::Read;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+
+    #[test]
+    fn duplicates_live_on_when_the_first_is_closed() {
+        let mut fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        assert_eq!(call(libc::SYS_dup, &[1]), 3);
+        assert_eq!(call(libc::SYS_dup2, &[1, 1]), 1);
+        assert_eq!(call(libc::SYS_dup2, &[1, 2]), 2);
+        assert_eq!(call(libc::SYS_dup3, &[1, 1, 0]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_dup3, &[1, 7, libc::O_CLOEXEC as u64]), 7);
+        assert_eq!(call(libc::SYS_fcntl, &[7, libc::F_GETFD as u64]), i64::from(libc::FD_CLOEXEC));
+        assert_eq!(call(libc::SYS_dup2, &[9, 1]), errno(Errno::EBADF));
+        assert_eq!(call(libc::SYS_dup2, &[1, u64::MAX]), errno(Errno::EBADF));
+        assert_eq!(call(libc::SYS_close, &[1]), 0);
+        assert_eq!(call(libc::SYS_close, &[1]), errno(Errno::EBADF));
+        assert_eq!(call(libc::SYS_write, &[2, page, 5]), 5, "where fd 1 went");
+        let mut got = [0; 5];
+        fixture.stdout.take().unwrap().read_exact(&mut got).unwrap();
+        for fd in [2, 3, 7] {
+            assert_eq!(fixture.main.call(libc::SYS_close, &[fd]), 0);
+        }
+        // The last one closed the pipe, and dup2 the other.
+        let mut rest = Vec::new();
+        fixture.stderr.take().unwrap().read_to_end(&mut rest).unwrap();
+        assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn descriptors_have_flags_and_no_controls() {
+        let fixture = Fixture::new();
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        let fcntl =
+            |fd: u64, command: i32, argument: u64| call(libc::SYS_fcntl, &[fd, command as u64, argument]);
+        assert_eq!(fcntl(1, libc::F_GETFL, 0) & i64::from(libc::O_ACCMODE), i64::from(libc::O_WRONLY));
+        assert_eq!(fcntl(0, libc::F_SETFD, 1), 0);
+        assert_eq!(fcntl(0, libc::F_GETFD, 0), 1);
+        assert_eq!(fcntl(0, libc::F_DUPFD, 100), 100);
+        assert_eq!(fcntl(0, libc::F_DUPFD, 1024), errno(Errno::EINVAL));
+        assert_eq!(fcntl(0, libc::F_DUPFD, u64::MAX), errno(Errno::EINVAL));
+        assert_eq!(fcntl(0, 9999, 0), errno(Errno::EINVAL));
+        assert_eq!(fcntl(55, libc::F_GETFD, 0), errno(Errno::EBADF));
+        assert_eq!(call(libc::SYS_ioctl, &[1, libc::TCGETS, 0]), errno(Errno::ENOTTY));
+        assert_eq!(call(libc::SYS_ioctl, &[55, 0, 0]), errno(Errno::EBADF));
+        assert_eq!(call(libc::SYS_lseek, &[0, 0, 0]), errno(Errno::ESPIPE));
+        assert_eq!(call(libc::SYS_lseek, &[0, 0, 9]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_fsync, &[1]), errno(Errno::EINVAL));
+    }
+
+    #[test]
+    fn the_limit_of_open_files_can_be_lowered() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let set = |soft: u64, hard: u64| {
+            fixture.user().write_u64(page, soft).unwrap();
+            fixture.user().write_u64(page + 8, hard).unwrap();
+            let nofile = u64::from(libc::RLIMIT_NOFILE);
+            fixture.main.call(libc::SYS_prlimit64, &[0, nofile, page, page + 16])
+        };
+        assert_eq!(set(4, 1024), 0);
+        assert_eq!(fixture.user().read_u64(page + 16), Ok(1024));
+        assert_eq!(fixture.main.call(libc::SYS_dup, &[1]), 3);
+        assert_eq!(fixture.main.call(libc::SYS_dup, &[1]), errno(Errno::EMFILE));
+        assert_eq!(set(5, 4), errno(Errno::EINVAL));
+        assert_eq!(set(5, 2048), errno(Errno::EPERM));
+    }
+}

@@ -214,3 +214,159 @@ fn raise_sigpipe(t: &Thread) {
     // A full queue leaves the signal pending without its data, which carries nothing.
     let _ = t.process.group().send(Some(t.tid), Signal::PIPE, info);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::ExitStatus;
+    use crate::guest::testing::{Fixture, file_with};
+    use std::io::{Read, Write};
+    use std::time::Duration;
+
+    /// An array of pieces in guest memory.
+    fn pieces(fixture: &Fixture, pieces: &[(u64, u64)]) -> u64 {
+        let array = fixture.map_pages(8);
+        for (index, (addr, len)) in pieces.iter().enumerate() {
+            fixture.user().write_u64(array + 16 * index as u64, *addr).unwrap();
+            fixture.user().write_u64(array + 16 * index as u64 + 8, *len).unwrap();
+        }
+        array
+    }
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+
+    #[test]
+    fn output_is_passed_on_byte_for_byte_up_to_a_bad_pointer() {
+        let mut fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let text: Vec<u8> = (0..=255).collect();
+        fixture.user().write(page + 4096 - 256, &text).unwrap();
+        let call = |args: &[u64]| fixture.main.call(libc::SYS_write, args);
+        assert_eq!(call(&[1, page + 4096 - 256, 1000]), 256);
+        assert_eq!(call(&[1, page + 4096, 1]), errno(Errno::EFAULT));
+        assert_eq!(call(&[1, page, u64::MAX]), errno(Errno::EFAULT));
+        assert_eq!(call(&[1, 0, 0]), 0);
+        assert_eq!(call(&[0, page, 1]), errno(Errno::EBADF));
+        assert_eq!(call(&[7, page, 1]), errno(Errno::EBADF));
+        let mut got = vec![0; 256];
+        fixture.stdout.take().unwrap().read_exact(&mut got).unwrap();
+        assert_eq!(got, text);
+    }
+
+    #[test]
+    fn input_waits_for_the_first_byte_and_loses_none_to_a_bad_pointer() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let mut stdin = fixture.stdin.as_ref().unwrap();
+        fixture.main.begin_call(libc::SYS_read, &[0, page, 100]);
+        std::thread::sleep(Duration::from_millis(20));
+        stdin.write_all(b"hello world").unwrap();
+        assert_eq!(fixture.main.finish().unwrap().rax, 11);
+        stdin.write_all(b"abcdef").unwrap();
+        let call = |args: &[u64]| fixture.main.call(libc::SYS_read, args);
+        assert_eq!(call(&[0, page + 4096, 6]), errno(Errno::EFAULT));
+        assert_eq!(call(&[0, 0, 6]), errno(Errno::EFAULT));
+        assert_eq!(call(&[0, page + 4094, 6]), 2);
+        assert_eq!(call(&[0, page, 6]), 4);
+        let mut text = [0; 4];
+        fixture.user().read(page, &mut text).unwrap();
+        assert_eq!(&text, b"cdef");
+        assert_eq!(fixture.main.call(libc::SYS_pread64, &[0, page, 6, 0]), errno(Errno::ESPIPE));
+        assert_eq!(fixture.main.call(libc::SYS_pread64, &[0, page, 6, u64::MAX]), errno(Errno::EINVAL));
+    }
+
+    #[test]
+    fn the_end_of_input_is_zero_and_nonblocking_input_is_eagain() {
+        let mut fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let set = [0, libc::F_SETFL as u64, libc::O_NONBLOCK as u64];
+        assert_eq!(fixture.main.call(libc::SYS_fcntl, &set), 0);
+        assert_eq!(fixture.main.call(libc::SYS_read, &[0, page, 6]), errno(Errno::EAGAIN));
+        fixture.stdin = None;
+        assert_eq!(fixture.main.call(libc::SYS_read, &[0, page, 6]), 0);
+    }
+
+    #[test]
+    fn pieces_are_gathered_and_scattered_in_order() {
+        let mut fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        fixture.user().write(page, b"onetwothree").unwrap();
+        let array = pieces(&fixture, &[(page + 3, 3), (page, 0), (page, 3), (page + 6, 5)]);
+        assert_eq!(fixture.main.call(libc::SYS_writev, &[1, array, 4]), 11);
+        let mut got = [0; 11];
+        fixture.stdout.take().unwrap().read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"twoonethree");
+        fixture.stdin.as_ref().unwrap().write_all(b"12345").unwrap();
+        let array = pieces(&fixture, &[(page + 100, 2), (page + 50, 10)]);
+        assert_eq!(fixture.main.call(libc::SYS_readv, &[0, array, 2]), 5);
+        let mut text = [0; 3];
+        fixture.user().read(page + 50, &mut text).unwrap();
+        assert_eq!(&text, b"345");
+    }
+
+    #[test]
+    fn piece_lists_are_bounded_and_checked() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let writev = |array: u64, count: u64| fixture.main.call(libc::SYS_writev, &[1, array, count]);
+        assert_eq!(writev(0, 1025), errno(Errno::EINVAL));
+        assert_eq!(writev(0, u64::MAX), errno(Errno::EINVAL));
+        assert_eq!(writev(0, 1), errno(Errno::EFAULT));
+        assert_eq!(writev(0, 0), 0);
+        assert_eq!(writev(pieces(&fixture, &[(page, 1 << 63)]), 1), errno(Errno::EINVAL));
+        assert_eq!(writev(pieces(&fixture, &[(u64::MAX, 2)]), 1), errno(Errno::EFAULT));
+        assert_eq!(writev(pieces(&fixture, &[(page, 1); 1024]), 1024), 1024);
+        assert_eq!(writev(pieces(&fixture, &[(page, 2), (page + 4095, 2)]), 2), 3, "up to what can be read");
+    }
+
+    #[test]
+    fn large_transfers_through_a_small_pipe_are_whole() {
+        let mut fixture = Fixture::new();
+        const LEN: usize = 1 << 20;
+        let at = fixture.map_pages(LEN as u64 / 4096);
+        let bytes: Vec<u8> = (0..LEN).map(|n| (n / 7) as u8).collect();
+        fixture.user().write(at, &bytes).unwrap();
+        fixture.main.begin_call(libc::SYS_write, &[1, at, LEN as u64]);
+        let mut got = vec![0; LEN];
+        fixture.stdout.take().unwrap().read_exact(&mut got).unwrap();
+        assert!(got == bytes);
+        assert_eq!(fixture.main.finish().unwrap().rax, LEN as u64);
+    }
+
+    #[test]
+    fn a_write_that_nobody_reads_is_a_signal() {
+        let mut fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        fixture.stdout = None;
+        fixture.main.begin_call(libc::SYS_write, &[1, page, 1]);
+        assert!(fixture.main.finish().is_none());
+        assert_eq!(fixture.join(), ExitStatus::Signaled(libc::SIGPIPE));
+    }
+
+    #[test]
+    fn a_blocked_write_ends_with_the_process() {
+        let fixture = Fixture::new();
+        let at = fixture.map_pages(64);
+        fixture.main.begin_call(libc::SYS_write, &[1, at, 64 * 4096]);
+        std::thread::sleep(Duration::from_millis(20));
+        fixture.process.kill(libc::SIGTERM);
+        assert_eq!(fixture.join(), ExitStatus::Signaled(libc::SIGTERM));
+    }
+
+    #[test]
+    fn a_regular_file_is_read_in_one_go_and_by_offset() {
+        let bytes: Vec<u8> = (0..300_000u32).map(|n| (n % 251) as u8).collect();
+        let file = file_with(&bytes);
+        let fixture = Fixture::with_stdin(file.into(), None);
+        let at = fixture.map_pages(80);
+        assert_eq!(fixture.main.call(libc::SYS_read, &[0, at, 1 << 20]), 300_000);
+        assert_eq!(fixture.main.call(libc::SYS_pread64, &[0, at, 10, 299_995]), 5);
+        assert_eq!(fixture.main.call(libc::SYS_lseek, &[0, 100, 0]), 100);
+        assert_eq!(fixture.main.call(libc::SYS_read, &[0, at, 4]), 4);
+        let mut text = [0; 4];
+        fixture.user().read(at, &mut text).unwrap();
+        assert_eq!(text, bytes[100..104]);
+    }
+}

@@ -73,3 +73,55 @@ pub(in crate::guest) fn getcwd(t: &Thread, into: u64, size: u64) -> SysResult {
     t.process.user().write(into, ROOT)?;
     Ok(ROOT.len() as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+
+    #[test]
+    fn descriptors_have_a_stat_and_paths_have_none() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(2);
+        let (path, into) = (page, page + 64);
+        let empty = libc::AT_EMPTY_PATH as u64;
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        let mode = |at: u64| fixture.user().read_u32(at).unwrap() & libc::S_IFMT;
+        assert_eq!(call(libc::SYS_fstat, &[1, into]), 0);
+        assert_eq!(mode(into + 24), libc::S_IFIFO);
+        assert_eq!(call(libc::SYS_newfstatat, &[1, path, into, empty]), 0);
+        assert_eq!(call(libc::SYS_statx, &[1, path, empty, 0xfff, into]), 0);
+        assert_eq!(mode(into + 28) & 0xffff, libc::S_IFIFO);
+        assert_eq!(call(libc::SYS_newfstatat, &[1, path, into, 0]), errno(Errno::ENOENT));
+        assert_eq!(call(libc::SYS_newfstatat, &[1, path, into, 1]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_fstat, &[9, into]), errno(Errno::EBADF));
+        assert_eq!(call(libc::SYS_fstat, &[1, 1]), errno(Errno::EFAULT));
+        fixture.user().write(path, b"/etc/passwd\0").unwrap();
+        assert_eq!(call(libc::SYS_openat, &[-100i64 as u64, path, 0]), errno(Errno::ENOENT));
+        assert_eq!(call(libc::SYS_open, &[path, 0]), errno(Errno::ENOENT));
+        assert_eq!(call(libc::SYS_open, &[1, 0]), errno(Errno::EFAULT));
+        fixture.user().write(page, &[b'x'; 4200]).unwrap();
+        assert_eq!(call(libc::SYS_access, &[path, 0]), errno(Errno::ENAMETOOLONG));
+    }
+
+    #[test]
+    fn the_program_knows_its_own_path() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        fixture.user().write(page, b"/proc/self/exe\0").unwrap();
+        assert_eq!(call(libc::SYS_readlink, &[page, page + 64, 4]), 4);
+        assert_eq!(call(libc::SYS_readlinkat, &[0, page, page + 64, 64]), 9);
+        let mut exe = [0; 9];
+        fixture.user().read(page + 64, &mut exe).unwrap();
+        assert_eq!(&exe, b"/bin/fake");
+        assert_eq!(call(libc::SYS_readlink, &[page, page + 64, 0]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_readlink, &[page + 1, page + 64, 9]), errno(Errno::ENOENT));
+        assert_eq!(call(libc::SYS_getcwd, &[page, 64]), 2);
+        assert_eq!(call(libc::SYS_getcwd, &[page, 1]), errno(Errno::ERANGE));
+    }
+}

@@ -171,7 +171,7 @@ pub(in crate::guest) fn rt_sigreturn(t: &mut Thread, vcpu: &mut dyn Vcpu) -> Res
     };
     let Some(restored) = loaded else {
         let info = SigInfo::kernel(Signal::SEGV);
-        let fault = Forced { signal: Signal::SEGV, info, trap: t.trap, access: None };
+        let fault = Forced { signal: Signal::SEGV, info, trap: t.trap, cause: None };
         return t.fault(vcpu, fault);
     };
     *vcpu.regs_mut() = restored.regs;
@@ -242,4 +242,94 @@ pub(in crate::guest) fn queue(
     }
     send(t, to, number, |signal| SigInfo::queued(signal, record))?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::testing::Fixture;
+
+    fn errno(errno: Errno) -> i64 {
+        -i64::from(errno.0)
+    }
+
+    #[test]
+    fn dispositions_are_kept_but_for_unknown_flags_and_two_signals() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let call = |args: &[u64]| fixture.main.call(libc::SYS_rt_sigaction, args);
+        for (index, word) in [0x1000, 0xffff_ffff, 0x2000, u64::MAX].into_iter().enumerate() {
+            fixture.user().write_u64(page + 8 * index as u64, word).unwrap();
+        }
+        assert_eq!(call(&[10, page, 0, 8]), 0);
+        assert_eq!(call(&[10, 0, page + 64, 8]), 0);
+        let old: Record<32> = fixture.user().record(page + 64).unwrap();
+        assert_eq!((old.u64(0), old.u64(8), old.u64(16)), (0x1000, KNOWN_FLAGS, 0x2000));
+        assert_eq!(old.u64(24), !(1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1)));
+        for signal in [0, 65, -1, i32::MIN, libc::SIGKILL, libc::SIGSTOP] {
+            assert_eq!(call(&[signal as u64, page, 0, 8]), errno(Errno::EINVAL), "{signal}");
+        }
+        assert_eq!(call(&[9, 0, page, 8]), 0, "asking is allowed");
+        assert_eq!(call(&[10, page, 0, 16]), errno(Errno::EINVAL));
+        assert_eq!(call(&[10, 1, 0, 8]), errno(Errno::EFAULT));
+        assert_eq!(call(&[10, 0, 1, 8]), errno(Errno::EFAULT));
+    }
+
+    #[test]
+    fn masks_add_up() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let mask = |how: i32, set: u64| {
+            fixture.user().write_u64(page, set).unwrap();
+            let result = fixture.main.call(libc::SYS_rt_sigprocmask, &[how as u64, page, page + 8, 8]);
+            (result, fixture.user().read_u64(page + 8).unwrap())
+        };
+        assert_eq!(mask(libc::SIG_BLOCK, 0b1100), (0, 0));
+        assert_eq!(mask(libc::SIG_UNBLOCK, 0b0100), (0, 0b1100));
+        assert_eq!(mask(libc::SIG_SETMASK, u64::MAX), (0, 0b1000));
+        assert_eq!(mask(libc::SIG_SETMASK, 0).1, !(1 << 8 | 1 << 18));
+        assert_eq!(mask(99, 0).0, errno(Errno::EINVAL));
+    }
+
+    #[test]
+    fn only_its_own_threads_can_be_signalled() {
+        let fixture = Fixture::new();
+        let (pid, other) = (fixture.process.pid() as u64, fixture.new_thread());
+        let call = |number, args: &[u64]| fixture.main.call(number, args);
+        assert_eq!(call(libc::SYS_kill, &[1, 9]), errno(Errno::ESRCH));
+        assert_eq!(call(libc::SYS_kill, &[-1i64 as u64, 9]), errno(Errno::ESRCH));
+        assert_eq!(call(libc::SYS_kill, &[i32::MIN as u32 as u64, 9]), errno(Errno::ESRCH));
+        assert_eq!(call(libc::SYS_kill, &[pid, 65]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_kill, &[0, 0]), 0);
+        assert_eq!(call(libc::SYS_tgkill, &[pid, other.tid as u64, 0]), 0);
+        assert_eq!(call(libc::SYS_tgkill, &[pid, 0, 0]), errno(Errno::EINVAL));
+        assert_eq!(call(libc::SYS_tgkill, &[pid + 1, other.tid as u64, 0]), errno(Errno::ESRCH));
+        assert_eq!(call(libc::SYS_tkill, &[other.tid as u64 + 1, 0]), errno(Errno::ESRCH));
+    }
+
+    #[test]
+    fn a_waiting_thread_takes_a_queued_signal_with_its_data() {
+        let fixture = Fixture::new();
+        let page = fixture.map_pages(1);
+        let (pid, other) = (fixture.process.pid() as u64, fixture.new_thread());
+        let usr1 = libc::SIGUSR1 as u64;
+        fixture.user().write_u64(page, 1 << (usr1 - 1)).unwrap();
+        for remote in [&fixture.main, &other] {
+            assert_eq!(remote.call(libc::SYS_rt_sigprocmask, &[0, page, 0, 8]), 0);
+        }
+        let (time, info) = (page + 16, page + 128);
+        let wait = [page, info, time, 8];
+        assert_eq!(fixture.main.call(libc::SYS_rt_sigtimedwait, &wait), errno(Errno::EAGAIN));
+        fixture.user().write_u32(info + 8, libc::SI_QUEUE as u32).unwrap();
+        fixture.user().write_u64(info + 24, 4711).unwrap();
+        assert_eq!(fixture.main.call(libc::SYS_rt_sigqueueinfo, &[pid, usr1, info]), 0);
+        fixture.user().write_u64(info + 24, 0).unwrap();
+        assert_eq!(other.call(libc::SYS_rt_sigtimedwait, &wait), usr1 as i64);
+        assert_eq!(fixture.user().read_u64(info + 24), Ok(4711));
+        // And one that has to be waited for.
+        fixture.main.begin_call(libc::SYS_rt_sigtimedwait, &[page, 0, 0, 8]);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        assert_eq!(other.call(libc::SYS_kill, &[pid, usr1]), 0);
+        assert_eq!(fixture.main.finish().unwrap().rax, usr1);
+    }
 }
