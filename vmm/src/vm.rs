@@ -20,7 +20,7 @@ use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{FaultError, Mm};
 use shadow_mmu::shadow::{
-    AuditReport, FaultAround, FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Tlb, Zapped,
+    AuditReport, FaultAround, FaultAroundPolicy, Memslot, Prefaulted, ShadowMmu, SlotAccess, Tlb, Zapped,
 };
 use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::path::PathBuf;
@@ -118,6 +118,10 @@ impl Machine {
             WindowFill::OnDemand | WindowFill::Userfaultfd => Arc::new(OnDemand(kvm.tlb())),
         };
         let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb)?);
+        if !kvm.facts().kvm_backend.is_two_dimensional() {
+            // Nobody reads A and D of this guest, and KVM shadows its tables.
+            shadow.set_prefaulted(Prefaulted::Young);
+        }
         let (index, entry) = kvm.monitor_entry();
         shadow.set_upper(index, entry);
         // The guest has no paging of its own and its addresses are those of its address space: one slot, one to one.

@@ -80,6 +80,11 @@ impl ShadowMmu {
                 SlotAccess::ReadOnly => Access::READ | Access::EXEC,
             };
             let leaf = |page: PinnedPage| Spte::leaf(page.pfn, page.rights & rights);
+            let young = core.prefaulted_young.load(Ordering::Relaxed);
+            let neighbour = |page: PinnedPage| match leaf(page) {
+                spte if young => spte.touched(spte.rights()),
+                spte => spte,
+            };
             let required = pinned.required();
             let mut fresh: Vec<Pfn> = Vec::new();
             let installed = {
@@ -102,7 +107,7 @@ impl ShadowMmu {
                             continue;
                         }
                         // A neighbour for which there is no table, or that is stale, can wait for its own fault.
-                        if core.install(gfn, leaf(page)) == Ok(Installed::New) {
+                        if core.install(gfn, neighbour(page)) == Ok(Installed::New) {
                             fresh.push(page.pfn);
                         }
                     }
