@@ -208,7 +208,7 @@ impl Machine {
 
 /// Threads that a guest with this much memory may have: one for every 32 frames, as Linux's `threads-max`.
 fn max_threads(pool: &FramePool) -> usize {
-    (pool.stats().frames / 32).max(20)
+    (pool.frame_count() / 32).max(20)
 }
 
 /// Resolves the page faults of one vCPU.

@@ -281,6 +281,11 @@ impl FramePool {
         taken.len()
     }
 
+    /// Frames in all.
+    pub fn frame_count(&self) -> usize {
+        self.frames.len()
+    }
+
     /// Frames that [`alloc`](Self::alloc) could still hand out.
     pub fn free_frames(&self) -> usize {
         self.free.lock().free_count()

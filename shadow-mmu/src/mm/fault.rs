@@ -201,7 +201,9 @@ impl Mm {
                 }
                 pte
             };
-            if pte.is_present() {
+            if pte.is_zero() {
+                self.replace_zero_pages(hva, ahead)?;
+            } else if pte.is_present() {
                 self.copy_on_write(hva, pte)?;
             } else if vma.object_page(hva).is_some() {
                 self.map_object_pages(vma, hva, access, ahead)?;
@@ -225,54 +227,96 @@ impl Mm {
     /// Replaces the frame of the write-protected `pte` at `hva` by a private copy (`wp_page_copy`). Returns also when it lost
     /// a race; the caller looks again.
     fn copy_on_write(&self, hva: Hva, pte: Pte) -> Result<(), FaultError> {
-        let at = index(hva.page(), 1);
-        let new = self.pool.alloc(if pte.is_zero() { Fill::Zeros } else { Fill::Overwritten })?;
-        if !pte.is_zero() {
-            // The old frame cannot go away under the copy only while its pte is there and locked, so pin it first.
-            let same = self.lock_leaf(hva).is_some_and(|leaf| {
-                let same = leaf.get(at).pfn() == pte.pfn() && leaf.get(at).is_present();
-                if same {
-                    self.pool.get(pte.pfn());
-                }
-                same
-            });
-            if !same {
-                self.pool.put(new);
-                return Ok(());
-            }
-            self.pool.copy(pte.pfn(), new);
-            self.pool.put(pte.pfn());
-        }
-        let replaced = {
-            let range = HvaRange::page(hva);
-            let _pair = self.notifiers.invalidate(range, Event::Clear);
-            let Some(leaf) = self.lock_leaf(hva) else {
-                self.pool.put(new);
-                return Ok(());
-            };
-            let now = leaf.get(at);
-            let same = now.is_present() && now.pfn() == pte.pfn() && !now.is_writable();
+        let new = self.pool.alloc(Fill::Overwritten)?;
+        // The old frame cannot go away under the copy only while its pte is there and locked, so pin it first.
+        let pinned = self.lock_leaf(hva).is_some_and(|leaf| {
+            let now = leaf.get(index(hva.page(), 1));
+            let same = now.is_present() && now.pfn() == pte.pfn();
             if same {
-                let copy = Pte::anonymous(new).writable().touched(Access::WRITE);
-                leaf.set(at, Pte::NONE);
-                self.notifiers.invalidate_range(range);
-                // Secondary first: the new pte is writable, and what is written through it must not be missed (R8).
-                self.notifiers.change_pte(hva, copy);
-                self.pool.frame(new).add_map();
-                leaf.set(at, copy);
+                self.pool.get(pte.pfn());
             }
             same
-        };
-        if !replaced {
+        });
+        if !pinned {
             self.pool.put(new);
             return Ok(());
         }
-        if let Some(old) = pte.counted_frame() {
-            self.pool.frame(old).remove_map();
-            self.pool.put(old);
+        self.pool.copy(pte.pfn(), new);
+        self.pool.put(pte.pfn());
+        let replaced = {
+            let _pair = self.notifiers.invalidate(HvaRange::page(hva), Event::Clear);
+            self.replace_frame(hva, pte, new)
+        };
+        if replaced {
+            self.pool.frame(pte.pfn()).remove_map();
+            self.pool.put(pte.pfn());
+            count(&self.stats.copied_pages, 1);
+        } else {
+            self.pool.put(new);
         }
-        count(&self.stats.copied_pages, 1);
         Ok(())
+    }
+
+    /// Gives every page of `ahead` that maps the zero frame a frame of its own, inside one pair: one flush for all of them.
+    /// `ahead` holds `hva`, which alone gets one if memory is short.
+    fn replace_zero_pages(&self, hva: Hva, ahead: HvaRange) -> Result<(), FaultError> {
+        let mut pages = Vec::new();
+        self.for_each_leaf(ahead, |base, leaf, entries| {
+            let zero = entries.filter(|&at| leaf.get(at).is_zero());
+            pages.extend(zero.map(|at| base.page() + at as u64));
+        });
+        let mut frames = self.alloc_ahead(hva, &mut pages)?.into_iter();
+        {
+            // Only part of the range may hold zero pages; a secondary loses what else it has there, and finds it again.
+            let _pair = self.notifiers.invalidate(ahead, Event::Clear);
+            let zero = Pte::zero(self.zero_frame);
+            for page in pages {
+                let Some(new) = frames.next() else { break };
+                if self.replace_frame(Hva(page * PAGE_SIZE), zero, new) {
+                    count(&self.stats.copied_pages, 1);
+                } else {
+                    self.pool.put(new);
+                }
+            }
+        }
+        // One for each page was asked for; a page that was replaced meanwhile gave its own back above.
+        frames.for_each(|pfn| self.pool.put(pfn));
+        Ok(())
+    }
+
+    /// Points the pte at `hva` at `new`, writable, if it still is the write-protected `old` but for marks. Inside a pair
+    /// (`ptep_clear_flush_notify`, `set_pte_at_notify`).
+    fn replace_frame(&self, hva: Hva, old: Pte, new: Pfn) -> bool {
+        let at = index(hva.page(), 1);
+        let Some(leaf) = self.lock_leaf(hva) else { return false };
+        let now = leaf.get(at);
+        if !now.is_present() || now.pfn() != old.pfn() || now.is_writable() {
+            return false;
+        }
+        let copy = Pte::anonymous(new).writable();
+        leaf.set(at, Pte::NONE);
+        self.notifiers.invalidate_range(HvaRange::page(hva));
+        // Secondary first: the new pte is writable, and what is written through it must not be missed (R8).
+        self.notifiers.change_pte(hva, copy);
+        self.pool.frame(new).add_map();
+        leaf.set(at, copy);
+        true
+    }
+
+    /// A frame of zeros for each of `pages`, which hold the page of `hva`; for that one alone if memory is short: then `pages`
+    /// is cut to it.
+    fn alloc_ahead(&self, hva: Hva, pages: &mut Vec<u64>) -> Result<Vec<Pfn>, OutOfFrames> {
+        let spare = self.pool.free_frames().saturating_sub(self.pool.frame_count() / RESERVE_SHARE);
+        if pages.len() > spare {
+            *pages = vec![hva.page()];
+        }
+        let mut frames = Vec::with_capacity(pages.len());
+        self.pool.alloc_up_to(pages.len(), Fill::Zeros, &mut frames);
+        if frames.len() < pages.len() {
+            self.pool.put_all(&frames.split_off(frames.len().min(1)));
+            *pages = vec![hva.page()];
+        }
+        if frames.is_empty() && !pages.is_empty() { Err(OutOfFrames) } else { Ok(frames) }
     }
 
     /// Maps the zero frame at every empty page of `ahead`, which holds `hva`.
@@ -296,19 +340,7 @@ impl Mm {
     fn map_new_pages(&self, hva: Hva, ahead: HvaRange) -> Result<(), FaultError> {
         let mut pages = Vec::with_capacity(ahead.page_count() as usize);
         self.for_each_empty(ahead, |page| pages.push(page));
-        let spare = self.pool.free_frames().saturating_sub(self.pool.stats().frames / RESERVE_SHARE);
-        if pages.len() > spare {
-            pages = vec![hva.page()];
-        }
-        let mut frames = Vec::with_capacity(pages.len());
-        self.pool.alloc_up_to(pages.len(), Fill::Zeros, &mut frames);
-        if frames.is_empty() {
-            return Err(FaultError::OutOfMemory);
-        }
-        if frames.len() < pages.len() {
-            self.pool.put_all(&frames.split_off(1));
-            pages = vec![hva.page()];
-        }
+        let frames = self.alloc_ahead(hva, &mut pages)?;
         let mut unused = Vec::new();
         let mut result = Ok(());
         for (page, pfn) in pages.into_iter().zip(frames) {

@@ -137,7 +137,7 @@ impl Mm {
     /// the pool has frames. Beyond that memory is promised freely; who touches more than there is gets
     /// [`OutOfMemory`](super::FaultError::OutOfMemory).
     pub(super) fn check_overcommit(&self, pages: u64) -> Result<(), MmError> {
-        if pages > self.pool.stats().frames as u64 { Err(MmError::NoMemory) } else { Ok(()) }
+        if pages > self.pool.frame_count() as u64 { Err(MmError::NoMemory) } else { Ok(()) }
     }
 
     /// Removes every mapping of `range`, with its pages. The caller holds the mmap lock for writing.

@@ -54,6 +54,14 @@ pub(super) fn own(t: &Thread, id: i32) -> Result<(), Errno> {
     }
 }
 
+/// The process group is umbra's own and stays so; saying that it is one's own is accepted.
+pub(super) fn setpgid(t: &Thread, pid: i32, group: i32) -> SysResult {
+    if group < 0 || group == 0 && pid < 0 {
+        return Err(Errno::EINVAL);
+    }
+    own(t, pid).map(|()| 0)
+}
+
 /// `prlimit64`.
 pub(super) fn prlimit(t: &mut Thread, pid: i32, resource: u32, new: u64, old: u64) -> SysResult {
     let user = t.process.user();

@@ -141,7 +141,7 @@ fn call(t: &mut Thread, number: i64, args: &[u64; 6]) -> SysResult {
         | libc::SYS_getegid => Ok(host::identity(number)),
         libc::SYS_getpgid => info::own(t, int_a).map(|()| host::identity(libc::SYS_getpgrp)),
         libc::SYS_getsid => info::own(t, int_a).and_then(|()| host::session()),
-        libc::SYS_setpgid => info::own(t, int_a).map(|()| 0),
+        libc::SYS_setpgid => info::setpgid(t, int_a, int_b),
         libc::SYS_getresuid => info::three_ids(t, host::identity(libc::SYS_getuid), [a, b, c]),
         libc::SYS_getresgid => info::three_ids(t, host::identity(libc::SYS_getgid), [a, b, c]),
         libc::SYS_getgroups => if int_a < 0 { Err(Errno::EINVAL) } else { Ok(0) },

@@ -22,7 +22,8 @@
 //! * The thread cannot get out of [`leave`](RunState::leave) while the word says SENDING. So the signal goes to a thread
 //!   that is inside [`run`](crate::engine::Vcpu::run): never to one that ended, never to a recycled thread id; and the
 //!   sender's pointer to `immediate_exit` is good, because the vCPU cannot be dropped under it.
-//! * A request stays in the word until the vCPU's thread takes it. Requests are not counted.
+//! * A request stays in the word until the vCPU's thread takes it. Requests are not counted; one that is pending already
+//!   sends no second signal.
 //! * A [`Kicker`] knows the lease it was made for. Against a word of another lease (the vCPU is parked, or serves
 //!   another guest thread by now) it does nothing.
 //!
@@ -57,8 +58,10 @@ bitflags::bitflags! {
         const KICK = 1 << 2;
         /// Drop the vCPU's translations before the next entry.
         const FLUSH = 1 << 3;
+        /// Stay out of the guest until the holder lets go.
+        const HOLD = 1 << 4;
         /// Never enter the guest again.
-        const STOP = 1 << 4;
+        const STOP = 1 << 5;
     }
 }
 
@@ -180,6 +183,11 @@ impl RunState {
             if lease.is_some_and(|lease| lease != (word >> LEASE_SHIFT) as u32) {
                 return;
             }
+            if word & request.bits() != 0 {
+                // Asked for already. The vCPU is on its way out, or was and goes in once more before it serves it;
+                // another signal would only delay that.
+                return;
+            }
             let send = word & MODE == IN_GUEST;
             let mode = if send { SENDING } else { word & MODE };
             let next = word & !MODE | mode | request.bits();
@@ -190,9 +198,10 @@ impl RunState {
         };
         if send {
             self.set_immediate_exit(1);
+            let (process, signal) = (std::process::id(), kick_signal());
             let tid = self.tid.load(Ordering::Relaxed);
             // SAFETY: takes plain numbers. The thread is alive: it waits for SENT before it leaves `run`.
-            let result = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal()) };
+            let result = unsafe { libc::syscall(libc::SYS_tgkill, process, tid, signal) };
             if result != 0 {
                 // The queue of real-time signals may be full (RLIMIT_SIGPENDING); one that is queued does the job.
                 log::warn!("cannot signal thread {tid}: {}", std::io::Error::last_os_error());

@@ -18,11 +18,15 @@ mod fpu;
 mod host;
 mod kick;
 mod monitor;
+mod opcode;
 mod probe;
+mod probe_guest;
 mod raw_vcpu;
 mod vcpu;
 mod window;
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -43,8 +47,9 @@ use raw_vcpu::{CpuModel, RawVcpu};
 use shadow_mmu::addr::Pfn;
 use shadow_mmu::frame::FramePool;
 use shadow_mmu::shadow::Tlb;
+use shadow_mmu::sync::{Arc, Mutex};
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use window::Window;
 
 /// What is needed to make one more vCPU.
@@ -132,7 +137,7 @@ impl KvmVm {
     /// # Errors
     /// [`SetupError`]; [`SetupError::VcpuLimit`] where too many are in use at once.
     pub fn create_vcpu(self: &Arc<Self>, root: Pfn) -> Result<KvmVcpu, SetupError> {
-        let parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let parked = self.parked.lock().pop();
         let raw = match parked {
             Some(raw) => raw,
             None => self.make_vcpu()?,
@@ -142,7 +147,7 @@ impl KvmVm {
     }
 
     fn make_vcpu(&self) -> Result<RawVcpu, SetupError> {
-        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut making = self.making.lock();
         let number = making.made;
         if number >= self.max_vcpus() {
             return Err(SetupError::VcpuLimit { limit: self.max_vcpus() });
@@ -158,19 +163,11 @@ impl KvmVm {
 
     /// Takes a vCPU back whose guest thread is gone.
     fn park(&self, raw: RawVcpu) {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner).push(raw);
+        self.parked.lock().push(raw);
     }
 
     fn fpu(&self) -> &FpuLayout {
-        self.fpu.get_or_init(|| self.making.lock().unwrap_or_else(PoisonError::into_inner).model.fpu.clone())
-    }
-
-    fn monitor(&self) -> &Monitor {
-        &self.monitor
-    }
-
-    fn bare_root(&self) -> Pfn {
-        self.monitor.bare_root()
+        self.fpu.get_or_init(|| self.making.lock().model.fpu.clone())
     }
 
     /// The VM's flush strategy, for its shadow map.

@@ -57,10 +57,10 @@ impl CpuModel {
             .map_err(SetupError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
         let leaf7 = cpuid.as_slice().iter().find(|e| e.function == 7 && e.index == 0);
         let (ebx, ecx) = leaf7.map_or((0, 0), |e| (e.ebx, e.ecx));
-        let optional =
-            [(ebx >> 0, CR4_FSGSBASE), (ebx >> 7, CR4_SMEP), (ebx >> 20, CR4_SMAP), (ecx >> 2, CR4_UMIP)];
+        let optional = [(ebx, 0, CR4_FSGSBASE), (ebx, 7, CR4_SMEP), (ebx, 20, CR4_SMAP), (ecx, 2, CR4_UMIP)];
         let base = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE;
-        let cr4 = optional.iter().filter(|(has, _)| has & 1 != 0).fold(base, |cr4, (_, bit)| cr4 | bit);
+        let has = optional.iter().filter(|(register, bit, _)| register >> bit & 1 != 0);
+        let cr4 = has.fold(base, |cr4, (.., flag)| cr4 | flag);
         let fpu = FpuLayout::new(&cpuid, xsave2);
         Ok(Self { cpuid, cr4, fpu })
     }

@@ -6,6 +6,7 @@ use crate::engine::{Exit, Vcpu};
 use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{Fill, FramePool, FreedFrames};
 use shadow_mmu::shadow::Spte;
+use shadow_mmu::sync::Mutex;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,26 +37,50 @@ pub(super) struct Guest {
     pub(super) pool: Arc<FramePool>,
     pub(super) vm: Arc<KvmVm>,
     pub(super) root: Pfn,
+    /// Tables and pages, all still held.
+    frames: Mutex<Vec<Pfn>>,
 }
 
 impl Guest {
     /// A guest with `code` at [`CODE`] and a stack, or `None` without a device.
     pub(super) fn new(code: &[u8]) -> Option<Self> {
+        Self::with_pool(code, FreedFrames::Keep)
+    }
+
+    pub(super) fn with_pool(code: &[u8], freed: FreedFrames) -> Option<Self> {
         let device = test_device()?;
-        let pool = Arc::new(FramePool::new(64 << 20, FreedFrames::Keep).unwrap());
+        let pool = Arc::new(FramePool::new(64 << 20, freed).unwrap());
         let vm = KvmVm::new(&device, Arc::clone(&pool)).unwrap();
         let root = pool.alloc(Fill::Zeros).unwrap();
         let (index, entry) = vm.monitor_entry();
         pool.words(root)[index].store(entry, Ordering::SeqCst);
-        let guest = Self { pool, vm, root };
+        let guest = Self { pool, vm, root, frames: Mutex::new(vec![root]) };
         guest.load(CODE, code);
         guest.map_new(STACK_TOP - PAGE_SIZE, RW);
         Some(guest)
     }
 
+    fn alloc(&self) -> Pfn {
+        let frame = self.pool.alloc(Fill::Zeros).unwrap();
+        self.frames.lock().push(frame);
+        frame
+    }
+
+    /// Frames that this guest has, the engine's not counted.
+    pub(super) fn frame_count(&self) -> usize {
+        self.frames.lock().len()
+    }
+
     /// Maps a page of code.
     pub(super) fn load(&self, address: u64, code: &[u8]) {
         let frame = self.map_new(address, RX);
+        self.pool.write(frame, 0, code);
+    }
+
+    /// Puts other bytes into a page that is mapped.
+    pub(super) fn rewrite(&self, address: u64, code: &[u8]) {
+        let frame = Spte(self.spte(address).load(Ordering::SeqCst)).pfn();
+        self.pool.zero(frame);
         self.pool.write(frame, 0, code);
     }
 
@@ -65,7 +90,7 @@ impl Guest {
         for level in (2..=4).rev() {
             let entry = &self.pool.words(table)[(address >> (12 + 9 * (level - 1)) & 511) as usize];
             if entry.load(Ordering::SeqCst) == 0 {
-                let next = self.pool.alloc(Fill::Zeros).unwrap();
+                let next = self.alloc();
                 entry.store(Spte::table(next).0, Ordering::SeqCst);
             }
             table = Spte(entry.load(Ordering::SeqCst)).pfn();
@@ -79,7 +104,7 @@ impl Guest {
 
     /// Maps a new frame of zeros.
     pub(super) fn map_new(&self, address: u64, rights: Access) -> Pfn {
-        let frame = self.pool.alloc(Fill::Zeros).unwrap();
+        let frame = self.alloc();
         self.map(address, frame, rights);
         frame
     }

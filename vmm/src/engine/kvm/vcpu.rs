@@ -16,14 +16,15 @@
 //!   instruction fetch there. A guest that *jumps* to that address arrives in the same way and has made a system call
 //!   that returns to what rcx says: it could have had that for less.
 //! * EINTR: somebody kicked, or some other signal came. In ring 3 the registers are the guest's. In ring 0 the guest
-//!   had arrived at a stub but not executed `out` yet: that is the same exit, told by rip. If KVM holds an exception that
-//!   it has not delivered yet, the vCPU runs on before the kick is reported: delivery leads straight to a stub, while
-//!   registers changed under a pending exception (a signal frame) would get it on top. Signals that nobody asked a kick
-//!   with do not end `run`.
+//!   had arrived at a stub but not executed `out` yet: that is the same exit, told by rip. If the guest is on its way there
+//!   (KVM holds an exception that it has not delivered yet; rip is LSTAR's), the vCPU runs on before the kick is
+//!   reported: the way leads straight to a stub, while registers changed under a pending exception (a signal frame)
+//!   would get it on top. Signals that nobody asked a kick with do not end `run`.
 
 use super::KvmVm;
 use super::kick::{Kicker, Requests};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
+use super::opcode::software_interrupt;
 use super::raw_vcpu::RawVcpu;
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs};
@@ -46,6 +47,8 @@ const GENERAL_PROTECTION: u8 = 13;
 /// Vectors that say the monitor is broken, or the machine: NMI, double fault, invalid TSS, machine check.
 const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
 
+/// What a general-protection fault's error code says besides a gate's number: it is one of the IDT.
+const GATE_OF_IDT: u32 = 1 << 1;
 /// Bits of a page fault's error code.
 const FAULT_WRITE: u32 = 1 << 1;
 const FAULT_RESERVED: u32 = 1 << 3;
@@ -255,7 +258,12 @@ impl KvmVcpu {
                 if requests.contains(Requests::FLUSH) {
                     // Taken before it is served: one that comes meanwhile is served again.
                     raw.state.take(Requests::FLUSH);
-                    switch_root_and_back(raw, self.vm.bare_root())?;
+                    switch_root_and_back(raw, self.vm.monitor.bare_root())?;
+                    continue;
+                }
+                if requests.contains(Requests::HOLD) {
+                    raw.state.take(Requests::HOLD);
+                    self.vm.flusher.wait_until_released();
                     continue;
                 }
                 raw.state.take(Requests::KICK);
@@ -268,8 +276,9 @@ impl KvmVcpu {
                 Outcome::Interrupted if !in_ring3(raw) => Arrival::by_rip(raw.fd.sync_regs_mut().regs.rip),
                 Outcome::Interrupted => {
                     store(&mut self.regs, raw);
-                    let in_flight = raw.state.wants(Requests::KICK) && exception_in_flight(raw)?;
-                    deferred = if in_flight { Requests::KICK } else { Requests::empty() };
+                    let on_the_way = self.regs.rip == SYSCALL_ENTRY
+                        || raw.state.wants(Requests::KICK) && exception_in_flight(raw)?;
+                    deferred = if on_the_way { Requests::KICK } else { Requests::empty() };
                     continue;
                 }
                 Outcome::NotEmulated => {
@@ -305,7 +314,7 @@ impl KvmVcpu {
         let Some(raw) = self.raw.as_mut() else {
             return Err(lost("reading a frame", io::Error::other("no vCPU")));
         };
-        let frame = self.vm.monitor().exception_frame(raw.pages, vector);
+        let frame = self.vm.monitor.exception_frame(raw.pages, vector);
         let cr2 = raw.fd.sync_regs_mut().sregs.cr2;
         let error_code = frame.error_code;
         let reserved = vector == PAGE_FAULT && error_code & FAULT_RESERVED != 0;
@@ -320,6 +329,13 @@ impl KvmVcpu {
         self.regs.rip = frame.rip;
         self.regs.rsp = frame.rsp;
         self.regs.rflags = frame.rflags;
+        if vector == INVALID_OPCODE {
+            let interrupt = software_interrupt(self.vm.monitor.pool(), self.root, frame.rip);
+            if let Some(gate) = interrupt {
+                let error_code = u32::from(gate) << 3 | GATE_OF_IDT;
+                return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code });
+            }
+        }
         if vector != PAGE_FAULT {
             return Ok(Exit::Exception { vector, error_code });
         }

@@ -53,7 +53,7 @@ pub(super) struct Window {
 impl Window {
     pub(super) fn new(region: MmapRegion) -> Self {
         // SAFETY: takes plain numbers and returns a descriptor or -1.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
         // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
         let process = (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) });
         Self { region, process }

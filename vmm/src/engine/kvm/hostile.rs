@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a hostile guest may execute. None of it may hang, end the vCPU, or change what the next program sees.
+
+use super::KvmVcpu;
+use super::testing::*;
+use crate::engine::{Exit, Regs, Vcpu};
+use shadow_mmu::addr::Access;
+
+/// Where a harmless program waits: a lone `syscall`.
+const HARMLESS: u64 = CODE + 0x1000;
+
+fn guest() -> Option<Guest> {
+    let guest = Guest::new(&[])?;
+    guest.load(HARMLESS, &SYSCALL);
+    guest.map_new(DATA, RW);
+    Some(guest)
+}
+
+/// Runs `code` from the start with rdi at a data page, until it stops for the first time.
+fn run(guest: &Guest, vcpu: &mut KvmVcpu, code: &[u8]) -> Exit {
+    guest.rewrite(CODE, code);
+    start(vcpu);
+    vcpu.regs_mut().rdi = DATA;
+    vcpu.run().unwrap()
+}
+
+/// The vCPU works as if nothing had been.
+fn check_works(vcpu: &mut KvmVcpu, after: &str) {
+    let regs = Regs { rip: HARMLESS, rsp: STACK_TOP, rbx: 6, ..Regs::default() };
+    *vcpu.regs_mut() = regs;
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall, "after {after}");
+    let expected = Regs { rip: HARMLESS + 2, rcx: HARMLESS + 2, r11: 0x202, rflags: 0x202, ..regs };
+    assert_eq!(*vcpu.regs(), expected, "after {after}");
+}
+
+/// Runs each program; it must stop with an exception of one of the vectors, at its first byte.
+fn all_raise(vectors: &[u8], programs: &[(&str, &[u8])]) {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    for (name, code) in programs {
+        let exit = run(&guest, &mut vcpu, &[code, &SYSCALL[..]].concat());
+        let raised = matches!(exit, Exit::Exception { vector, error_code: 0 } if vectors.contains(&vector));
+        assert!(raised, "{name}: {exit:?}");
+        assert_eq!(vcpu.regs().rip, CODE, "{name}");
+        check_works(&mut vcpu, name);
+    }
+}
+
+#[test]
+fn privileged_instructions_are_exceptions() {
+    all_raise(
+        &[13],
+        &[
+            ("hlt", &[0xf4]),
+            ("cli", &[0xfa]),
+            ("sti", &[0xfb]),
+            ("in al, dx", &[0xec]),
+            ("out dx, al", &[0xee]),
+            ("out 14, al: a port of the monitor", &[0xe6, 14]),
+            ("out 32, al: another", &[0xe6, 32]),
+            ("rep outsb", &[0xf3, 0x6e]),
+            ("rdmsr", &[0x0f, 0x32]),
+            ("wrmsr", &[0x0f, 0x30]),
+            ("rdpmc", &[0x0f, 0x33]),
+            ("mov rax, cr0", &[0x0f, 0x20, 0xc0]),
+            ("mov cr3, rax", &[0x0f, 0x22, 0xd8]),
+            ("mov rax, cr8", &[0x44, 0x0f, 0x20, 0xc0]),
+            ("mov rax, dr0", &[0x0f, 0x21, 0xc0]),
+            ("mov dr7, rax", &[0x0f, 0x23, 0xf8]),
+            ("clts", &[0x0f, 0x06]),
+            ("invd", &[0x0f, 0x08]),
+            ("wbinvd", &[0x0f, 0x09]),
+            ("invlpg [rdi]", &[0x0f, 0x01, 0x3f]),
+            ("lgdt [rdi]", &[0x0f, 0x01, 0x17]),
+            ("lidt [rdi]", &[0x0f, 0x01, 0x1f]),
+            ("lldt ax", &[0x0f, 0x00, 0xd0]),
+            ("ltr ax", &[0x0f, 0x00, 0xd8]),
+            ("lmsw ax", &[0x0f, 0x01, 0xf0]),
+            ("swapgs", &[0x0f, 0x01, 0xf8]),
+            ("sysret", &[0x48, 0x0f, 0x07]),
+            ("xsetbv", &[0x0f, 0x01, 0xd1]),
+            ("iretq from nothing", &[0x48, 0xcf]),
+            ("a prefix too many", &[0x66; 16]),
+        ],
+    );
+}
+
+#[test]
+fn what_some_cpus_know_and_others_do_not_is_an_exception_too() {
+    all_raise(
+        &[6, 13],
+        &[
+            ("ud2", &[0x0f, 0x0b]),
+            ("into", &[0xce]),
+            ("lock nop", &[0xf0, 0x90]),
+            ("rsm", &[0x0f, 0xaa]),
+            ("sysenter", &[0x0f, 0x34]),
+            ("sysexit", &[0x0f, 0x35]),
+            ("vmrun", &[0x0f, 0x01, 0xd8]),
+            ("vmload", &[0x0f, 0x01, 0xda]),
+            ("clgi", &[0x0f, 0x01, 0xdd]),
+            ("skinit", &[0x0f, 0x01, 0xde]),
+            ("vmlaunch", &[0x0f, 0x01, 0xc2]),
+            ("vmxoff", &[0x0f, 0x01, 0xc4]),
+            ("encls", &[0x0f, 0x01, 0xcf]),
+            ("enclu", &[0x0f, 0x01, 0xd7]),
+            ("getsec", &[0x0f, 0x37]),
+            ("pconfig", &[0x0f, 0x01, 0xc5]),
+            ("monitor", &[0x0f, 0x01, 0xc8]),
+            ("mwait", &[0x0f, 0x01, 0xc9]),
+            ("clac", &[0x0f, 0x01, 0xca]),
+            ("xsaves [rdi]", &[0x0f, 0xc7, 0x2f]),
+            ("KVM's prefix for forced emulation", &[0x0f, 0x0b, 0x6b, 0x76, 0x6d, 0x90]),
+        ],
+    );
+}
+
+/// KVM answers hypercalls of ring 3 with an error in rax; on other hosts they are exceptions.
+#[test]
+fn hypercalls_get_nowhere() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    for (name, code) in [("vmcall", [0x0f, 0x01, 0xc1]), ("vmmcall", [0x0f, 0x01, 0xd9])] {
+        let exit = run(&guest, &mut vcpu, &[&code[..], &SYSCALL].concat());
+        match exit {
+            Exit::Syscall => assert!((vcpu.regs().rax as i64) < 0, "{name}: {:#x}", vcpu.regs().rax),
+            Exit::Exception { vector: 6 | 13, .. } => {}
+            other => panic!("{name}: {other:?}"),
+        }
+        check_works(&mut vcpu, name);
+    }
+}
+
+#[test]
+fn what_ring_3_may_do_works() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    let programs: [(&str, &[u8]); 5] = [
+        ("cpuid", &[0x0f, 0xa2]),
+        ("rdtsc", &[0x0f, 0x31]),
+        ("xgetbv", &[0x31, 0xc9, 0x0f, 0x01, 0xd0]),
+        ("pushf; popf", &[0x9c, 0x9d]),
+        ("lar of a system segment", &[0x0f, 0x02, 0xc0]),
+    ];
+    for (name, code) in programs {
+        assert_eq!(run(&guest, &mut vcpu, &[code, &SYSCALL[..]].concat()), Exit::Syscall, "{name}");
+        check_works(&mut vcpu, name);
+    }
+}
+
+/// Descriptor tables are the monitor's, or with nested PVM the host's own: the CPU refuses to show them (UMIP), or the
+/// guest learns an address that it cannot use.
+#[test]
+fn descriptor_tables_are_not_shown_or_of_no_use() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    let programs: [(&str, &[u8]); 5] = [
+        ("sgdt [rdi]", &[0x0f, 0x01, 0x07]),
+        ("sidt [rdi]", &[0x0f, 0x01, 0x0f]),
+        ("sldt eax", &[0x0f, 0x00, 0xc0]),
+        ("str eax", &[0x0f, 0x00, 0xc8]),
+        ("smsw eax", &[0x0f, 0x01, 0xe0]),
+    ];
+    for (name, code) in programs {
+        let exit = run(&guest, &mut vcpu, &[code, &SYSCALL[..]].concat());
+        assert!(exit == Exit::Syscall || exit == exception(13, 0), "{name}: {exit:?}");
+        check_works(&mut vcpu, name);
+    }
+}
+
+#[test]
+fn software_interrupts_arrive_as_on_linux() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    for (code, vector) in [(&[0xcc][..], 3), (&[0xcd, 3], 3), (&[0xcd, 4], 4)] {
+        assert_eq!(run(&guest, &mut vcpu, code), exception(vector, 0));
+        assert_eq!(vcpu.regs().rip, CODE + code.len() as u64);
+    }
+    for gate in [0, 1, 2, 8, 14, 18, 0x20, 0x80, 0xff] {
+        let exit = run(&guest, &mut vcpu, &[0xcd, gate]);
+        assert_eq!(exit, exception(13, u32::from(gate) << 3 | 2), "int {gate:#x}");
+        assert_eq!(vcpu.regs().rip, CODE);
+        check_works(&mut vcpu, "int");
+    }
+}
+
+#[test]
+fn faults_of_arithmetic_and_alignment_arrive() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    // xor ecx, ecx; div ecx
+    assert_eq!(run(&guest, &mut vcpu, &[0x31, 0xc9, 0xf7, 0xf1]), exception(0, 0));
+    assert_eq!(vcpu.regs().rip, CODE + 2);
+    // push AC; popf; mov eax, [rdi+1]
+    let code = [0x68, 2, 2, 4, 0, 0x9d, 0x8b, 0x47, 1];
+    assert_eq!(run(&guest, &mut vcpu, &code), exception(17, 0));
+    // fninit; push 0x37b (divide by zero unmasked); fldcw [rsp]; fldz; fld1; fdiv st, st1; fwait
+    let code =
+        [0xdb, 0xe3, 0x68, 0x7b, 0x03, 0, 0, 0xd9, 0x2c, 0x24, 0xd9, 0xee, 0xd9, 0xe8, 0xd8, 0xf1, 0x9b];
+    assert_eq!(run(&guest, &mut vcpu, &code), exception(16, 0));
+    // ldmxcsr with divide by zero unmasked; divss of 1 by 0
+    let code = [
+        0x68, 0x80, 0x1d, 0, 0, 0x0f, 0xae, 0x14, 0x24, 0xb8, 0, 0, 0x80, 0x3f, 0x66, 0x0f, 0x6e, 0xc0, 0x0f,
+        0x57, 0xc9, 0xf3, 0x0f, 0x5e, 0xc1,
+    ];
+    assert_eq!(run(&guest, &mut vcpu, &code), exception(19, 0));
+    check_works(&mut vcpu, "all of these");
+}
+
+#[test]
+fn single_stepping_stops_after_one_instruction() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    // nop; nop; syscall
+    guest.rewrite(CODE, &[0x90, 0x90, 0x0f, 0x05]);
+    start(&mut vcpu);
+    vcpu.regs_mut().rflags = 0x100;
+    for n in 1..=2 {
+        assert_eq!(vcpu.run().unwrap(), exception(1, 0));
+        assert_eq!((vcpu.regs().rip, vcpu.regs().rflags & 0x100), (CODE + n, 0x100));
+    }
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+    assert_eq!(vcpu.regs().rflags & 0x100, 0x100);
+    check_works(&mut vcpu, "single steps");
+}
+
+#[test]
+fn no_way_leads_into_ring_0() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    // ss, rsp, rflags, cs 0x10, rip; iretq
+    let iretq = [0x6a, 0x18, 0x54, 0x9c, 0x6a, 0x10, 0x57, 0x48, 0xcf];
+    assert_eq!(run(&guest, &mut vcpu, &iretq), exception(13, 0x10));
+    // cs 0x10, rip; retfq
+    assert_eq!(run(&guest, &mut vcpu, &[0x6a, 0x10, 0x57, 0x48, 0xcb]), exception(13, 0x10));
+    // There is no 32-bit code segment, nor a gate in the GDT.
+    let far_return = [0x6a, 0x23, 0x68, 0, 0, 0x20, 0, 0x48, 0xcb];
+    assert_eq!(run(&guest, &mut vcpu, &far_return), exception(13, 0x20));
+    // push 0x40 (the TSS); push rdi; jmp far [rsp]
+    let exit = run(&guest, &mut vcpu, &[0x6a, 0x40, 0x57, 0x48, 0xff, 0x2c, 0x24]);
+    assert!(matches!(exit, Exit::Exception { vector: 13, .. }), "{exit:?}");
+    check_works(&mut vcpu, "far transfers");
+}
+
+#[test]
+fn the_monitor_can_be_neither_read_nor_entered() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    let monitor = 0xffff_ffff_8000_0000_u64;
+    for page in 0..8 {
+        let address = monitor + page * 0x1000;
+        let load_rax = [&[0x48, 0xb8][..], &address.to_le_bytes()].concat();
+        let program = |last: &[u8]| [&load_rax, last].concat();
+        assert_eq!(run(&guest, &mut vcpu, &program(&[0x8a, 0x00])), page_fault(address, Access::READ));
+        assert_eq!(run(&guest, &mut vcpu, &program(&[0x88, 0x00])), page_fault(address, Access::WRITE));
+        assert_eq!(run(&guest, &mut vcpu, &program(&[0xff, 0xe0])), page_fault(address, Access::EXEC));
+        assert_eq!(vcpu.regs().rip, address);
+        // Again, with the registers as they are.
+        assert_eq!(vcpu.run().unwrap(), page_fault(address, Access::EXEC));
+    }
+    check_works(&mut vcpu, "looking at the monitor");
+}
+
+/// On nested PVM this is what `syscall` looks like; on other hosts it is a fault like any other.
+#[test]
+fn a_jump_to_the_system_call_entry_is_harmless() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    for (rcx, r11) in [(HARMLESS, 0), (1 << 63, u64::MAX), (super::monitor::SYSCALL_ENTRY, 0x0003_7302)] {
+        start(&mut vcpu);
+        *vcpu.regs_mut() = Regs {
+            rip: CODE,
+            rax: super::monitor::SYSCALL_ENTRY,
+            rcx,
+            r11,
+            rsp: STACK_TOP - 8,
+            ..Regs::default()
+        };
+        guest.rewrite(CODE, &[0xff, 0xe0]);
+        match vcpu.run().unwrap() {
+            Exit::Syscall => {
+                assert_eq!(vcpu.regs().rip, rcx);
+                let next = vcpu.run().unwrap();
+                let fine = match rcx {
+                    HARMLESS => next == Exit::Syscall,
+                    _ => matches!(next, Exit::Exception { vector: 13, .. } | Exit::PageFault { .. }),
+                };
+                assert!(fine, "rcx {rcx:#x}: {next:?}");
+            }
+            exit => assert_eq!(exit, page_fault(super::monitor::SYSCALL_ENTRY, Access::EXEC)),
+        }
+        check_works(&mut vcpu, "the jump");
+    }
+}
+
+#[test]
+fn addresses_that_cannot_be_are_exceptions() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    let load_rax = [0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0x80];
+    let program = |last: &[u8]| [&load_rax, last].concat();
+    // jmp rax; mov al, [rax]
+    assert_eq!(run(&guest, &mut vcpu, &program(&[0xff, 0xe0])), exception(13, 0));
+    assert_eq!(run(&guest, &mut vcpu, &program(&[0x8a, 0x00])), exception(13, 0));
+    // mov rsp, rax; push rax
+    assert_eq!(run(&guest, &mut vcpu, &program(&[0x48, 0x89, 0xc4, 0x50])), exception(12, 0));
+    // mov rsp, rax; int3: the frame goes to the monitor's stack
+    assert_eq!(run(&guest, &mut vcpu, &program(&[0x48, 0x89, 0xc4, 0xcc])), exception(3, 0));
+    assert_eq!(vcpu.regs().rsp, 1 << 63);
+    check_works(&mut vcpu, "them");
+    // And from the other side: registers that umbra was made to load.
+    for address in [1 << 63, 1 << 47, 0xffff_7fff_ffff_ffff] {
+        for regs in [
+            Regs { rip: address, ..Regs::default() },
+            Regs { rip: CODE, fs_base: address, ..Regs::default() },
+            Regs { rip: CODE, gs_base: address, ..Regs::default() },
+        ] {
+            *vcpu.regs_mut() = regs;
+            assert_eq!(vcpu.run().unwrap(), exception(13, 0));
+            assert_eq!(*vcpu.regs(), regs);
+        }
+    }
+    *vcpu.regs_mut() = Regs { rip: u64::MAX, ..Regs::default() };
+    assert_eq!(vcpu.run().unwrap(), page_fault(u64::MAX, Access::EXEC));
+    check_works(&mut vcpu, "those as well");
+}
+
+#[test]
+fn whatever_is_in_the_segment_registers_the_next_entry_works() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    // mov ax to es, ss, ds, fs, gs
+    for modrm in [0xc0, 0xd0, 0xd8, 0xe0, 0xe8] {
+        for selector in [0u16, 3, 0x10, 0x18, 0x23, 0x2b, 0x33, 0x40, 0x53, 0x7fff, 0xffff] {
+            let [low, high] = selector.to_le_bytes();
+            let exit = run(&guest, &mut vcpu, &[0xb8, low, high, 0, 0, 0x8e, modrm, 0x0f, 0x05]);
+            let fine = matches!(exit, Exit::Syscall | Exit::Exception { vector: 11..=13, .. });
+            assert!(fine, "selector {selector:#x}: {exit:?}");
+            check_works(&mut vcpu, "segment loads");
+        }
+    }
+    // mov ss, ax: the interrupt shadow, with an exception, a system call, a single step behind it.
+    let shadowed = |last: &[u8]| [&[0xb8, 0x2b, 0, 0, 0, 0x8e, 0xd0], last].concat();
+    assert_eq!(run(&guest, &mut vcpu, &shadowed(&[0xcc])), exception(3, 0));
+    assert_eq!(run(&guest, &mut vcpu, &shadowed(&[0x0f, 0x0b])), exception(6, 0));
+    assert_eq!(run(&guest, &mut vcpu, &shadowed(&[0x0f, 0x05])), Exit::Syscall);
+    let stepped = [0xb8, 0x2b, 0, 0, 0, 0x68, 2, 3, 0, 0, 0x9d, 0x8e, 0xd0, 0x0f, 0x05];
+    let exit = run(&guest, &mut vcpu, &stepped);
+    assert!(exit == Exit::Syscall || exit == exception(1, 0), "{exit:?}");
+    check_works(&mut vcpu, "shadows");
+}
+
+#[test]
+fn flags_that_ring_3_may_not_choose_do_not_reach_the_cpu() {
+    let Some(guest) = guest() else { return };
+    let mut vcpu = guest.vcpu();
+    // push IOPL 3 and NT; popf; pushf; pop rax; syscall
+    let code = [0x68, 2, 0x72, 0, 0, 0x9d, 0x9c, 0x58, 0x0f, 0x05];
+    assert_eq!(run(&guest, &mut vcpu, &code), Exit::Syscall);
+    assert_eq!(vcpu.regs().rax & 0x3000, 0, "IOPL");
+    // pushf; pop rax; syscall
+    guest.rewrite(CODE, &[0x9c, 0x58, 0x0f, 0x05]);
+    start(&mut vcpu);
+    vcpu.regs_mut().rflags = !0x100;
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+    assert_eq!(vcpu.regs().rax & !0x24_0cd5, 0x202, "{:#x}", vcpu.regs().rax);
+    check_works(&mut vcpu, "flags");
+}
