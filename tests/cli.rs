@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The command line, and what it says of bad input: one clear line, the documented exit status, no backtrace.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use common::{STATIC, cc, code, finish, folder, kvm, run, stderr, umbra};

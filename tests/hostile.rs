@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guests that mean harm, or have bugs: umbra lives, says one readable thing, and passes on the status that Linux would give.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use common::{STATIC, assert_same, cc, code, finish, folder, kvm, run, stderr};

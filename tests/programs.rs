@@ -2,6 +2,8 @@
 //! Programs that know nothing of umbra: Debian's busybox, a Rust std program, C programs. Output and status must be those of
 //! the native run, byte for byte.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use common::{STATIC, assert_same, cc, finish, folder, kvm, run, text};

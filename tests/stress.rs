@@ -2,6 +2,8 @@
 //! Long runs with umbra watching itself (`--check`): the answers are the native ones, every audit is clean, and no frame is
 //! written after it was freed.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use common::{assert_same, finish, kvm, native_images, run, stderr};

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Everything that a test needs to run a guest without a guest.
+
+use super::{ALL_GFNS, Hook, SoftTlb, Vcpu, pages};
+use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
+use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::mm::{Backing, MapFlags, Mm, Pte};
+use shadow_mmu::shadow::{FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// A pool, an address space, a shadow map over all of it (gpa = hva) and listeners to stop it at.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) pool: Arc<FramePool>,
+    pub(crate) mm: Arc<Mm>,
+    pub(crate) tlb: Arc<SoftTlb>,
+    pub(crate) shadow: Arc<ShadowMmu>,
+    /// Its ops run before the shadow map's.
+    pub(crate) before: Arc<Hook>,
+    /// Its ops run after the shadow map's.
+    pub(crate) after: Arc<Hook>,
+}
+
+impl Machine {
+    /// A machine with `frames` frames and one slot for everything.
+    pub(crate) fn new(frames: u64) -> Self {
+        let machine = Self::without_slot(frames);
+        let all = Memslot { gfn: Gfn(0), pages: ALL_GFNS, hva: Hva(0), access: SlotAccess::ReadWrite };
+        machine.shadow.add_slot(all).unwrap();
+        machine
+    }
+
+    pub(crate) fn without_slot(frames: u64) -> Self {
+        let pool = Arc::new(FramePool::new(pages(frames), FreedFrames::Poison).unwrap());
+        let mm = Mm::new(Arc::clone(&pool)).unwrap();
+        let tlb = Arc::new(SoftTlb::new(Arc::clone(&pool), 8));
+        let (before, after) = (Arc::<Hook>::default(), Arc::<Hook>::default());
+        // Newest first: what is registered before the shadow map is called after it.
+        mm.register(after.clone()).unwrap();
+        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb.clone()).unwrap());
+        mm.register(before.clone()).unwrap();
+        Self { pool, mm, tlb, shadow, before, after }
+    }
+
+    pub(crate) fn vcpu(&self, id: usize, policy: FaultAroundPolicy) -> Vcpu {
+        Vcpu::new(id, &self.tlb, &self.shadow, policy)
+    }
+
+    /// Maps `count` pages of private memory anywhere.
+    pub(crate) fn map(&self, count: u64, prot: Access) -> Hva {
+        self.mm.mmap(Hva(0), pages(count), prot, MapFlags::PRIVATE, Backing::Anonymous).unwrap()
+    }
+
+    /// Maps `count` pages of memory at `at`, over what is there.
+    pub(crate) fn map_at(&self, at: Hva, count: u64, prot: Access, flags: MapFlags) {
+        self.mm.mmap(at, pages(count), prot, flags | MapFlags::FIXED, Backing::Anonymous).unwrap();
+    }
+
+    pub(crate) fn spte(&self, at: Hva) -> Spte {
+        self.shadow.spte(Gpa(at.0).gfn())
+    }
+
+    pub(crate) fn pte(&self, at: Hva) -> Pte {
+        self.mm.lookup(at).map_or(Pte::NONE, |(pte, _)| pte)
+    }
+
+    /// The first word of the page at `at`, as host code reads it.
+    pub(crate) fn peek(&self, at: Hva) -> u64 {
+        use vm_memory::{Bytes, GuestAddress};
+        shadow_mmu::iommu::view(&self.mm).read_obj(GuestAddress(at.0)).unwrap()
+    }
+
+    /// Writes the first word of the page at `at`, as host code does.
+    pub(crate) fn poke(&self, at: Hva, value: u64) {
+        use vm_memory::{Bytes, GuestAddress};
+        shadow_mmu::iommu::view(&self.mm).write_obj(value, GuestAddress(at.0)).unwrap();
+    }
+
+    /// Every invariant that can be looked at from outside, now.
+    #[track_caller]
+    pub(crate) fn check(&self) {
+        let report = self.shadow.audit(&self.mm);
+        assert!(report.violations.is_empty(), "{:#?}", report.violations);
+        assert_eq!(
+            self.tlb.freed_accesses.load(Ordering::SeqCst),
+            0,
+            "a vCPU reached a free frame (I21, I22)"
+        );
+        assert_eq!(self.pool.check_poison(), 0, "a frame was written after it was freed (I22)");
+    }
+
+    /// I28, where nothing runs: each cached translation is backed by a leaf with the same frame and at least its rights.
+    #[track_caller]
+    pub(crate) fn check_tlb(&self, cpu: usize) {
+        for (gfn, cached) in self.tlb.cached(cpu) {
+            let spte = self.shadow.spte(gfn);
+            assert!(
+                spte.is_leaf() && spte.pfn() == cached.pfn && spte.rights().contains(cached.rights),
+                "vCPU {cpu} has {cached:x?} cached for guest frame {:#x}, but the leaf is {spte:?} (I28)",
+                gfn.0
+            );
+        }
+    }
+
+    /// Unmaps everything and checks that every frame is back but the roots, the zero frame and the shadow's empty tables;
+    /// then lets go of all of it and checks those too.
+    #[track_caller]
+    pub(crate) fn finish(self) {
+        let frames = self.pool.stats().frames;
+        for vma in self.mm.vmas() {
+            self.mm.munmap(vma.range.start, vma.range.len()).unwrap();
+        }
+        self.check();
+        assert_eq!(self.mm.table_count(), 1, "primary page tables are left");
+        let held = 1 + 1 + self.shadow.table_count();
+        assert_eq!(self.pool.free_frames() + held, frames, "frames leaked");
+        [&self.before, &self.after].iter().for_each(|hook| hook.open_all());
+        self.mm.release();
+        let Self { pool, mm, tlb, shadow, .. } = self;
+        drop(shadow);
+        mm.notifiers().synchronize();
+        drop((mm, tlb));
+        assert_eq!(pool.check_poison(), 0);
+        assert_eq!(pool.free_frames(), frames, "frames leaked with the machine");
+    }
+}
