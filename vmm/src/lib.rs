@@ -8,7 +8,7 @@
 //! | [`vm`] | one guest, put together: pool, address space, shadow map, engine, threads |
 //! | [`reactor`] | the event loop around it |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
-//! | [`bench`], [`cli`] | the commands |
+//! | [`mod@bench`], [`cli`] | the commands |
 
 pub mod bench;
 pub mod cli;

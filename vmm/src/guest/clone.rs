@@ -13,11 +13,22 @@ use shadow_mmu::addr::{PAGE_SIZE, TASK_SIZE};
 const CLONE_VM: u64 = libc::CLONE_VM as u64;
 const CLONE_SIGHAND: u64 = libc::CLONE_SIGHAND as u64;
 const CLONE_THREAD: u64 = libc::CLONE_THREAD as u64;
-const CLONE_PIDFD: u64 = libc::CLONE_PIDFD as u64;
 const CLONE_SETTLS: u64 = libc::CLONE_SETTLS as u64;
 const CLONE_PARENT_SETTID: u64 = libc::CLONE_PARENT_SETTID as u64;
 const CLONE_CHILD_SETTID: u64 = libc::CLONE_CHILD_SETTID as u64;
 const CLONE_CHILD_CLEARTID: u64 = libc::CLONE_CHILD_CLEARTID as u64;
+
+/// What a thread may ask for: the above; what is so without asking; and what has no meaning without a debugger or I/O
+/// scheduling. Not namespaces, a pidfd, or a parent that waits.
+const SUPPORTED: u64 = CLONE_VM
+    | CLONE_SIGHAND
+    | CLONE_THREAD
+    | CLONE_SETTLS
+    | CLONE_PARENT_SETTID
+    | CLONE_CHILD_SETTID
+    | CLONE_CHILD_CLEARTID
+    | (libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SYSVSEM | libc::CLONE_IO) as u64
+    | (libc::CLONE_PARENT | libc::CLONE_PTRACE | libc::CLONE_UNTRACED | libc::CLONE_DETACHED) as u64;
 
 /// What both calls ask for (`struct kernel_clone_args`).
 #[derive(Debug)]
@@ -92,7 +103,7 @@ fn start(t: &mut Thread, vcpu: &dyn Vcpu, request: &Request) -> SysResult {
         );
         return Err(Errno::ENOSYS);
     }
-    if has(CLONE_PIDFD) {
+    if request.flags & !SUPPORTED != 0 {
         return Err(Errno::EINVAL);
     }
     if has(CLONE_SETTLS) && request.tls >= TASK_SIZE {
@@ -212,6 +223,9 @@ mod tests {
         assert_eq!(clone(CLONE_VM | CLONE_THREAD), errno(Errno::EINVAL));
         assert_eq!(clone(CLONE_SIGHAND | CLONE_THREAD), errno(Errno::EINVAL));
         assert_eq!(clone(THREAD | CLONE_SETTLS), errno(Errno::EPERM));
+        for refused in [libc::CLONE_PIDFD, libc::CLONE_NEWNS, libc::CLONE_VFORK] {
+            assert_eq!(clone(THREAD | refused as u64), errno(Errno::EINVAL), "{refused:#x}");
+        }
         assert_eq!(fixture.main.call(libc::SYS_fork, &[]), errno(Errno::ENOSYS));
         fixture.host.refuse_threads.store(true, Ordering::Relaxed);
         assert_eq!(clone(THREAD), errno(Errno::EAGAIN));

@@ -3,7 +3,7 @@
 //!
 //! Plain data with rules; [`Process`](super::process::Process) keeps it under one lock. Every method that makes a signal
 //! deliverable to a thread, or ends the process, also interrupts the threads concerned ([`Waker::interrupt`]), under that
-//! lock, so that [`Waker::clear_attention`] can never lose one.
+//! lock, so that [`Waker::set_attention`] can never lose one.
 
 use super::errno::Errno;
 use super::signal::{Action, NSIG, Pending, QueueFull, SIG_DFL, SigInfo, SigSet, Signal};

@@ -12,7 +12,6 @@ use super::stack::{self, Arguments, ArgumentsError};
 use super::uaccess::UserMemory;
 use crate::engine::Regs;
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE, TASK_SIZE};
-use shadow_mmu::iommu;
 use shadow_mmu::mm::vma::MMAP_MIN_ADDR;
 use shadow_mmu::mm::{Backing, FileSource, MapFlags, Mm, MmError, Object};
 use std::io;
@@ -100,7 +99,7 @@ pub fn load(mm: &Arc<Mm>, image: Arc<[u8]>, arguments: &Arguments) -> Result<Reg
     }
     let name = String::from_utf8_lossy(&arguments.exe).into_owned();
     let object = Object::file(mm.pool(), Arc::new(Image { bytes: image, name }));
-    let user = UserMemory::new(iommu::view(mm));
+    let user = UserMemory::new(mm);
     for segment in &program.segments {
         let moved = Segment { addr: segment.addr.wrapping_add(bias), ..*segment };
         map_segment(mm, &user, &object, &moved)?;
@@ -197,6 +196,7 @@ mod tests {
     use super::super::elf::tests::{DATA, Header, TEXT, image};
     use super::*;
     use shadow_mmu::frame::{FramePool, FreedFrames};
+    use shadow_mmu::iommu;
     use vm_memory::{Bytes, GuestAddress};
 
     fn space(pages: u64) -> Arc<Mm> {

@@ -13,7 +13,7 @@
 //! The ABI is Linux's for x86-64, with its errors in its order, so that every guest also runs natively and the native run
 //! says what is right. What is not implemented is `ENOSYS`. [`Process`] states the lock order.
 //!
-//! Everything that a guest passes in is a claim: pointers go through [`uaccess`], lengths are bounded before anything is
+//! Everything that a guest passes in is a claim: pointers go through `uaccess`, lengths are bounded before anything is
 //! allocated, and there is no argument that panics, hangs or leaks a descriptor of the host's.
 
 mod clone;

@@ -84,17 +84,21 @@ struct Wanted {
 /// that is not open is ready with `POLLNVAL`.
 fn poll_files(t: &Thread, wanted: &[Wanted], deadline: Option<Instant>) -> Result<Vec<i16>, Errno> {
     let files: Vec<_> = wanted.iter().map(|entry| t.process.files().get(entry.fd as u32).ok()).collect();
-    let mut polled: Vec<libc::pollfd> = wanted
-        .iter()
-        .zip(&files)
-        .map(|(entry, file)| libc::pollfd {
-            fd: file.as_ref().map_or(-1, |file| file.fd().as_raw_fd()),
-            events: entry.events,
-            revents: 0,
-        })
-        .collect();
-    let not_open = |(entry, file): (&Wanted, &Option<_>)| entry.fd >= 0 && file.is_none();
-    let ready_now = wanted.iter().zip(&files).any(not_open);
+    let mut revents = vec![0; wanted.len()];
+    // Only what is open is given to the host: it counts the entries against its own limit.
+    let (mut places, mut polled) = (Vec::new(), Vec::new());
+    for (place, (entry, file)) in
+        wanted.iter().zip(&files).enumerate().filter(|(_, (entry, _))| entry.fd >= 0)
+    {
+        match file {
+            None => revents[place] = libc::POLLNVAL,
+            Some(file) => {
+                places.push(place);
+                polled.push(libc::pollfd { fd: file.fd().as_raw_fd(), events: entry.events, revents: 0 });
+            }
+        }
+    }
+    let ready_now = revents.contains(&libc::POLLNVAL);
     let deadline = if ready_now { Some(Instant::now()) } else { deadline };
     match t.poll(&mut polled, deadline) {
         Err(Errno::EINTR) if ready_now => {}
@@ -102,8 +106,10 @@ fn poll_files(t: &Thread, wanted: &[Wanted], deadline: Option<Instant>) -> Resul
             result?;
         }
     }
-    let revents = polled.iter().zip(wanted.iter().zip(&files));
-    Ok(revents.map(|(polled, pair)| if not_open(pair) { libc::POLLNVAL } else { polled.revents }).collect())
+    for (place, entry) in places.into_iter().zip(polled) {
+        revents[place] = entry.revents;
+    }
+    Ok(revents)
 }
 
 /// `select(count, [read, write, except], time as struct timeval)`.

@@ -104,7 +104,7 @@ impl Process {
     pub fn new(setup: Setup) -> Arc<Self> {
         let pid = host::identity(libc::SYS_getpid) as i32;
         Arc::new(Self {
-            user: UserMemory::new(shadow_mmu::iommu::view(&setup.mm)),
+            user: UserMemory::new(&setup.mm),
             limits: Limits::new(setup.files.capacity(), setup.max_threads),
             setup,
             pid,

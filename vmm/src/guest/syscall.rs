@@ -34,6 +34,9 @@ pub(super) fn handle(t: &mut Thread, vcpu: &mut dyn Vcpu) -> Result<Flow, Engine
         call(t, number as i64, &args)
     };
     log::trace!("{}: call {number} {args:x?} = {result:x?}", t.tid);
+    if t.process.user().is_starved() {
+        return t.out_of_memory(vcpu, None);
+    }
     vcpu.regs_mut().rax = match result {
         Ok(value) => value,
         Err(errno) => {

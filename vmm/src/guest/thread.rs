@@ -10,7 +10,7 @@ use super::process::Process;
 use super::restart::Restart;
 use super::robust::RobustList;
 use super::signal::deliver::{Cause, Flow, Forced, Interrupted};
-use super::signal::{AltStack, SI_KERNEL, SigInfo, SigSet, Signal, Trap};
+use super::signal::{AltStack, SigInfo, SigSet, Signal, Trap};
 use super::syscall;
 use super::waker::{Parked, Waker};
 use super::{Fault, FaultHandler};
@@ -113,21 +113,25 @@ impl Thread {
         const SEGV_MAPERR: i32 = 1;
         const SEGV_ACCERR: i32 = 2;
         const BUS_ADRERR: i32 = 2;
+        const PAGE_FAULT: u8 = 14;
         let (signal, code) = match faults.fault(addr, access) {
             Fault::Resolved => return Ok(Flow::Enter),
             Fault::NoMapping => (Signal::SEGV, SEGV_MAPERR),
             Fault::NoAccess => (Signal::SEGV, SEGV_ACCERR),
             Fault::BusError => (Signal::BUS, BUS_ADRERR),
-            Fault::OutOfMemory => (Signal::KILL, SI_KERNEL),
+            Fault::OutOfMemory => {
+                let cause = Cause { vector: PAGE_FAULT, access: Some((addr, access)) };
+                return self.out_of_memory(vcpu, Some(cause));
+            }
         };
         // The error code as the CPU gives it: present, write, user, instruction fetch.
-        let error_code = u64::from(code == SEGV_ACCERR && signal == Signal::SEGV)
+        let error_code = u64::from(signal == Signal::SEGV && code == SEGV_ACCERR)
             | u64::from(access.contains(Access::WRITE)) << 1
             | 1 << 2
             | u64::from(access.contains(Access::EXEC)) << 4;
-        let trap = Trap { vector: 14, error_code, cr2: addr.0 };
+        let trap = Trap { vector: PAGE_FAULT.into(), error_code, cr2: addr.0 };
         let info = SigInfo::fault(signal, code, addr.0);
-        let cause = Cause { vector: 14, access: Some((addr, access)) };
+        let cause = Cause { vector: PAGE_FAULT, access: Some((addr, access)) };
         self.fault(vcpu, Forced { signal, info, trap, cause: Some(cause) })
     }
 

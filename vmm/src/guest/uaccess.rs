@@ -1,21 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guest memory, as a system call reaches it: every address is a claim, and what cannot be reached is `EFAULT`.
 //!
-//! All access goes through vm-memory's [`GuestMemory`], translated by [`Mm`](shadow_mmu::mm::Mm), a page at a time: so
+//! All access goes through vm-memory's [`GuestMemory`], translated by [`Mm`], a page at a time: so
 //! a copy stops exactly where the reachable bytes end, no more than one page is pinned at once, and no lock of Mm is held
 //! between two pages. Addresses and lengths are in bytes. Nothing here allocates by a length that the guest chose
 //! without the caller having bounded it.
+//!
+//! Memory that could be reached if a frame were left is no `EFAULT`: a program that hears of bad addresses where it has
+//! mapped memory could not go on anyway. That is noted ([`UserMemory::is_starved`]), and the process dies of it as it does
+//! when an instruction of its own touches the page.
 
 use super::errno::Errno;
-use shadow_mmu::addr::{PAGE_SIZE, TASK_SIZE};
-use shadow_mmu::iommu::GuestView;
-use std::sync::atomic::{AtomicU32, Ordering};
+use shadow_mmu::addr::{Access, Hva, PAGE_SIZE, TASK_SIZE};
+use shadow_mmu::iommu::{self, GuestView};
+use shadow_mmu::mm::{FaultError, FaultRequest, Mm};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 /// The guest's memory.
 #[derive(Debug)]
 pub(super) struct UserMemory {
+    mm: Arc<Mm>,
     view: GuestView,
+    starved: AtomicBool,
 }
 
 /// `addr..addr + len` cut at page boundaries, as (address, offset in the range, length). Ends early where user
@@ -35,8 +43,22 @@ fn pieces(addr: u64, len: usize) -> impl Iterator<Item = (GuestAddress, usize, u
 }
 
 impl UserMemory {
-    pub(super) fn new(view: GuestView) -> Self {
-        Self { view }
+    pub(super) fn new(mm: &Arc<Mm>) -> Self {
+        Self { mm: Arc::clone(mm), view: iommu::view(mm), starved: AtomicBool::new(false) }
+    }
+
+    /// Whether an access failed for want of a frame, at any time so far.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved.load(Ordering::Relaxed)
+    }
+
+    /// An access of the page at `addr` failed: finds out whether for want of a frame.
+    fn failed(&self, addr: GuestAddress, access: Access) -> Errno {
+        let request = FaultRequest::one_page(Hva(addr.0).page_floor(), access);
+        if matches!(self.mm.fault(&request), Err(FaultError::OutOfMemory)) {
+            self.starved.store(true, Ordering::Relaxed);
+        }
+        Errno::EFAULT
     }
 
     /// Whether `addr..addr + len` could be user memory at all (`access_ok`).
@@ -51,6 +73,7 @@ impl UserMemory {
     pub(super) fn read_prefix(&self, addr: u64, into: &mut [u8]) -> usize {
         for (at, offset, len) in pieces(addr, into.len()) {
             if self.view.read_slice(&mut into[offset..offset + len], at).is_err() {
+                self.failed(at, Access::READ);
                 return offset;
             }
         }
@@ -61,6 +84,7 @@ impl UserMemory {
     pub(super) fn write_prefix(&self, addr: u64, from: &[u8]) -> usize {
         for (at, offset, len) in pieces(addr, from.len()) {
             if self.view.write_slice(&from[offset..offset + len], at).is_err() {
+                self.failed(at, Access::WRITE);
                 return offset;
             }
         }
@@ -71,6 +95,7 @@ impl UserMemory {
     pub(super) fn writable_prefix(&self, addr: u64, len: usize) -> usize {
         for (at, offset, len) in pieces(addr, len) {
             if !self.view.check_range(at, len, Permissions::Write) {
+                self.failed(at, Access::WRITE);
                 return offset;
             }
         }
@@ -132,7 +157,8 @@ impl UserMemory {
     /// The word at `addr`, read atomically. `addr` is a multiple of 4.
     pub(super) fn load_u32(&self, addr: u64) -> Result<u32, Errno> {
         Self::check_range(addr, 4)?;
-        self.view.load::<u32>(GuestAddress(addr), Ordering::SeqCst).map_err(|_| Errno::EFAULT)
+        let at = GuestAddress(addr);
+        self.view.load::<u32>(at, Ordering::SeqCst).map_err(|_| self.failed(at, Access::READ))
     }
 
     /// Changes the word at `addr` atomically from what it holds to what `change` makes of that, unless `change` gives

@@ -167,7 +167,7 @@ fn from_file(t: &Thread, file: &HostFile, mut cursor: Cursor, offset: Option<u64
         if copied < got {
             return after(done, Errno::EFAULT);
         }
-        if got < room || !file.is_read_until_full() || t.waker.has_attention() {
+        if got < room || !file.is_read_until_full() || t.process.group().is_over() {
             break;
         }
     }
@@ -193,7 +193,7 @@ fn to_file(t: &Thread, file: &HostFile, mut cursor: Cursor, offset: Option<u64>)
             Ok(written) => {
                 done += written as u64;
                 cursor.advance(written as u64);
-                if written == 0 {
+                if written == 0 || t.process.group().is_over() {
                     break;
                 }
             }

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Rules about the repository itself that no lint checks.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// Every file below `folder` but what is built or git's own.
+fn files(folder: &Path, out: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if path.is_dir() {
+            if !["target", ".git"].contains(&name) {
+                files(&path, out);
+            }
+        } else {
+            out.push(path);
+        }
+    }
+}
+
+fn with_extensions(extensions: &[&str]) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    files(&root(), &mut all);
+    all.retain(|path| path.extension().is_some_and(|it| extensions.contains(&it.to_str().unwrap())));
+    assert!(!all.is_empty(), "the repository was not found");
+    all
+}
+
+#[test]
+fn every_source_file_names_its_licence() {
+    let mut paths = with_extensions(&["rs", "toml", "md"]);
+    paths.extend([root().join(".ci/run"), root().join("scripts/npt")]);
+    for path in paths {
+        // Tools read these two without a comment, and a README shows it.
+        if ["rustfmt.toml", "clippy.toml", "README.md"].contains(&path.file_name().unwrap().to_str().unwrap())
+        {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let head: Vec<_> = text.lines().take(2).collect();
+        let line = "SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause";
+        assert!(head.iter().any(|head| head.contains(line)), "{} lacks its SPDX line", path.display());
+    }
+}
+
+#[test]
+fn the_readme_has_exactly_the_two_commands() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let commands: Vec<_> =
+        readme.split("```sh\n").skip(1).map(|block| block.split("```").next().unwrap().trim()).collect();
+    assert_eq!(commands, ["cargo run --release -- run hello", "cargo test --workspace"]);
+    let ci = fs::read_to_string(root().join(".ci/run")).unwrap();
+    assert!(ci.contains(commands[1]), "CI runs what the README says");
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    for path in with_extensions(&["md"]) {
+        let text = fs::read_to_string(&path).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if !link.starts_with("http") && !link.starts_with('#') {
+                let target = path.parent().unwrap().join(link.split('#').next().unwrap());
+                assert!(target.exists(), "{}: {link} leads nowhere", path.display());
+            }
+        }
+    }
+}
