@@ -286,14 +286,46 @@ fn i23_out_of_memory_is_an_answer_at_every_step_of_a_fault() {
     }
 }
 
+/// Tables without a leaf are given back when there are many, or when a fault needs one and there is no memory. A CPU that
+/// remembered where they were must not go there (I31).
+#[test]
+fn i31_empty_tables_are_reclaimed_and_no_cpu_walks_them_any_more() {
+    const FAR: u64 = 512;
+    let machine = Machine::new(2048);
+    let at = |n: u64| page(BASE, n * FAR);
+    let mut vcpu = machine.vcpu(0, Off);
+    let touch_and_unmap = |vcpu: &mut common::Vcpu, count: u64| {
+        for n in 0..count {
+            machine.map_at(at(n), 2, RW, MapFlags::PRIVATE);
+            vcpu.write(at(n), n).unwrap();
+        }
+        (0..count).for_each(|n| machine.mm.munmap(at(n), PAGE_SIZE).unwrap());
+    };
+    let reclaimed = || machine.shadow.stats().tables_reclaimed.load(Ordering::SeqCst);
+    touch_and_unmap(&mut vcpu, 100);
+    assert_eq!(reclaimed(), 0, "few tables stay where they are");
+    touch_and_unmap(&mut vcpu, 300);
+    assert!(reclaimed() > 0);
+    // Nobody has these frames now; whoever reads an entry there is found out.
+    (0..300).for_each(|n| assert_eq!(vcpu.read(page(at(n), 1)), Ok(0)));
+    machine.check();
+
+    // The second pages are still mapped and have leaves; without them, all tables are empty, and without memory, needed.
+    (0..300).for_each(|n| machine.mm.munmap(page(at(n), 1), PAGE_SIZE).unwrap());
+    let (before, hoard) = (reclaimed(), hoard(&machine, 5));
+    machine.map_at(at(1000), 1, RW, MapFlags::PRIVATE);
+    assert_eq!(vcpu.write(at(1000), 7), Ok(()));
+    assert!(reclaimed() > before);
+    machine.pool.put_all(&hoard);
+    machine.check();
+    machine.finish();
+}
+
 #[test]
 fn need_goes_before_guesses() {
-    let shared = |machine: &Machine| machine.map_at(BASE, 64, RW, MapFlags::SHARED);
-    let private = |machine: &Machine| machine.map_at(BASE, 64, RW, MapFlags::PRIVATE);
-    let maps: [(&str, &dyn Fn(&Machine)); 2] = [("shared", &shared), ("private", &private)];
-    for (kind, map) in maps {
+    for (kind, flags) in [("shared", MapFlags::SHARED), ("private", MapFlags::PRIVATE)] {
         let machine = Machine::new(256);
-        map(&machine);
+        machine.map_at(BASE, 64, RW, flags);
         // Tables on both sides are there, and ten frames, fewer than what guesses must leave.
         assert_eq!(machine.vcpu(0, Off).write(BASE, 1), Ok(()));
         let hoard = hoard(&machine, 10);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! madvise, mincore and msync.
 
-use super::map::user_range;
+use super::map::{page_ceil, user_range};
 use super::{Map, Mm, MmError, Vma, VmaFlags};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::Event;
@@ -60,7 +60,19 @@ impl Mm {
     /// # Errors
     /// As madvise(2): [`MmError`].
     pub fn madvise(&self, addr: Hva, len: u64, advice: Advice) -> Result<(), MmError> {
-        let range = user_range(addr, len)?;
+        // Past the user half nothing is mapped; only what no range can be is invalid.
+        let range = match user_range(addr, len) {
+            Err(_)
+                if addr.is_page_aligned()
+                    && page_ceil(len).is_some_and(|len| addr.checked_add(len).is_some()) =>
+            {
+                return Err(MmError::NoMemory);
+            }
+            range => range?,
+        };
+        if range.is_empty() {
+            return Ok(());
+        }
         match advice {
             Advice::NoEffect => self.whole(&self.map.read(), range),
             Advice::Normal | Advice::Random => self.advise_order(range, advice),
@@ -114,16 +126,15 @@ impl Mm {
         self.whole(&map, range)
     }
 
-    /// MADV_REMOVE: a hole in shared memory. Every mapping of the object in this space loses the pages first.
+    /// MADV_REMOVE: a hole in shared memory. Every mapping of the object in this space loses the pages first, and until
+    /// the object has lost them too no fault may map one of them again: hence the lock for writing.
     fn punch(&self, range: HvaRange) -> Result<(), MmError> {
-        let map = self.map.read();
+        let map = self.map.write();
         for vma in map.vmas.overlapping(range) {
             let part = vma.range.intersect(range);
             let Some((object, first)) = vma.object_page(part.start) else { return Err(MmError::Invalid) };
-            if !vma.is_shared() {
-                return Err(MmError::Invalid);
-            }
-            if !vma.prot.contains(Access::WRITE) {
+            // Whether it is writable now does not matter, only whether it may become so (`vma_is_shared_maywrite`).
+            if !vma.is_shared() || vma.flags.contains(VmaFlags::MAY_NOT_WRITE) {
                 return Err(MmError::Access);
             }
             let pages = first..first + part.page_count();

@@ -391,8 +391,14 @@ impl Mm {
     ) -> Result<(), FaultError> {
         let mut empty = Vec::new();
         self.for_each_empty(ahead, |page| empty.push(Hva(page * PAGE_SIZE)));
+        // Need goes before guesses: the page that must be there is the first to get a frame, and the others leave some.
+        empty.sort_by_key(|&page| page != hva);
+        let reserve = self.pool.frame_count() / RESERVE_SHARE;
         for page in empty {
             let required = page == hva;
+            if !required && self.pool.free_frames() <= reserve {
+                break;
+            }
             let Some((object, at)) = vma.object_page(page) else { continue };
             let (pfn, mut pte) = match object.page(at) {
                 Ok(pfn) => (pfn, Pte::object(pfn)),

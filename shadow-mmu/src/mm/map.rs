@@ -61,7 +61,8 @@ impl Mm {
         flags: MapFlags,
         backing: Backing,
     ) -> Result<Hva, MmError> {
-        if len == 0 || flags.contains(MapFlags::SHARED | MapFlags::PRIVATE) {
+        let both = MapFlags::SHARED | MapFlags::PRIVATE;
+        if len == 0 || flags.contains(both) || flags.contains(MapFlags::SHARED | MapFlags::GROWSDOWN) {
             return Err(MmError::Invalid);
         }
         let len = page_ceil(len).ok_or(MmError::NoMemory)?;
@@ -106,10 +107,10 @@ impl Mm {
     /// Where a new mapping goes (`get_unmapped_area`).
     fn place(&self, map: &Map, addr: Hva, len: u64, flags: MapFlags) -> Result<HvaRange, MmError> {
         if flags.intersects(MapFlags::FIXED | MapFlags::FIXED_NOREPLACE) {
+            let end = addr.checked_add(len).filter(|end| end.0 <= TASK_SIZE).ok_or(MmError::NoMemory)?;
             if !addr.is_page_aligned() {
                 return Err(MmError::Invalid);
             }
-            let end = addr.checked_add(len).filter(|end| end.0 <= TASK_SIZE).ok_or(MmError::NoMemory)?;
             if addr.0 < MMAP_MIN_ADDR {
                 return Err(MmError::NotPermitted);
             }

@@ -37,23 +37,21 @@ impl Mm {
     ) -> Result<Hva, MmError> {
         let fixed = flags.contains(RemapFlags::FIXED);
         let keep = flags.contains(RemapFlags::DONTUNMAP);
-        if (fixed || keep) && !flags.contains(RemapFlags::MAYMOVE)
-            || keep && old_len != new_len
-            || !old.is_page_aligned()
-        {
+        if (fixed || keep) && !flags.contains(RemapFlags::MAYMOVE) || !old.is_page_aligned() {
             return Err(MmError::Invalid);
         }
         let (Some(mut old_len), Some(new_len)) = (page_ceil(old_len), page_ceil(new_len)) else {
             return Err(MmError::Invalid);
         };
-        if new_len == 0 || new_len > TASK_SIZE {
+        if new_len == 0 || new_len > TASK_SIZE || keep && old_len != new_len {
             return Err(MmError::Invalid);
         }
         // Without MREMAP_FIXED the new address is a hint, and checked all the same (`check_mremap_params`).
         let target = if fixed || keep {
             let target = user_range(new, new_len)?;
             let source = HvaRange { start: old, end: old.checked_add(old_len).ok_or(MmError::Invalid)? };
-            if target.overlaps(source) {
+            // Also when the old length is 0: an address strictly inside the target would lose its mapping to it.
+            if source.end > target.start && target.end > source.start {
                 return Err(MmError::Invalid);
             }
             Some(target).filter(|_| fixed)
@@ -63,6 +61,10 @@ impl Mm {
         let mut map = self.map.write();
         if map.vmas.find(old).is_none() {
             return Err(MmError::Fault);
+        }
+        // What can be neither moved nor grown is refused before anything goes (`check_prep_vma`, since 6.17).
+        if target.is_some() || keep || new_len > old_len {
+            self.resizable(&map, old, old_len.min(new_len), new_len)?;
         }
         // The part that is cut off goes first, whatever it is made of.
         if old_len > new_len {

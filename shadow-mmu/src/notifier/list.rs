@@ -89,10 +89,14 @@ impl Notifiers {
         if Srcu::inside_read_section() {
             return Err(Misuse::InsideCallback);
         }
-        // As in the kernel, the release at the end of the address space may be calling it too; release allows for that.
-        if self.with_listeners(|list| list.iter().any(|one| Arc::ptr_eq(one, &subscription.listener))) {
-            subscription.listener.release();
-        }
+        // As in the kernel, the release at the end of the address space may be calling it too; release allows for that. And
+        // inside a read section like every op: the end of the address space must wait for this call before it frees what
+        // the call may still use (R18).
+        self.with_listeners(|list| {
+            if list.iter().any(|one| Arc::ptr_eq(one, &subscription.listener)) {
+                subscription.listener.release();
+            }
+        });
         let removed = self.remove(subscription);
         // Also when it was already gone: then somebody else's walk may still be in one of its ops.
         self.srcu.synchronize();

@@ -44,6 +44,7 @@ impl ShadowMmu {
         let gfn = gpa.gfn();
         core.stats.pf_taken.fetch_add(1, Ordering::Relaxed);
         let mut request: Option<FaultRequest> = None;
+        let mut reclaimed = false;
         for attempt in 0u32.. {
             // The snapshot comes first: everything that is looked at below may be gone by the time it is used.
             let seq = core.seq.load(Ordering::Acquire);
@@ -125,11 +126,13 @@ impl ShadowMmu {
                     return Ok(FaultOutcome::Fixed);
                 }
                 Err(OutOfFrames) => {
-                    // Tables that nobody uses are memory too.
+                    // Tables that nobody uses are memory too. Once: what a second look finds is what this fault itself
+                    // made on the way to the table that it could not get.
                     let _state = core.state.write();
-                    if core.reclaim_tables() == 0 {
+                    if core.reclaim_tables() == 0 || reclaimed {
                         return Err(FaultError::OutOfMemory);
                     }
+                    reclaimed = true;
                 }
             }
         }

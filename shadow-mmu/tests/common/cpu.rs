@@ -20,16 +20,23 @@ pub(crate) struct Cached {
     dirty: bool,
 }
 
-/// The TLBs of all CPUs of a machine.
+/// What one CPU has cached: pages, and (by page number without its last nine bits) where leaf tables are.
+#[derive(Debug, Default)]
+struct Caches {
+    pages: HashMap<u64, Cached>,
+    tables: HashMap<u64, Pfn>,
+}
+
+/// The TLBs of all CPUs of a machine, with their paging-structure caches.
 #[derive(Debug)]
 pub(crate) struct SoftTlb {
     pool: Arc<FramePool>,
     /// Each is held by its CPU throughout an access, so that a flush waits for the access to end.
-    cpus: Vec<Mutex<HashMap<u64, Cached>>>,
+    cpus: Vec<Mutex<Caches>>,
     /// Passed by each flush, before it begins.
     pub(crate) flush: Gate,
     pub(crate) flushed: AtomicU64,
-    /// Accesses that reached a frame which was free (I21, I22).
+    /// Accesses and walks that reached a frame which was free (I21, I22, I31).
     pub(crate) freed_accesses: AtomicU64,
 }
 
@@ -46,7 +53,7 @@ impl SoftTlb {
     }
     /// What CPU `cpu` has cached.
     pub(crate) fn cached(&self, cpu: usize) -> Vec<(Gfn, Cached)> {
-        self.cpus[cpu].lock().iter().map(|(&gfn, &cached)| (Gfn(gfn), cached)).collect()
+        self.cpus[cpu].lock().pages.iter().map(|(&gfn, &cached)| (Gfn(gfn), cached)).collect()
     }
 }
 
@@ -54,17 +61,19 @@ impl Tlb for SoftTlb {
     fn flush(&self, zapped: &[Zapped]) {
         self.flush.pass();
         for cpu in &self.cpus {
-            let mut cached = cpu.lock();
+            let mut caches = cpu.lock();
             zapped.iter().for_each(|one| {
-                cached.remove(&one.gfn.0);
+                caches.pages.remove(&one.gfn.0);
             });
         }
         self.flushed.fetch_add(zapped.len() as u64, Ordering::SeqCst);
     }
     fn flush_all(&self) {
-        self.cpus.iter().for_each(|cpu| cpu.lock().clear());
+        self.cpus.iter().for_each(|cpu| *cpu.lock() = Caches::default());
     }
 }
+
+const NO_EXEC: u64 = 1 << 63;
 
 /// The CPU cannot go on: a page fault.
 struct PageFault;
@@ -137,55 +146,72 @@ impl Vcpu {
     ) -> Result<u64, PageFault> {
         let gfn = at.page();
         // Held to the end: the CPU is in the guest.
-        let mut cached = self.tlb.cpus[self.id].lock();
+        let mut caches = self.tlb.cpus[self.id].lock();
         let good = |one: &Cached| one.rights.contains(access) && (one.dirty || access != Access::WRITE);
-        let entry = match cached.get(&gfn) {
+        let entry = match caches.pages.get(&gfn) {
             Some(entry) if good(entry) => *entry,
             _ => {
                 // A fault drops what is cached for its page, and a first write walks again to set D.
-                cached.remove(&gfn);
-                let entry = self.walk(gfn, access)?;
-                cached.insert(gfn, entry);
+                caches.pages.remove(&gfn);
+                let entry = self.walk(&mut caches.tables, gfn, access)?;
+                caches.pages.insert(gfn, entry);
                 entry
             }
         };
         let word = &self.tlb.pool.words(entry.pfn)[(at.0 % PAGE_SIZE / 8) as usize];
-        let mut freed = self.tlb.pool.frame(entry.pfn).ref_count() == 0;
+        self.check_held(entry.pfn);
         let value = operation(word);
-        freed |= self.tlb.pool.frame(entry.pfn).ref_count() == 0;
-        self.tlb.freed_accesses.fetch_add(u64::from(freed), Ordering::SeqCst);
+        self.check_held(entry.pfn);
         Ok(value)
     }
 
-    /// The page walk of the Intel manual, volume 3, 4.5, for an access at CPL 3 with CR0.WP and EFER.NXE set.
-    fn walk(&self, gfn: u64, access: Access) -> Result<Cached, PageFault> {
+    fn check_held(&self, pfn: Pfn) {
+        let freed = self.tlb.pool.frame(pfn).ref_count() == 0;
+        self.tlb.freed_accesses.fetch_add(u64::from(freed), Ordering::SeqCst);
+    }
+
+    /// The page walk of the Intel manual, volume 3, 4.5, for an access at CPL 3 with CR0.WP and EFER.NXE set. It begins at
+    /// the leaf table if the CPU remembers where that is (4.10.3); a fault makes it forget (4.10.4.1).
+    fn walk(&self, tables: &mut HashMap<u64, Pfn>, gfn: u64, access: Access) -> Result<Cached, PageFault> {
+        if let Some(&table) = tables.get(&(gfn >> 9)) {
+            if let Ok(cached) = self.leaf(table, gfn, access) {
+                return Ok(cached);
+            }
+            tables.remove(&(gfn >> 9));
+        }
+        let mut table = self.root;
+        for level in (2..=4).rev() {
+            // Every right: for a table the shadow map leaves it to the leaf, and so rights are not cached with it.
+            const ALL: u64 = 0b111;
+            let entry = self.tlb.pool.words(table)[index(gfn, level)].load(Ordering::SeqCst);
+            if entry & (ALL | NO_EXEC) != ALL {
+                return Err(PageFault);
+            }
+            table = Spte(entry).pfn();
+        }
+        let cached = self.leaf(table, gfn, access)?;
+        tables.insert(gfn >> 9, table);
+        Ok(cached)
+    }
+
+    fn leaf(&self, table: Pfn, gfn: u64, access: Access) -> Result<Cached, PageFault> {
         const PRESENT_USER: u64 = 0b101;
         const WRITE: u64 = 1 << 1;
         const ACCESSED: u64 = 1 << 5;
         const DIRTY: u64 = 1 << 6;
-        const NO_EXEC: u64 = 1 << 63;
+        self.check_held(table);
+        let entry = &self.tlb.pool.words(table)[index(gfn, 1)];
         loop {
-            let mut table = self.root;
-            let mut rights = Access::all();
-            for level in (1..=4).rev() {
-                let entry = &self.tlb.pool.words(table)[index(gfn, level)];
-                let old = entry.load(Ordering::SeqCst);
-                if old & PRESENT_USER != PRESENT_USER {
-                    return Err(PageFault);
-                }
-                rights.set(Access::WRITE, rights.contains(Access::WRITE) && old & WRITE != 0);
-                rights.set(Access::EXEC, rights.contains(Access::EXEC) && old & NO_EXEC == 0);
-                table = Spte(old).pfn();
-                if level > 1 {
-                    continue;
-                }
-                if !rights.contains(access) {
-                    return Err(PageFault);
-                }
-                let new = old | ACCESSED | if access == Access::WRITE { DIRTY } else { 0 };
-                if entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
-                    return Ok(Cached { pfn: table, rights, dirty: new & DIRTY != 0 });
-                }
+            let old = entry.load(Ordering::SeqCst);
+            let mut rights = Access::READ;
+            rights.set(Access::WRITE, old & WRITE != 0);
+            rights.set(Access::EXEC, old & NO_EXEC == 0);
+            if old & PRESENT_USER != PRESENT_USER || !rights.contains(access) {
+                return Err(PageFault);
+            }
+            let new = old | ACCESSED | if access == Access::WRITE { DIRTY } else { 0 };
+            if entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                return Ok(Cached { pfn: Spte(old).pfn(), rights, dirty: new & DIRTY != 0 });
             }
         }
     }

@@ -68,6 +68,8 @@ pub(crate) struct Hook {
     pub(crate) change_pte: Gate,
     pub(crate) release: Gate,
     pub(crate) released: AtomicU64,
+    /// Starts heard of, of any range.
+    pub(crate) starts: AtomicU64,
     watched: Mutex<Option<HvaRange>>,
 }
 
@@ -95,6 +97,7 @@ impl MmuNotifier for Hook {
         }
     }
     fn invalidate_range_start(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
+        self.starts.fetch_add(1, Ordering::SeqCst);
         if self.concerns(invalidation.range) {
             self.start.pass();
         }

@@ -205,6 +205,11 @@ impl Thread {
 
 impl Drop for Thread {
     fn drop(&mut self) {
+        self.waker.detach();
+        if std::thread::panicking() {
+            // A bug of ours took the thread away; without it the others might wait for ever.
+            self.process.end(ExitStatus::Signaled(libc::SIGKILL));
+        }
         self.process.thread_left(self.tid, self.exit_code.unwrap_or(0));
     }
 }
