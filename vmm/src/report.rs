@@ -197,7 +197,8 @@ fn reason(death: &Death) -> &'static str {
         (libc::SIGSEGV, 1) => ": nothing is mapped there (SEGV_MAPERR)",
         (libc::SIGSEGV, 2) => ": the mapping does not allow it (SEGV_ACCERR)",
         (libc::SIGBUS, 2) => ": the mapping reaches beyond the end of its file (BUS_ADRERR)",
-        (libc::SIGKILL, _) => ": out of memory, every frame is in use (give it more with --memory)",
+        // SI_KERNEL: umbra's own doing; a guest that kills itself has another code.
+        (libc::SIGKILL, 0x80) => ": out of memory, every frame is in use (give it more with --memory)",
         _ => "",
     }
 }
