@@ -32,13 +32,24 @@ fn jumping_to_the_monitor() {
     if !kvm() {
         return;
     }
-    for (n, address) in
-        ["0xffffffff80000000", "0xffffffff80007000", "0xffffffff80100000", "0xfffffffffffff000"]
-            .iter()
-            .enumerate()
-    {
+    // The monitor's pages, what is around them, and the edges of what addresses there are.
+    let addresses = [
+        "0xffffffff80000000",
+        "0xffffffff80007000",
+        "0xffffffff80100000",
+        "0xfffffffffffff000",
+        "0xffff800000000000",
+        "0xffffc00000000000",
+        "0x00007ffffffff000",
+        "0x0000800000000000",
+        "0x8000000000000000",
+    ];
+    for (n, address) in addresses.iter().enumerate() {
         let read = format!("int main() {{ return *(volatile int *){address}ul; }}");
         let (status, said) = guest(&format!("monitor-read-{n}"), &read);
+        assert_eq!(status, SEGV, "{said}");
+        let write = format!("int main() {{ *(volatile int *){address}ul = 1; return 0; }}");
+        let (status, said) = guest(&format!("monitor-write-{n}"), &write);
         assert_eq!(status, SEGV, "{said}");
         let jump = format!("int main() {{ ((void (*)(void)){address}ul)(); return 0; }}");
         let (status, said) = guest(&format!("monitor-jump-{n}"), &jump);

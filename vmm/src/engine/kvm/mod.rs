@@ -26,7 +26,11 @@ mod vcpu;
 mod window;
 
 #[cfg(test)]
+mod flush_tests;
+#[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod measure;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

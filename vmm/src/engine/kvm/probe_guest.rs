@@ -104,8 +104,9 @@ impl Seat {
         kicker.kick();
     }
 
-    /// Waits until the vCPU faults (then what `on_fault` says) or `look` sees something.
-    fn wait<T>(&self, on_fault: Option<T>, look: impl Fn() -> Option<T>) -> Result<T, SetupError> {
+    /// Waits until `look` sees something, or until the vCPU faults if that means something. If it does not, the fault is
+    /// an old one, of the time before the entry was what it is now, and the vCPU tries again.
+    fn wait<T: Copy>(&self, on_fault: Option<T>, look: impl Fn() -> Option<T>) -> Result<T, SetupError> {
         let start = Instant::now();
         let mut state = self.state.lock();
         loop {
@@ -115,13 +116,17 @@ impl Seat {
             if let Some(seen) = look() {
                 return Ok(seen);
             }
-            match on_fault {
-                Some(verdict) if state.faulted => return Ok(verdict),
-                _ if start.elapsed() > PATIENCE => {
-                    return Err(SetupError::Probe("a vCPU neither ran nor faulted".to_owned()));
+            if state.faulted {
+                if let Some(verdict) = on_fault {
+                    return Ok(verdict);
                 }
-                _ => state = self.changed.wait_timeout(state, GLANCE),
+                state.faulted = false;
+                self.changed.notify_all();
             }
+            if start.elapsed() > PATIENCE {
+                return Err(SetupError::Probe("a vCPU neither ran nor faulted".to_owned()));
+            }
+            state = self.changed.wait_timeout(state, GLANCE);
         }
     }
 }

@@ -84,18 +84,24 @@ impl Guest {
         self.pool.write(frame, 0, code);
     }
 
-    /// The leaf entry of `address`; makes the tables above it.
-    pub(super) fn spte(&self, address: u64) -> &AtomicU64 {
+    /// Table and index of the entry for `address` at `level`; makes the tables above it.
+    pub(super) fn entry(&self, address: u64, level: u32) -> (Pfn, usize) {
+        let index = |level| (address >> (12 + 9 * (level - 1)) & 511) as usize;
         let mut table = self.root;
-        for level in (2..=4).rev() {
-            let entry = &self.pool.words(table)[(address >> (12 + 9 * (level - 1)) & 511) as usize];
+        for level in (level + 1..=4).rev() {
+            let entry = &self.pool.words(table)[index(level)];
             if entry.load(Ordering::SeqCst) == 0 {
-                let next = self.alloc();
-                entry.store(Spte::table(next).0, Ordering::SeqCst);
+                entry.store(Spte::table(self.alloc()).0, Ordering::SeqCst);
             }
             table = Spte(entry.load(Ordering::SeqCst)).pfn();
         }
-        &self.pool.words(table)[(address >> 12 & 511) as usize]
+        (table, index(level))
+    }
+
+    /// The leaf entry of `address`; makes the tables above it.
+    pub(super) fn spte(&self, address: u64) -> &AtomicU64 {
+        let (table, index) = self.entry(address, 1);
+        &self.pool.words(table)[index]
     }
 
     pub(super) fn map(&self, address: u64, frame: Pfn, rights: Access) {

@@ -51,6 +51,7 @@ const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
 const GATE_OF_IDT: u32 = 1 << 1;
 /// Bits of a page fault's error code.
 const FAULT_WRITE: u32 = 1 << 1;
+const FAULT_USER: u32 = 1 << 2;
 const FAULT_RESERVED: u32 = 1 << 3;
 const FAULT_FETCH: u32 = 1 << 4;
 
@@ -239,6 +240,11 @@ impl KvmVcpu {
         self.root
     }
 
+    #[cfg(test)]
+    pub(super) fn raw_mut(&mut self) -> &mut RawVcpu {
+        self.raw.as_mut().unwrap()
+    }
+
     /// Runs until there is something to report. Every error is the end of this vCPU.
     fn drive(&mut self) -> Result<Exit, EngineError> {
         let raw =
@@ -317,7 +323,9 @@ impl KvmVcpu {
         let frame = self.vm.monitor.exception_frame(raw.pages, vector);
         let cr2 = raw.fd.sync_regs_mut().sregs.cr2;
         let error_code = frame.error_code;
-        let reserved = vector == PAGE_FAULT && error_code & FAULT_RESERVED != 0;
+        // A reserved bit below is umbra's own broken entry. Above, where nested PVM has tables of its own, it is what a
+        // guest sees of those.
+        let reserved = vector == PAGE_FAULT && error_code & FAULT_RESERVED != 0 && cr2 < LOWER_HALF_END;
         if frame.cs & 3 != 3 || reserved || FATAL_VECTORS.contains(&vector) {
             let facts = facts(raw);
             let what = format!("vector {vector}, error code {error_code:#x}, frame {frame:x?}, cr2 {cr2:#x}");
@@ -341,6 +349,12 @@ impl KvmVcpu {
         }
         if frame.rip == SYSCALL_ENTRY && cr2 == SYSCALL_ENTRY {
             return Ok(self.syscall());
+        }
+        if error_code & FAULT_USER == 0 {
+            // An access that ring 3 does not make itself. The tables it could be about are all mapped, so it is one that
+            // SMAP refuses (some emulated CPUs make the stack accesses of iretq and far returns this way); mapping more
+            // would not help it.
+            return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 });
         }
         let access = match error_code {
             code if code & FAULT_FETCH != 0 => Access::EXEC,

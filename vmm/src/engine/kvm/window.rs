@@ -26,6 +26,11 @@ impl Run {
         Self { start: u64::from(start.0), len }
     }
 
+    /// How many frames.
+    pub(super) fn frames(&self) -> usize {
+        self.len as usize
+    }
+
     /// Sorts frames and joins what touches or overlaps: the same frame many times over is common (the zero page).
     pub(super) fn coalesce(mut runs: Vec<Self>) -> Vec<Self> {
         runs.sort_unstable_by_key(|run| run.start);
@@ -93,42 +98,47 @@ impl Window {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Discards the pages of `runs`, a call a run.
-    pub(super) fn discard(&self, runs: &[Run]) -> io::Result<()> {
-        runs.iter().try_for_each(|&run| self.advise(run, libc::MADV_DONTNEED))
-    }
-
-    /// The same with up to 1,024 runs a call. On one's own process allowed since Linux 6.13 only (before: `EINVAL`).
-    pub(super) fn discard_many(&self, runs: &[Run]) -> io::Result<()> {
+    /// The same for many runs at once. On one's own process the kernel takes either advice since Linux 6.13 (before:
+    /// `EINVAL`).
+    fn advise_many(&self, runs: &[Run], advice: i32) -> io::Result<()> {
         let process = self.process.as_ref().ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSYS))?;
         for batch in runs.chunks(RANGES_PER_CALL) {
             let ranges: Vec<libc::iovec> = batch.iter().map(|&run| self.range(run)).collect();
             let wanted: usize = ranges.iter().map(|range| range.iov_len).sum();
+            let fd = process.as_raw_fd();
             // SAFETY: as in `advise`; the vector of ranges lives across the call.
             let done = unsafe {
-                libc::syscall(
-                    libc::SYS_process_madvise,
-                    process.as_raw_fd(),
-                    ranges.as_ptr(),
-                    ranges.len(),
-                    libc::MADV_DONTNEED,
-                    0,
-                )
+                libc::syscall(libc::SYS_process_madvise, fd, ranges.as_ptr(), ranges.len(), advice, 0)
             };
             if done < 0 {
                 return Err(io::Error::last_os_error());
             }
             if done as usize != wanted {
-                // It stopped half-way; which part does not matter, discarding twice does no harm.
-                self.discard(batch)?;
+                // It stopped half-way; which part does not matter, giving advice twice does no harm.
+                batch.iter().try_for_each(|&run| self.advise(run, advice))?;
             }
         }
         Ok(())
     }
 
-    /// Makes the host map the pages of `run` now. A hint: what fails is left to the guest's first touch.
-    pub(super) fn populate(&self, run: Run) {
-        let _ = self.advise(run, libc::MADV_POPULATE_WRITE);
+    /// Discards the pages of `runs`, a call a run.
+    pub(super) fn discard(&self, runs: &[Run]) -> io::Result<()> {
+        runs.iter().try_for_each(|&run| self.advise(run, libc::MADV_DONTNEED))
+    }
+
+    /// The same with up to 1,024 runs a call, since Linux 6.13.
+    pub(super) fn discard_many(&self, runs: &[Run]) -> io::Result<()> {
+        self.advise_many(runs, libc::MADV_DONTNEED)
+    }
+
+    /// Makes the host map the pages of `runs` now. A hint: what fails is left to the guest's first touch.
+    pub(super) fn populate(&self, runs: &[Run]) {
+        if runs.len() > 1 && self.advise_many(runs, libc::MADV_POPULATE_WRITE).is_ok() {
+            return;
+        }
+        for &run in runs {
+            let _ = self.advise(run, libc::MADV_POPULATE_WRITE);
+        }
     }
 }
 
