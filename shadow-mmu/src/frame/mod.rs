@@ -15,6 +15,8 @@
 //! Locks: the free list's mutex is a leaf lock. Nothing is called with it held.
 
 mod alloc;
+mod meta;
 mod pool;
 
-pub use pool::{Fill, Frame, FrameFlags, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats};
+pub use meta::{Frame, FrameFlags};
+pub use pool::{Fill, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats};

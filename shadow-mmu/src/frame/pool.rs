@@ -2,6 +2,7 @@
 //! The pool: file, direct map, metadata, and the only ways to get and to lose a frame.
 
 use super::alloc::FreeFrames;
+use super::meta::Frame;
 use crate::addr::{PAGE_SIZE, Pfn};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
@@ -62,56 +63,6 @@ pub enum FreedFrames {
     /// They are overwritten with a pattern, which is checked when the frame goes out again and by
     /// [`FramePool::check_poison`]: a frame written after it was freed is found.
     Poison,
-}
-
-bitflags::bitflags! {
-    /// Per-frame flags.
-    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-    pub struct FrameFlags: u32 {
-        /// Some secondary MMU saw the frame accessed and lost the spte that said so (`PG_referenced`).
-        const ACCESSED = 1;
-        /// The same for written (`PG_dirty`): the frame differs from what backs it.
-        const DIRTY = 2;
-    }
-}
-
-/// Metadata of one frame: `struct page` in miniature.
-#[derive(Debug, Default)]
-pub struct Frame {
-    refs: AtomicU32,
-    maps: AtomicU32,
-    flags: AtomicU32,
-}
-
-impl Frame {
-    /// Everything that keeps the frame from being freed: ptes, page caches, pins, faults in flight.
-    pub fn ref_count(&self) -> u32 {
-        self.refs.load(Ordering::Acquire)
-    }
-    /// Primary ptes that map the frame. Each also holds a reference.
-    pub fn map_count(&self) -> u32 {
-        self.maps.load(Ordering::Acquire)
-    }
-    /// One more primary pte maps the frame.
-    pub fn add_map(&self) {
-        self.maps.fetch_add(1, Ordering::AcqRel);
-    }
-    /// One primary pte less.
-    pub fn remove_map(&self) {
-        let before = self.maps.fetch_sub(1, Ordering::AcqRel);
-        debug_assert!(before > 0, "map count below zero");
-    }
-    /// The frame's flags.
-    pub fn flags(&self) -> FrameFlags {
-        FrameFlags::from_bits_truncate(self.flags.load(Ordering::Acquire))
-    }
-    /// Sets flags. Atomic: secondary MMUs call it under their own locks.
-    pub fn set_flags(&self, flags: FrameFlags) {
-        // Most frames have the bits already; then the cache line stays shared.
-        if !self.flags().contains(flags) {
-            self.flags.fetch_or(flags.bits(), Ordering::AcqRel);
-        }
-    }
 }
 
 /// How full a pool is, and what happened to it.
@@ -273,9 +224,7 @@ impl FramePool {
             if used && fill == Fill::Zeros {
                 self.zero(pfn);
             }
-            let frame = self.frame(pfn);
-            frame.flags.store(0, Ordering::Relaxed);
-            frame.refs.store(1, Ordering::Release);
+            self.frame(pfn).handed_out();
             out.push(pfn);
         }
         taken.len()
@@ -293,8 +242,7 @@ impl FramePool {
 
     /// One more reference to a frame that the caller knows to be held.
     pub fn get(&self, pfn: Pfn) {
-        let before = self.frame(pfn).refs.fetch_add(1, Ordering::AcqRel);
-        debug_assert!(before > 0, "reference taken to the free frame {pfn:?}");
+        self.frame(pfn).add_ref();
     }
 
     /// One reference less; the last one frees the frame.
@@ -306,12 +254,7 @@ impl FramePool {
 
     /// [`put`](Self::put) of many frames under one lock.
     pub fn put_all(&self, frames: &[Pfn]) {
-        let last = |pfn: &&Pfn| {
-            let before = self.frame(**pfn).refs.fetch_sub(1, Ordering::AcqRel);
-            debug_assert!(before > 0, "reference dropped of the free frame {pfn:?}");
-            before == 1
-        };
-        let freed: Vec<Pfn> = frames.iter().filter(last).copied().collect();
+        let freed: Vec<Pfn> = frames.iter().filter(|pfn| self.frame(**pfn).remove_ref()).copied().collect();
         if freed.is_empty() {
             return;
         }

@@ -35,7 +35,7 @@ enum Bench {
     /// A CPU-bound program as a guest and natively.
     Cpu {
         /// Passes over its memory.
-        #[arg(long, value_name = "N", default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
+        #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
         passes: u64,
     },
     /// From the command to its end, for the smallest guest.
