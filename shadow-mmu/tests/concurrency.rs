@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{Deadline, Machine, NONE, READ, RW, Random, TestFile, Vcpu, page, pages};
+use common::{Deadline, Machine, NONE, READ, RW, Random, StopOnDrop, TestFile, Vcpu, page, pages};
 use shadow_mmu::addr::{Access, Gfn, Hva, HvaRange};
 use shadow_mmu::frame::FrameFlags;
 use shadow_mmu::mm::{Advice, Backing, FaultError, MapFlags, Object, RemapFlags};
@@ -123,6 +123,7 @@ fn i13_i21_i22_guests_run_through_a_storm_of_changes() {
         let machine = storm_machine();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let stopper = StopOnDrop(&stop);
             let guests = [0, 1, 2].map(|id| {
                 let (machine, stop) = (&machine, &stop);
                 scope.spawn(move || guest(machine, id, seed * 100 + id as u64, stop))
@@ -142,7 +143,7 @@ fn i13_i21_i22_guests_run_through_a_storm_of_changes() {
                 std::thread::sleep(Duration::from_millis(5));
                 machine.check();
             }
-            stop.store(true, Ordering::Relaxed);
+            drop(stopper);
             for guest in guests {
                 assert!(guest.join().unwrap() > 0, "seed {seed}: a guest got nowhere");
             }
@@ -204,10 +205,9 @@ fn i24_no_write_is_lost_to_a_copy() {
             _ => Backing::Object { object, offset: 0 },
         };
         machine.mm.mmap(BASE, pages(PAGES), RW, flags, backing).unwrap();
-        let running = AtomicU64::new(2);
         std::thread::scope(|scope| {
-            for id in 0..2u64 {
-                let (machine, running) = (&machine, &running);
+            let guests = [0u64, 1].map(|id| {
+                let machine = &machine;
                 scope.spawn(move || {
                     let mut random = Random(round * 2 + id);
                     let mut vcpu = machine.vcpu(id as usize, [Off, Fixed(16)][(round / 2 % 2) as usize]);
@@ -220,11 +220,10 @@ fn i24_no_write_is_lost_to_a_copy() {
                         write_when_allowed(&mut vcpu, at, step);
                         assert_eq!(vcpu.read(at), Ok(step), "round {round}: a write was lost at once");
                     }
-                    running.fetch_sub(1, Ordering::SeqCst);
-                });
-            }
+                })
+            });
             let mut random = Random(round + 1000);
-            while running.load(Ordering::SeqCst) > 0 {
+            while !guests.iter().all(|guest| guest.is_finished()) {
                 let n = random.below(PAGES);
                 let range = HvaRange::pages_from(page(BASE, n), 1 + random.below(PAGES - n));
                 machine.mm.mprotect(range.start, range.len(), READ).unwrap();
@@ -260,6 +259,7 @@ fn i14_r21_no_write_lands_after_rights_are_taken() {
     (0..PAGES).for_each(|n| machine.poke(page(BASE, n), 1));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stopper = StopOnDrop(&stop);
         for id in 0..2 {
             let (machine, stop) = (&machine, &stop);
             scope.spawn(move || {
@@ -286,7 +286,6 @@ fn i14_r21_no_write_lands_after_rights_are_taken() {
             assert_eq!(counts(), before, "round {round}: a write landed in read-only memory");
             machine.mm.mprotect(BASE, pages(PAGES), RW).unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     machine.check();
     machine.finish();
@@ -341,7 +340,7 @@ fn i25_r11_no_mark_is_lost_with_a_leaf() {
     machine.finish();
 }
 
-/// A slot comes and goes under vCPUs that use it. Once its removal has returned nobody reaches its memory, and nothing of it
+/// A slot comes and goes under vCPUs that use it, and under audits. Once its removal has returned nobody reaches its memory, and nothing of it
 /// is cached; its other half, in a slot that stays, is never in the way.
 #[test]
 fn i39_slots_come_and_go_under_running_guests() {
@@ -349,6 +348,7 @@ fn i39_slots_come_and_go_under_running_guests() {
     let machine = storm_machine();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stopper = StopOnDrop(&stop);
         for id in 0..2usize {
             let (machine, stop) = (&machine, &stop);
             scope.spawn(move || {
@@ -362,7 +362,13 @@ fn i39_slots_come_and_go_under_running_guests() {
                 }
             });
         }
-        for _ in 0..400 {
+        // An audit sees the slots before a change or after it, with their leaves.
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                machine.check();
+            }
+        });
+        for _ in 0..250 {
             machine.shadow.add_slot(slot(ALIAS, AREA)).unwrap();
             std::thread::sleep(Duration::from_micros(200));
             machine.shadow.remove_slot(ALIAS).unwrap();
@@ -372,7 +378,6 @@ fn i39_slots_come_and_go_under_running_guests() {
             }
             assert!(alias.clone().all(|gfn| !machine.shadow.spte(Gfn(gfn)).is_present()));
         }
-        stop.store(true, Ordering::Relaxed);
     });
     machine.check();
     machine.finish();

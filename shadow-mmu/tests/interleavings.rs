@@ -63,11 +63,11 @@ impl<'scope, 'm: 'scope> Held<'scope, 'm> {
         pinned: u64,
     ) -> Self {
         let blocker = page(BASE, BLOCKER);
-        machine.before.watch(HvaRange::page(blocker));
-        machine.before.change_pte.shut();
-        machine.before.end.shut();
+        // After the shadow map has heard of the copy, and before it hears of its end: no further bump of the sequence.
+        machine.after.change_pte.shut_for(HvaRange::page(blocker));
+        machine.before.end.shut_for(HvaRange::page(blocker));
         let copier = scope.spawn(move || machine.poke(blocker, 1));
-        machine.before.change_pte.wait_for_arrival();
+        machine.after.change_pte.wait_for_arrival();
         let frame = machine.pool.frame(machine.pte(page(BASE, pinned)).pfn());
         let references = frame.ref_count();
         let mut vcpu = machine.vcpu(0, Fixed(WINDOW));
@@ -82,7 +82,7 @@ impl<'scope, 'm: 'scope> Held<'scope, 'm> {
 
     /// Lets the fault go on; what its access came to.
     fn release(self) -> Answer {
-        self.machine.before.change_pte.open();
+        self.machine.after.change_pte.open();
         let (_, answer) = self.faulter.join().unwrap();
         self.machine.before.end.open();
         self.copier.join().unwrap();
@@ -122,8 +122,7 @@ fn r4_the_sequence_moves_at_the_end_not_at_the_start() {
     let (at, neighbour) = (page(BASE, 3), page(BASE, 5));
     [at, neighbour].iter().for_each(|&at| machine.poke(at, 0x0ff));
     std::thread::scope(|scope| {
-        machine.after.watch(HvaRange::page(neighbour));
-        machine.after.start.shut();
+        machine.after.start.shut_for(HvaRange::page(neighbour));
         let advise = scope.spawn(|| machine.mm.madvise(neighbour, PAGE_SIZE, Advice::DontNeed));
         machine.after.start.wait_for_arrival();
         let held = Held::new(scope, &machine, 3, READ, 5);
@@ -389,8 +388,7 @@ fn i24_a_hole_in_shared_memory_is_one_for_every_mapping_of_it() {
         let mappings = [BASE, twin];
         mappings.iter().for_each(|&at| machine.poke(at, 5));
         std::thread::scope(|scope| {
-            machine.after.watch(HvaRange::page(mappings[stopped_at]));
-            machine.after.end.shut();
+            machine.after.end.shut_for(HvaRange::page(mappings[stopped_at]));
             let remove = scope.spawn(|| machine.mm.madvise(BASE, PAGE_SIZE, Advice::Remove));
             machine.after.end.wait_for_arrival();
             let faults = [BASE, twin].map(|at| {

@@ -11,10 +11,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "linux_errors/heap.rs"]
+mod heap;
 #[path = "linux_errors/sides.rs"]
 mod sides;
 
 use common::{NONE, READ, RW, RX};
+use heap::Step;
 use proptest::prelude::*;
 use shadow_mmu::addr::{Access, PAGE_SIZE};
 use sides::Answer::{self, *};
@@ -343,6 +346,18 @@ fn is_known_deviation(call: Call, theirs: &Answer, ours: &Answer) -> bool {
     matches!((call, theirs, ours), (Remap(_, old, new, ..), At(_), Errno(libc::EFAULT)) if same(old, new))
 }
 
+fn step() -> impl Strategy<Value = Step> {
+    let near = 0..p(12) as i64;
+    let far = prop_oneof![Just(-1), Just(i64::MIN), Just(i64::MAX), Just(1 << 46)];
+    let at = (0..14u64).prop_map(p);
+    prop_oneof![
+        12 => near.prop_map(Step::Brk),
+        1 => far.prop_map(Step::Brk),
+        3 => at.clone().prop_map(Step::Map),
+        2 => at.prop_map(Step::Unmap),
+    ]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -351,5 +366,9 @@ proptest! {
         // Before, mremap unmapped its target first and asked later.
         prop_assume!(kernel_release() >= (6, 17));
         prop_assert_eq!(compare(&script), Ok(()));
+    }
+    #[test]
+    fn random_heaps(script in prop::collection::vec(step(), 1..heap::STEPS)) {
+        prop_assert_eq!(heap::ours(&script), heap::kernel(&script));
     }
 }

@@ -264,7 +264,12 @@ impl Mm {
             return map.brk;
         }
         if new < old {
-            self.unmap(&mut map, HvaRange { start: Hva(new), end: Hva(old) }, Event::Unmap);
+            let range = HvaRange { start: Hva(new), end: Hva(old) };
+            if map.vmas.overlapping(range).next().is_none() {
+                // Somebody has unmapped all of that part of the heap: the kernel does not move the break then.
+                return map.brk;
+            }
+            self.unmap(&mut map, range, Event::Unmap);
         } else if new > old {
             let range = HvaRange { start: Hva(old), end: Hva(new) };
             // One page is kept free above the heap, as the kernel keeps the stack's guard gap.

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The invariants of the shadow map, checked against the primary, while both are in use.
 //!
-//! The audit holds the mmap lock for reading and `mmu_lock` for writing, in that order. Then leaves stand still (the CPU
-//! still sets A and D), and so does the primary as far as it matters: taking anything away from a pte needs a start first,
-//! which waits for `mmu_lock`. Primary ptes are read without their lock, which comes before `mmu_lock`; an aligned word is
-//! read whole, and what may change in it under us (a page coming in, a right being added) breaks no invariant.
+//! The audit holds the mmap lock for reading, the count of open pairs, and `mmu_lock` for writing, in that order. Then the
+//! slots stay as they are, leaves stand still (the CPU still sets A and D), and so does the primary as far as it matters:
+//! taking anything away from a pte needs a start first, which waits for `mmu_lock`. Primary ptes are read without their
+//! lock, which comes before `mmu_lock`; an aligned word is read whole, and what may change in it under us (a page coming
+//! in, a right being added) breaks no invariant.
 
 use super::{ShadowMmu, SlotAccess, Spte, State};
 use crate::addr::{Access, Gfn};
@@ -52,6 +53,8 @@ impl ShadowMmu {
     pub fn audit(&self, mm: &Mm) -> AuditReport {
         let core = &*self.core;
         let map = mm.read_map();
+        // While this is held the slots stay, and no slot is between its removal and the zap of its leaves.
+        let _slots_stay = core.active.lock();
         let slots = self.slots();
         let state = core.state.write();
         let mut report = AuditReport::default();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A place where threads can be made to wait.
+/// A place where threads can be made to wait: all of them, or those whose business touches a range.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     state: Mutex<GateState>,
@@ -19,35 +19,48 @@ pub(crate) struct Gate {
 
 #[derive(Debug, Default)]
 struct GateState {
-    shut: bool,
+    shut_for: Option<HvaRange>,
     waiting: usize,
 }
 
+const EVERYTHING: HvaRange = HvaRange { start: Hva(0), end: Hva(u64::MAX) };
+
 impl Gate {
     pub(crate) fn shut(&self) {
-        self.state.lock().shut = true;
+        self.shut_for(EVERYTHING);
+    }
+    pub(crate) fn shut_for(&self, range: HvaRange) {
+        self.state.lock().shut_for = Some(range);
     }
     pub(crate) fn open(&self) {
-        self.state.lock().shut = false;
+        self.state.lock().shut_for = None;
         self.changed.notify_all();
     }
     /// Goes through, or waits until the gate is opened.
     pub(crate) fn pass(&self) {
-        self.wait(PATIENCE);
+        self.wait(EVERYTHING, PATIENCE);
     }
-    /// As [`pass`](Self::pass), for at most `patience`. Whether the gate was opened.
-    pub(super) fn wait(&self, patience: Duration) -> bool {
+    /// The same for a business with `range`.
+    pub(crate) fn pass_with(&self, range: HvaRange) {
+        self.wait(range, PATIENCE);
+    }
+    /// As [`pass_with`](Self::pass_with), for at most `patience`. Whether the gate was open or was opened.
+    pub(super) fn wait(&self, range: HvaRange, patience: Duration) -> bool {
         let start = Instant::now();
         let mut state = self.state.lock();
-        if !state.shut {
+        let is_shut = |state: &GateState| state.shut_for.is_some_and(|shut| shut.overlaps(range));
+        if !is_shut(&state) {
             return true;
         }
         state.waiting += 1;
-        while state.shut && start.elapsed() < patience {
+        while is_shut(&state) && start.elapsed() < patience {
             state = self.changed.wait_timeout(state, patience);
         }
         state.waiting -= 1;
-        !state.shut
+        !is_shut(&state)
+    }
+    pub(super) fn wait_until_open(&self, patience: Duration) -> bool {
+        self.wait(EVERYTHING, patience)
     }
     /// Whether somebody waits at the gate.
     pub(crate) fn is_occupied(&self) -> bool {
@@ -60,7 +73,7 @@ impl Gate {
     }
 }
 
-/// A listener that does nothing but let its gates be passed, by ops that touch the watched range.
+/// A listener that does nothing but let its gates be passed, by ops that touch the range that a gate is shut for.
 #[derive(Debug, Default)]
 pub(crate) struct Hook {
     pub(crate) start: Gate,
@@ -70,17 +83,9 @@ pub(crate) struct Hook {
     pub(crate) released: AtomicU64,
     /// Starts heard of, of any range.
     pub(crate) starts: AtomicU64,
-    watched: Mutex<Option<HvaRange>>,
 }
 
 impl Hook {
-    /// From now on the gates are for ops that touch `range` only.
-    pub(crate) fn watch(&self, range: HvaRange) {
-        *self.watched.lock() = Some(range);
-    }
-    fn concerns(&self, range: HvaRange) -> bool {
-        self.watched.lock().is_none_or(|watched| watched.overlaps(range))
-    }
     pub(super) fn open_all(&self) {
         [&self.start, &self.end, &self.change_pte, &self.release].iter().for_each(|gate| gate.open());
     }
@@ -92,21 +97,15 @@ impl MmuNotifier for Hook {
         self.release.pass();
     }
     fn change_pte(&self, hva: Hva, _: Pte) {
-        if self.concerns(HvaRange::page(hva)) {
-            self.change_pte.pass();
-        }
+        self.change_pte.pass_with(HvaRange::page(hva));
     }
     fn invalidate_range_start(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
         self.starts.fetch_add(1, Ordering::SeqCst);
-        if self.concerns(invalidation.range) {
-            self.start.pass();
-        }
+        self.start.pass_with(invalidation.range);
         Ok(())
     }
     fn invalidate_range_end(&self, invalidation: &Invalidation) {
-        if self.concerns(invalidation.range) {
-            self.end.pass();
-        }
+        self.end.pass_with(invalidation.range);
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) use machine::Machine;
 
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a test waits for something that must happen.
@@ -69,7 +70,7 @@ impl Deadline {
         over.shut();
         let gate = Arc::clone(&over);
         std::thread::spawn(move || {
-            if !gate.wait(Duration::from_secs(seconds)) {
+            if !gate.wait_until_open(Duration::from_secs(seconds)) {
                 eprintln!("{what} takes more than {seconds} s: it hangs");
                 std::process::abort();
             }
@@ -81,6 +82,16 @@ impl Deadline {
 impl Drop for Deadline {
     fn drop(&mut self) {
         self.0.open();
+    }
+}
+
+/// Tells threads to stop, also where the test that would tell them has failed.
+#[derive(Debug)]
+pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

@@ -229,7 +229,9 @@ impl Model {
     pub(super) fn brk(&mut self, to: u64) -> u64 {
         let (start, ceil) = (hva(page_of(HEAP)).0, |bytes: u64| bytes.div_ceil(PAGE_SIZE));
         let (old, new) = (ceil(self.brk), ceil(to));
-        if to < start || new > old && !self.is_free(old..new + 1) {
+        // Upward there must be room and a page beyond, downward something to unmap.
+        let stuck = new > old && !self.is_free(old..new + 1) || new < old && self.is_free(new..old);
+        if to < start || stuck {
             return self.brk;
         }
         self.unmap(new, old.saturating_sub(new));
