@@ -31,7 +31,8 @@
 //!
 //! Requests and entry are read-modify-writes with `SeqCst`: on x86 each is a locked instruction, hence a full barrier.
 //! A flusher that changed an spte and then requested FLUSH of a vCPU in OUTSIDE relies on that: an entry that comes
-//! later in the word's order also sees the spte. `leave` releases, [`RunState::is_out`] acquires: what the guest wrote
+//! later in the word's order also sees the spte. Where the request turns out to be pending already, a fence stands in for
+//! the exchange that is saved. `leave` releases, [`RunState::is_out`] acquires: what the guest wrote
 //! before it left is visible to who waited for it.
 
 use super::error::SetupError;
@@ -40,7 +41,7 @@ use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering, fence};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 const MODE: u64 = 0b11;
@@ -178,6 +179,8 @@ impl RunState {
 
     /// Asks for `request` and makes the vCPU leave the guest if it is there. With a lease: only if that is the current.
     pub(super) fn request(&self, request: Requests, lease: Option<u32>) {
+        // What the caller changed before (an spte) must be visible before the request is seen to be pending already.
+        fence(Ordering::SeqCst);
         let mut word = self.word.load(Ordering::SeqCst);
         let send = loop {
             if lease.is_some_and(|lease| lease != (word >> LEASE_SHIFT) as u32) {

@@ -6,13 +6,14 @@
 //!        ├─ the monitor: stubs, IDT, GDT, a TSS and a stack page a vCPU       monitor.rs
 //!        ├─ flush methods, and which of them work here                        flush.rs, probe.rs
 //!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
-//! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, kick.rs
+//! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, kick.rs
 //! ```
 //!
 //! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the monitor's list of
 //! frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
 
 mod error;
+mod exit;
 mod flush;
 mod fpu;
 mod host;

@@ -20,15 +20,22 @@
 //!   (KVM holds an exception that it has not delivered yet; rip is LSTAR's), the vCPU runs on before the kick is
 //!   reported: the way leads straight to a stub, while registers changed under a pending exception (a signal frame)
 //!   would get it on top. Signals that nobody asked a kick with do not end `run`.
+//!
+//! # Cost
+//!
+//! Nested PVM, Linux 6.18, by `measure`: a system call or a fault and back 34 to 40 µs, from kick to return 31 µs. KVM_RUN
+//! that comes back at once takes 7.5 µs; sharing general and system registers, out and in, adds 0.8 µs to it, the pending
+//! events 0.3 µs more (they are fetched by ioctl instead, on kicks only). Any ioctl for registers costs 5 to 6 µs there.
 
 use super::KvmVm;
+use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, lost, switch_root_and_back};
 use super::kick::{Kicker, Requests};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
 use super::opcode::software_interrupt;
 use super::raw_vcpu::RawVcpu;
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
-use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs};
-use kvm_ioctls::{SyncReg, VcpuExit};
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::SyncReg;
 use shadow_mmu::addr::{Access, Gpa, Pfn};
 use std::io;
 use std::sync::Arc;
@@ -121,100 +128,6 @@ fn from_kvm(regs: &kvm_regs, fs_base: u64, gs_base: u64) -> Regs {
         fs_base,
         gs_base,
     }
-}
-
-/// What KVM_RUN came back with.
-enum Outcome {
-    /// A stub's `out`.
-    Port(u16),
-    /// EINTR or EAGAIN.
-    Interrupted,
-    /// The instruction at rip is one that KVM has to emulate and cannot.
-    NotEmulated,
-    /// Anything else.
-    Failed(EngineError),
-}
-
-fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
-    EngineError { what: what.into(), source }
-}
-
-/// Whether ring 3 was running, by what KVM last wrote to the shared page.
-fn in_ring3(raw: &mut RawVcpu) -> bool {
-    raw.fd.sync_regs_mut().sregs.cs.dpl == 3
-}
-
-/// Where the vCPU stands, for an error.
-fn facts(raw: &mut RawVcpu) -> String {
-    let reason = raw.fd.get_kvm_run().exit_reason;
-    let sync = raw.fd.sync_regs_mut();
-    format!(
-        "(KVM exit reason {reason}, rip {:#x}, cs {:#x}, rsp {:#x}, rflags {:#x}, cr2 {:#x}, cr3 {:#x})",
-        sync.regs.rip,
-        sync.sregs.cs.selector,
-        sync.regs.rsp,
-        sync.regs.rflags,
-        sync.sregs.cr2,
-        sync.sregs.cr3
-    )
-}
-
-/// KVM_RUN, once.
-fn enter(raw: &mut RawVcpu) -> Outcome {
-    let what = match raw.fd.run() {
-        Ok(VcpuExit::IoOut(port, _)) => return Outcome::Port(port),
-        Ok(VcpuExit::Intr) => return Outcome::Interrupted,
-        Ok(VcpuExit::InternalError) => return internal_error(raw),
-        Ok(exit) => format!("{exit:?}"),
-        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Outcome::Interrupted,
-        Err(error) => {
-            let facts = facts(raw);
-            return Outcome::Failed(lost(format!("KVM_RUN {facts}"), error.into()));
-        }
-    };
-    let facts = facts(raw);
-    Outcome::Failed(lost(
-        format!("the vCPU stopped for no reason of the guest's {facts}"),
-        io::Error::other(what),
-    ))
-}
-
-fn internal_error(raw: &mut RawVcpu) -> Outcome {
-    let run = raw.fd.get_kvm_run();
-    // SAFETY: the exit reason KVM_EXIT_INTERNAL_ERROR tells that KVM filled this field of the union.
-    let internal = unsafe { run.__bindgen_anon_1.internal };
-    if internal.suberror == KVM_INTERNAL_ERROR_EMULATION && in_ring3(raw) {
-        return Outcome::NotEmulated;
-    }
-    let data = internal.data.get(..internal.ndata as usize).unwrap_or(&internal.data);
-    let what = format!("internal error, suberror {}, data {data:x?}", internal.suberror);
-    let facts = facts(raw);
-    Outcome::Failed(lost(format!("KVM gave the vCPU up {facts}"), io::Error::other(what)))
-}
-
-/// Makes KVM drop what the vCPU has cached of its root table: loads another table now, and the old one again with the
-/// registers of the next entry. On two-dimensional paging only.
-fn switch_root_and_back(raw: &mut RawVcpu, other: Pfn) -> Result<(), EngineError> {
-    let sregs = kvm_sregs { cr3: other.offset(), ..raw.fd.sync_regs_mut().sregs };
-    raw.fd
-        .set_sregs(&sregs)
-        .map_err(|error| lost("KVM_SET_SREGS with the other root table", error.into()))?;
-    raw.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
-    Ok(())
-}
-
-/// Whether KVM holds an exception that the guest has not seen yet. Also ends an interrupt shadow (`mov ss`): it belongs to
-/// an instruction that may not be the next one any more.
-fn exception_in_flight(raw: &RawVcpu) -> Result<bool, EngineError> {
-    let ioctl = |what: &'static str| move |error: kvm_ioctls::Error| lost(what, error.into());
-    let mut events = raw.fd.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
-    let in_flight = events.exception.pending != 0 || events.exception.injected != 0;
-    if !in_flight && events.interrupt.shadow != 0 {
-        events.interrupt.shadow = 0;
-        events.flags = KVM_VCPUEVENT_VALID_SHADOW;
-        raw.fd.set_vcpu_events(&events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
-    }
-    Ok(in_flight)
 }
 
 /// One virtual CPU of a [`KvmVm`], over one root table.
