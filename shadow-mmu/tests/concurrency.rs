@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{Deadline, Machine, NONE, READ, RW, Random, StopOnDrop, TestFile, Vcpu, page, pages};
+use common::{Deadline, Machine, NONE, READ, RW, Random, StopOnDrop, TestFile, Vcpu, WATCH, page, pages};
 use shadow_mmu::addr::{Access, Gfn, Hva, HvaRange};
 use shadow_mmu::frame::FrameFlags;
 use shadow_mmu::mm::{Advice, Backing, FaultError, MapFlags, Object, RemapFlags};
@@ -389,17 +389,32 @@ fn i8_the_space_ends_under_running_guests() {
     let _deadline = Deadline::new("the end", 60);
     for seed in 0..20 {
         let machine = storm_machine();
+        let late = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            for id in 0..2usize {
-                let machine = &machine;
+            let guests = [0, 1].map(|id| {
+                let (machine, late) = (&machine, &late);
                 scope.spawn(move || {
                     let mut random = Random(seed * 2 + id as u64);
                     let mut vcpu = machine.vcpu(id, Fixed(4));
-                    while vcpu.write(page(BASE, random.below(AREA)), 1).is_ok() {}
-                });
-            }
+                    while !late.load(Ordering::Relaxed) {
+                        if let Err(error) = vcpu.write(page(BASE, random.below(AREA)), 1) {
+                            return Some(error);
+                        }
+                    }
+                    None
+                })
+            });
             std::thread::sleep(Duration::from_millis(2));
             machine.mm.release();
+            let stopper = StopOnDrop(&late);
+            let start = Instant::now();
+            while start.elapsed() < WATCH && !guests.iter().all(|guest| guest.is_finished()) {
+                std::thread::yield_now();
+            }
+            drop(stopper);
+            for guest in guests {
+                assert_eq!(guest.join().unwrap(), Some(FaultError::NoMapping), "seed {seed}");
+            }
         });
         assert!((0..2).all(|cpu| machine.tlb.cached(cpu).is_empty()));
         machine.check();

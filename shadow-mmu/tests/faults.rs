@@ -11,7 +11,7 @@ use shadow_mmu::addr::{Access, Gfn, Hva, HvaRange, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{Fill, FrameFlags};
 use shadow_mmu::mm::{Advice, Backing, FaultError, FaultRequest, MapFlags, Object, RemapFlags};
 use shadow_mmu::shadow::FaultAroundPolicy::{Adaptive, Fixed, Off};
-use shadow_mmu::shadow::{FaultOutcome, Memslot, Prefaulted, SlotAccess};
+use shadow_mmu::shadow::{FaultOutcome, Memslot, Prefaulted, SlotAccess, Spte};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -231,7 +231,9 @@ fn addresses_without_slot_or_mapping_are_no_mapping() {
         let outcome = vcpu.fault(Hva(wild), READ);
         assert_eq!(outcome, Err(FaultError::NoMapping), "{wild:#x}");
     }
+    vcpu.write(at, 1).unwrap();
     machine.mm.release();
+    assert_eq!(machine.spte(at), Spte::NONE);
     assert_eq!(vcpu.read(at), Err(FaultError::NoMapping), "the space is gone");
     machine.finish();
 }
@@ -310,14 +312,18 @@ fn i31_empty_tables_are_reclaimed_and_no_cpu_walks_them_any_more() {
     (0..300).for_each(|n| assert_eq!(vcpu.read(page(at(n), 1)), Ok(0)));
     machine.check();
 
-    // The second pages are still mapped and have leaves; without them, all tables are empty, and without memory, needed.
+    // Without the second pages all tables are empty, and are needed: by the primary, or by the shadow map.
     (0..300).for_each(|n| machine.mm.munmap(page(at(n), 1), PAGE_SIZE).unwrap());
-    let (before, hoard) = (reclaimed(), hoard(&machine, 5));
-    machine.map_at(at(1000), 1, RW, MapFlags::PRIVATE);
-    assert_eq!(vcpu.write(at(1000), 7), Ok(()));
-    assert!(reclaimed() > before);
-    machine.pool.put_all(&hoard);
-    machine.check();
+    for (round, left) in [(1, 0), (2, 4)] {
+        touch_and_unmap(&mut vcpu, 100);
+        (0..100).for_each(|n| machine.mm.munmap(page(at(n), 1), PAGE_SIZE).unwrap());
+        let (before, hoard) = (reclaimed(), hoard(&machine, left));
+        machine.map_at(at(1000 * round), 1, RW, MapFlags::PRIVATE);
+        assert_eq!(vcpu.write(at(1000 * round), 7), Ok(()), "{left} frames and many tables");
+        assert!(reclaimed() > before);
+        machine.pool.put_all(&hoard);
+        machine.check();
+    }
     machine.finish();
 }
 

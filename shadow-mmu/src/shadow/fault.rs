@@ -74,7 +74,14 @@ impl ShadowMmu {
             let mut asked = *request.get_or_insert_with(|| around.request(slot.hva_of(gfn), access));
             asked.hva = slot.hva_of(gfn);
             asked.around = asked.around.intersect(slot.hvas());
-            let pinned = self.mm.fault(&asked)?;
+            let pinned = match self.mm.fault(&asked) {
+                Err(FaultError::OutOfMemory) if !reclaimed => {
+                    reclaimed = true;
+                    core.reclaim_for_fault()?;
+                    continue;
+                }
+                result => result?,
+            };
 
             let rights = match slot.access {
                 SlotAccess::ReadWrite => Access::all(),
@@ -126,13 +133,11 @@ impl ShadowMmu {
                     return Ok(FaultOutcome::Fixed);
                 }
                 Err(OutOfFrames) => {
-                    // Tables that nobody uses are memory too. Once: what a second look finds is what this fault itself
-                    // made on the way to the table that it could not get.
-                    let _state = core.state.write();
-                    if core.reclaim_tables() == 0 || reclaimed {
+                    // Once: what a second look finds is what this fault made on the way to the table that it cannot get.
+                    if std::mem::replace(&mut reclaimed, true) {
                         return Err(FaultError::OutOfMemory);
                     }
-                    reclaimed = true;
+                    core.reclaim_for_fault()?;
                 }
             }
         }
@@ -148,6 +153,12 @@ impl ShadowMmu {
 }
 
 impl Core {
+    /// Tables that nobody uses are memory too.
+    fn reclaim_for_fault(&self) -> Result<(), FaultError> {
+        let _state = self.state.write();
+        if self.reclaim_tables() == 0 { Err(FaultError::OutOfMemory) } else { Ok(()) }
+    }
+
     fn wait_to_retry(&self, attempt: u32) {
         self.stats.pf_retried.fetch_add(1, Ordering::Relaxed);
         // A window is short, but its owner may not be running.
