@@ -70,9 +70,9 @@ pub enum SetupError {
     /// The small guest that tries flush methods did not behave as a guest does.
     #[error("the flush probe failed: {0}; please report it with the output of `umbra doctor`")]
     Probe(String),
-    /// Every flush method left stale translations behind.
+    /// Too many flush methods left stale translations behind, or were refused.
     #[error(
-        "no way to flush translations works on this host (tried {tried}): a guest could reach freed memory, so none is \
+        "no way to flush all translations works on this host (tried {tried}): a guest could reach freed memory, so none is \
          started; please report it with the output of `umbra doctor`"
     )]
     NoFlush {

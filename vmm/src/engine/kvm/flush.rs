@@ -25,10 +25,11 @@
 //! A vCPU's thread does nothing between being kicked and leaving the guest, so the wait needs none of its locks. New
 //! vCPUs have nothing cached. Stopping the VM for good is the same protocol with STOP, which is never taken.
 //!
-//! # Kick and hold (DummySlot)
+//! # Kick and hold (DummySlot, and the window methods for many runs)
 //!
 //! KVM waits for an RCU grace period when a memslot changes, and that needs CPU time: against vCPUs that fill all CPUs
-//! it takes scheduler ticks, 4 to 15 ms; against none, 0.1 ms. So the vCPUs are kept out of the guest meanwhile:
+//! it takes scheduler ticks, 4 to 15 ms; against none, 0.1 ms. And each discarded run kicks every vCPU that is in the
+//! guest. So the vCPUs are kept out meanwhile:
 //!
 //! 1. The holder counts itself in `holders`, requests HOLD of every vCPU and waits until each is outside.
 //! 2. A vCPU's thread that meets HOLD takes it and sleeps while there are holders. A holder counts itself before it
@@ -37,7 +38,8 @@
 //!
 //! # Locks
 //!
-//! The registry of run states, `holders` and the dummy slot's lock are leaf locks; the caller holds `mmu_lock`.
+//! The caller holds `mmu_lock`. The registry of run states and `holders` are leaf locks; the dummy slot's is held across its
+//! two system calls.
 
 use super::KvmVm;
 use super::kick::{Requests, RunState};
@@ -74,6 +76,13 @@ impl FlushMethod {
     pub const ALL: [Self; 4] =
         [Self::WindowMadvise, Self::ProcessMadvise, Self::AlternateRoot, Self::DummySlot];
 
+    /// Whether the method also drops what KVM remembers of tables, not of leaves alone. [`Tlb::flush_all`] needs one that
+    /// does: a KVM that shadows guest tables goes on using the table that it knows under a changed entry of an upper level
+    /// (`kvm_mmu_get_child_sp` finds it present), and fills it with leaves that belong elsewhere.
+    pub const fn is_full(self) -> bool {
+        matches!(self, Self::AlternateRoot | Self::DummySlot)
+    }
+
     const fn bit(self) -> u8 {
         match self {
             Self::Nothing => 0,
@@ -109,7 +118,7 @@ impl fmt::Display for FlushMethod {
 //   1024   2834   –   –      1600 1728 57252   1600 1679 1934      145 300 380
 //   4096  13244   –   –      8249 18710 137032 8249 10509 9681     394 570 410
 //
-// A run kicks every vCPU that is in the guest, about 30 µs each here; vCPUs that are held are kicked once.
+// (–: not measured.) A run kicks every vCPU that is in the guest, about 30 µs each here; vCPUs that are held are kicked once.
 
 /// Runs from which on process_madvise(2) is no worse than a madvise(2) each.
 const PROCESS_MADVISE_RUNS: usize = 2;
@@ -273,8 +282,8 @@ impl KvmVm {
     }
 
     /// Tries the methods that work, in this order, until one succeeds; stops the VM if none does.
-    fn flush_by_first(&self, order: [FlushMethod; 4], runs: &[Run]) {
-        for method in order {
+    fn flush_by_first(&self, order: &[FlushMethod], runs: &[Run]) {
+        for &method in order {
             if !self.flusher.works(method) {
                 continue;
             }
@@ -314,17 +323,17 @@ impl Tlb for KvmTlb {
             n if n >= PROCESS_MADVISE_RUNS => [ProcessMadvise, WindowMadvise, DummySlot, AlternateRoot],
             _ => [WindowMadvise, ProcessMadvise, DummySlot, AlternateRoot],
         };
-        self.vm.flush_by_first(order, &runs);
+        self.vm.flush_by_first(&order, &runs);
     }
 
     fn flush_all(&self) {
-        use FlushMethod::{AlternateRoot, DummySlot, ProcessMadvise, WindowMadvise};
+        use FlushMethod::{AlternateRoot, DummySlot};
         let order = if self.vm.facts().kvm_backend.is_two_dimensional() {
-            [AlternateRoot, DummySlot, WindowMadvise, ProcessMadvise]
+            [AlternateRoot, DummySlot]
         } else {
-            [DummySlot, WindowMadvise, ProcessMadvise, AlternateRoot]
+            [DummySlot, AlternateRoot]
         };
-        self.vm.flush_by_first(order, &[self.vm.flusher.window.whole()]);
+        self.vm.flush_by_first(&order, &[self.vm.flusher.window.whole()]);
     }
 
     fn prefault(&self, frames: &[Pfn]) {

@@ -2,7 +2,7 @@
 //! Which flush methods this host honours: what is tried, what is concluded, and the report.
 //!
 //! The trying itself, with a real guest on two vCPUs, is in `probe_guest`. A method is chosen if it was tried and never
-//! stale. Methods that were not tried are not used.
+//! stale. Methods that were not tried are not used. One of those chosen must be [full](FlushMethod::is_full).
 
 use super::KvmVm;
 use super::error::SetupError;
@@ -159,6 +159,11 @@ fn passed(rows: &[FlushRow]) -> Vec<FlushMethod> {
     FlushMethod::ALL.into_iter().filter(passed).collect()
 }
 
+/// Whether these methods can do all that a flush strategy has to.
+fn are_enough(methods: &[FlushMethod]) -> bool {
+    methods.iter().any(|method| method.is_full())
+}
+
 fn probe(prober: &mut Prober<'_>, backend: Backend, effort: Effort) -> Result<FlushReport, SetupError> {
     let (plan, rounds) = match effort {
         Effort::Quick => (quick_plan(backend), 1),
@@ -167,13 +172,13 @@ fn probe(prober: &mut Prober<'_>, backend: Backend, effort: Effort) -> Result<Fl
     let mut rows = Vec::new();
     let a_bit_needs_flush = prober.a_stays_clear()?;
     try_plan(prober, &plan, rounds, &mut rows)?;
-    if passed(&rows).is_empty() {
+    if !are_enough(&passed(&rows)) {
         let others =
             FlushMethod::ALL.into_iter().filter(|method| plan.iter().all(|(tried, _)| tried != method));
         try_plan(prober, &others.map(|method| (method, &Change::ALL[..])).collect(), rounds, &mut rows)?;
     }
     let chosen = passed(&rows);
-    if chosen.is_empty() {
+    if !are_enough(&chosen) {
         return Err(SetupError::NoFlush { tried: summary(&rows) });
     }
     Ok(FlushReport { backend, rows, chosen, a_bit_needs_flush })
