@@ -508,3 +508,37 @@ fn pairs_nest_and_overlap() {
         [Start(outer.0, outer.1), Start(inner.0, inner.1), End(outer.0, outer.1), End(inner.0, inner.1)]
     );
 }
+
+/// Looks at the primary when a pair ends.
+#[derive(Debug, Default)]
+struct EndWatcher {
+    mm: OnceLock<Arc<Mm>>,
+    seen: Mutex<Vec<Pte>>,
+}
+
+impl MmuNotifier for EndWatcher {
+    fn invalidate_range_end(&self, invalidation: &Invalidation) {
+        // Allowed in a test only: the caller holds the mmap lock for reading, and nobody waits to write.
+        let pte = self.mm.get().and_then(|mm| mm.lookup(invalidation.range.start));
+        self.seen.lock().unwrap().extend(pte.map(|(pte, _)| pte));
+    }
+}
+
+#[test]
+fn when_a_pair_ends_the_ptes_have_changed_already() {
+    // Otherwise a fault between the end and the change would install what is about to go, and nothing would take it away.
+    let pool = Arc::new(FramePool::new(64 * PAGE_SIZE, FreedFrames::Poison).unwrap());
+    let mm = Mm::new(pool).unwrap();
+    let at = mm.mmap(Hva(0), PAGE_SIZE, RW, MapFlags::PRIVATE, Backing::Anonymous).unwrap();
+    let watcher = Arc::new(EndWatcher::default());
+    let subscription = mm.register(Arc::clone(&watcher) as _).unwrap();
+    watcher.mm.set(Arc::clone(&mm)).unwrap();
+    drop(mm.fault(&FaultRequest::one_page(at, Access::READ)).unwrap());
+    drop(mm.fault(&FaultRequest::one_page(at, Access::WRITE)).unwrap());
+    mm.madvise(at, PAGE_SIZE, Advice::DontNeed).unwrap();
+    mm.unregister(&subscription).unwrap();
+    let seen = std::mem::take(&mut *watcher.seen.lock().unwrap());
+    assert_eq!(seen.len(), 2, "copy-on-write, then madvise: {seen:?}");
+    assert!(seen[0].is_writable() && !seen[0].is_zero(), "{seen:?}");
+    assert!(!seen[1].is_present(), "{seen:?}");
+}
