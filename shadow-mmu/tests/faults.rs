@@ -6,10 +6,10 @@
 
 mod common;
 
-use common::{ALL_GFNS, Deadline, Machine, NONE, READ, RW, RX, Random, TestFile, page, pages};
+use common::{ALL_GFNS, Machine, NONE, READ, RW, RX, Random, TestFile, page, pages};
 use shadow_mmu::addr::{Access, Gfn, Hva, HvaRange, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{Fill, FrameFlags};
-use shadow_mmu::mm::{Advice, Backing, FaultError, FaultRequest, MapFlags, Object, RemapFlags};
+use shadow_mmu::mm::{Advice, Backing, FaultError, FaultRequest, MapFlags, MmError, Object, RemapFlags};
 use shadow_mmu::shadow::FaultAroundPolicy::{Adaptive, Fixed, Off};
 use shadow_mmu::shadow::{FaultOutcome, Memslot, Prefaulted, SlotAccess, Spte};
 use std::sync::Arc;
@@ -269,7 +269,6 @@ fn hoard(machine: &Machine, left: usize) -> Vec<Pfn> {
 /// leaves nothing behind that a later one could not use; with enough, it succeeds.
 #[test]
 fn i23_out_of_memory_is_an_answer_at_every_step_of_a_fault() {
-    let _deadline = Deadline::new("a fault without memory", 20);
     for access in [Access::READ, Access::WRITE] {
         for left in 0..9 {
             let machine = Machine::new(64);
@@ -285,6 +284,28 @@ fn i23_out_of_memory_is_an_answer_at_every_step_of_a_fault() {
             assert_eq!(vcpu.access(at, access, |_| 1), Ok(1), "{left} frames, then more");
             machine.finish();
         }
+    }
+}
+
+#[test]
+fn i23_a_move_without_memory_changes_nothing() {
+    for left in 0..4 {
+        let machine = Machine::new(64);
+        machine.map_at(BASE, 2, RW, MapFlags::PRIVATE);
+        let mut vcpu = machine.vcpu(0, Off);
+        (0..2).for_each(|n| vcpu.write(page(BASE, n), n + 1).unwrap());
+        let (tables, hoard) = (machine.mm.table_count(), hoard(&machine, left));
+        // Far enough away to need three tables.
+        let far = Hva(BASE.0 + (1 << 40));
+        let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
+        let moved = machine.mm.mremap(BASE, pages(2), pages(2), flags, far);
+        let at = if left < 3 { BASE } else { far };
+        assert_eq!(moved, if left < 3 { Err(MmError::NoMemory) } else { Ok(far) }, "{left} frames");
+        assert_eq!((machine.mm.table_count(), machine.mm.vmas().len()), (tables, 1), "{left} frames");
+        machine.pool.put_all(&hoard);
+        assert_eq!([0, 1].map(|n| vcpu.read(page(at, n))), [Ok(1), Ok(2)]);
+        machine.check();
+        machine.finish();
     }
 }
 

@@ -19,7 +19,7 @@ mod model;
 #[path = "mm_model/script.rs"]
 mod script;
 
-use common::{Deadline, Machine, READ, RW, TestFile, Vcpu, pages};
+use common::{Machine, READ, RW, TestFile, Vcpu, pages};
 use model::{Content, Model, Result};
 use proptest::prelude::*;
 use script::{FILE_PAGES, HEAP, Op, What, Where, hva, op, page_of};
@@ -260,7 +260,6 @@ proptest! {
         policy in policy(),
         frames in 41..72u64,
     ) {
-        let _deadline = Deadline::new("one script", 20);
         Pair::new(frames, policy, true).run(&script);
     }
 }

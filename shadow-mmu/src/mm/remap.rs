@@ -169,6 +169,7 @@ impl Mm {
             if let Err(OutOfFrames) = self.move_ptes(source, target.start) {
                 // What was moved goes back; the tables it goes back to are still there.
                 self.move_ptes(HvaRange::pages_from(target.start, source.page_count()), source.start)?;
+                self.free_empty_tables(target);
                 return Err(MmError::NoMemory);
             }
             if !flags.contains(RemapFlags::DONTUNMAP) {

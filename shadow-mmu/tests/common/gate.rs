@@ -8,7 +8,7 @@ use shadow_mmu::notifier::{Invalidation, MmuNotifier, WouldBlock};
 use shadow_mmu::sync::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A place where threads can be made to wait: all of them, or those whose business touches a range.
 #[derive(Debug, Default)]
@@ -38,29 +38,17 @@ impl Gate {
     }
     /// Goes through, or waits until the gate is opened.
     pub(crate) fn pass(&self) {
-        self.wait(EVERYTHING, PATIENCE);
+        self.pass_with(EVERYTHING);
     }
     /// The same for a business with `range`.
     pub(crate) fn pass_with(&self, range: HvaRange) {
-        self.wait(range, PATIENCE);
-    }
-    /// As [`pass_with`](Self::pass_with), for at most `patience`. Whether the gate was open or was opened.
-    pub(super) fn wait(&self, range: HvaRange, patience: Duration) -> bool {
         let start = Instant::now();
         let mut state = self.state.lock();
-        let is_shut = |state: &GateState| state.shut_for.is_some_and(|shut| shut.overlaps(range));
-        if !is_shut(&state) {
-            return true;
-        }
         state.waiting += 1;
-        while is_shut(&state) && start.elapsed() < patience {
-            state = self.changed.wait_timeout(state, patience);
+        while state.shut_for.is_some_and(|shut| shut.overlaps(range)) && start.elapsed() < PATIENCE {
+            state = self.changed.wait_timeout(state, PATIENCE);
         }
         state.waiting -= 1;
-        !is_shut(&state)
-    }
-    pub(super) fn wait_until_open(&self, patience: Duration) -> bool {
-        self.wait(EVERYTHING, patience)
     }
     /// Whether somebody waits at the gate.
     pub(crate) fn is_occupied(&self) -> bool {

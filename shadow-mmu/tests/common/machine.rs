@@ -32,6 +32,7 @@ impl Machine {
     }
 
     pub(crate) fn without_slot(frames: u64) -> Self {
+        super::limit_run_time();
         let pool = Arc::new(FramePool::new(pages(frames), FreedFrames::Poison).unwrap());
         let mm = Mm::new(Arc::clone(&pool)).unwrap();
         let tlb = Arc::new(SoftTlb::new(Arc::clone(&pool), 8));

@@ -10,7 +10,8 @@
 //!   notifier ops), in [`TestFile`] (inside a fault) and in [`SoftTlb`] (inside a flush, with `mmu_lock` held): together
 //!   they force the interleavings of the contract's races without touching the code under test.
 //!
-//! A gate gives up after [`PATIENCE`], so a broken protocol makes a test fail, not hang.
+//! A gate gives up after [`PATIENCE`], and [`limit_run_time`] after all patience: a broken protocol makes a test fail, not
+//! hang.
 // Each test file uses its part; and what a test does not expect may end it.
 #![allow(dead_code, unused_imports, clippy::unwrap_used)]
 
@@ -23,7 +24,7 @@ pub(crate) use gate::{Gate, Hook, TestFile};
 pub(crate) use machine::Machine;
 
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
-use std::sync::Arc;
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -60,29 +61,17 @@ pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Ends the process, with a word, if it lives for `seconds`: a test of code that might hang must not.
-#[derive(Debug)]
-pub(crate) struct Deadline(Arc<Gate>);
-
-impl Deadline {
-    pub(crate) fn new(what: &'static str, seconds: u64) -> Self {
-        let over = Arc::<Gate>::default();
-        over.shut();
-        let gate = Arc::clone(&over);
-        std::thread::spawn(move || {
-            if !gate.wait_until_open(Duration::from_secs(seconds)) {
-                eprintln!("{what} takes more than {seconds} s: it hangs");
-                std::process::abort();
-            }
+/// Ends the process if its tests take longer than ever: where a lock or a retry never ends, that is an answer too.
+pub(crate) fn limit_run_time() {
+    const LIMIT: Duration = Duration::from_secs(180);
+    static WATCH: Once = Once::new();
+    WATCH.call_once(|| {
+        std::thread::spawn(|| {
+            std::thread::sleep(LIMIT);
+            eprintln!("the tests have run for {LIMIT:?}: one of them hangs");
+            std::process::abort();
         });
-        Self(over)
-    }
-}
-
-impl Drop for Deadline {
-    fn drop(&mut self) {
-        self.0.open();
-    }
+    });
 }
 
 /// Tells threads to stop, also where the test that would tell them has failed.
