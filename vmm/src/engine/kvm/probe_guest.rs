@@ -27,7 +27,7 @@ const CODE: Gfn = Gfn(0x200);
 const DATA: Gfn = Gfn(0x201);
 /// Bytes between the counters of the two vCPUs: not on one cache line.
 const COUNTER_STRIDE: u64 = 64;
-/// mov ecx, 150000; again: inc qword ptr [rdi]; dec ecx; jnz again; syscall; jmp to the start.
+/// `mov ecx, 150000; again: inc qword ptr [rdi]; dec ecx; jnz again; syscall`; jmp to the start.
 const LOOP: [u8; 16] =
     [0xb9, 0xf0, 0x49, 0x02, 0, 0x48, 0xff, 0x07, 0xff, 0xc9, 0x75, 0xf9, 0x0f, 0x05, 0xeb, 0xf0];
 const VCPUS: usize = 2;
