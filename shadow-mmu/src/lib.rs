@@ -48,9 +48,11 @@
 
 pub mod addr;
 pub mod frame;
+#[cfg(feature = "mmu-notifier")]
 pub mod iommu;
 pub mod mm;
 pub mod notifier;
+#[cfg(feature = "mmu-notifier")]
 pub mod shadow;
 pub mod sync;
 pub mod table;

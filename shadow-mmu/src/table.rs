@@ -3,8 +3,8 @@
 //!
 //! Both MMUs use them. The shadow map must, because the CPU walks it; the primary does, because then its tables are
 //! accounted to the guest that caused them and a guest cannot grow umbra's heap by touching one page every 2 MiB.
-//! The meaning of a *leaf* entry belongs to the user of the table ([`Spte`],
-//! [`Pte`](crate::mm::Pte)); an entry of an upper level is present and holds a pfn, in the same bits for both.
+//! The meaning of a *leaf* entry belongs to the user of the table (`Spte`, [`Pte`](crate::mm::Pte)); an entry of an upper level
+//! is a [`Link`] for both, in bits that the CPU walks.
 //!
 //! # Who may do what
 //! * Any number of threads may look up and add tables at once: a table is linked by compare-exchange, so of two that are
@@ -13,9 +13,8 @@
 //!   walks the table must be flushed before the frames that come back are freed.
 //! * Leaf entries are atomics; which lock orders stores to them is the user's business.
 
-use crate::addr::Pfn;
+use crate::addr::{PAGE_SHIFT, Pfn};
 use crate::frame::{Fill, FramePool, OutOfFrames};
-use crate::shadow::Spte;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::ops::Range;
@@ -29,6 +28,30 @@ pub const LOWER_HALF_PAGES: u64 = 1 << 35;
 
 /// One table, as its entries.
 pub type Table = [AtomicU64; ENTRIES as usize];
+
+/// An entry of an upper level, by value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link(pub u64);
+
+impl Link {
+    const PRESENT: u64 = 1;
+    /// Writable, user, accessed: the leaf decides, and A here tells nobody anything.
+    const OPEN: u64 = 1 << 1 | 1 << 2 | 1 << 5;
+    const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
+
+    /// The entry that leads to the table in `pfn`.
+    pub fn to(pfn: Pfn) -> Self {
+        Self(pfn.offset() | Self::PRESENT | Self::OPEN)
+    }
+    /// Whether it leads anywhere.
+    pub fn is_present(self) -> bool {
+        self.0 & Self::PRESENT != 0
+    }
+    /// The frame of the table.
+    pub fn pfn(self) -> Pfn {
+        Pfn(((self.0 & Self::PFN_MASK) >> PAGE_SHIFT) as u32)
+    }
+}
 
 /// Which entry of a table at `level` leads to `page`.
 pub const fn index(page: u64, level: u8) -> usize {
@@ -83,7 +106,7 @@ impl Tables {
     }
 
     fn next(&self, table: Pfn, page: u64, level: u8) -> Option<Pfn> {
-        let entry = Spte(self.pool.words(table)[index(page, level)].load(Ordering::Acquire));
+        let entry = Link(self.pool.words(table)[index(page, level)].load(Ordering::Acquire));
         entry.is_present().then(|| entry.pfn())
     }
 
@@ -120,7 +143,7 @@ impl Tables {
         // Release: whoever sees the link sees the zeros behind it.
         match self.pool.words(parent)[index].compare_exchange(
             0,
-            Spte::table(new).0,
+            Link::to(new).0,
             Ordering::AcqRel,
             Ordering::Acquire,
         ) {
@@ -130,7 +153,7 @@ impl Tables {
             }
             Err(theirs) => {
                 self.pool.put(new);
-                Ok(Spte(theirs).pfn())
+                Ok(Link(theirs).pfn())
             }
         }
     }
@@ -161,7 +184,7 @@ impl Tables {
             return visit(base, self.pool.words(table), entries);
         }
         for at in entries {
-            let entry = Spte(self.pool.words(table)[at].load(Ordering::Acquire));
+            let entry = Link(self.pool.words(table)[at].load(Ordering::Acquire));
             if entry.is_present() {
                 self.visit_below(entry.pfn(), level - 1, base + at as u64 * span(level), pages, visit);
             }
@@ -175,10 +198,10 @@ impl Tables {
         for level in (1..=TOP).rev() {
             let entry = self.pool.words(table)[index(page, level)].load(Ordering::Acquire);
             path.push((level, entry));
-            if !Spte(entry).is_present() {
+            if !Link(entry).is_present() {
                 break;
             }
-            table = Spte(entry).pfn();
+            table = Link(entry).pfn();
         }
         path
     }
@@ -200,7 +223,7 @@ impl Tables {
         let words = self.pool.words(table);
         if level > 1 {
             for at in entries_in(pages, base, level) {
-                let entry = Spte(words[at].load(Ordering::Acquire));
+                let entry = Link(words[at].load(Ordering::Acquire));
                 if entry.is_present()
                     && self.unlink_below(entry.pfn(), level - 1, base + at as u64 * span(level), pages, out)
                 {
@@ -223,7 +246,7 @@ impl Tables {
             // Of the root only the lower half is ours.
             let entries = if level == TOP { ENTRIES / 2 } else { ENTRIES } as usize;
             for word in &self.pool.words(table)[..entries] {
-                let entry = Spte(word.load(Ordering::Acquire));
+                let entry = Link(word.load(Ordering::Acquire));
                 if entry.is_present() {
                     self.collect_tables(entry.pfn(), level - 1, out);
                 }

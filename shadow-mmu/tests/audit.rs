@@ -2,6 +2,7 @@
 //! The audit finds what it says it finds: each invariant is broken on purpose, by a word stored into a table of the shadow
 //! map behind its back, and the audit names that invariant, at that guest frame, and no other.
 // What a test does not expect may end it.
+#![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
 
 mod common;

@@ -6,6 +6,7 @@
 //! rights were taken (I14), the audit finds nothing while all of it runs, and in the end every frame is back (I23).
 //! The interleavings that the contract names are forced one by one in `interleavings.rs`.
 // What a test does not expect may end it.
+#![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
 
 mod common;

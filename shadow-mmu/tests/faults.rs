@@ -2,6 +2,7 @@
 //! Faults one at a time: which frame an access gets, what it may do there, what comes along, and what is left when
 //! there is no memory.
 // What a test does not expect may end it.
+#![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
 
 mod common;

@@ -11,6 +11,7 @@
 //! `notifier_contract.rs`), R10, R14, R16, R20, R22, R25–R28, R32–R34 (merging, huge pages, tracking, MMIO: not built).
 //! R18, R19 and R23 are in `notifier_contract.rs`, R11 in `concurrency.rs`.
 // What a test does not expect may end it.
+#![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
 
 mod common;

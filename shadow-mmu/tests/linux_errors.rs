@@ -6,7 +6,7 @@
 //! call the results are compared, and after the script what is mapped with which rights, and the first word of every
 //! page that can be read. One property makes scripts up; the table holds the corners that chance would not find, and,
 //! each with its reason, the places where `Mm` deviates on purpose.
-
+#![cfg(feature = "mmu-notifier")]
 // What a test does not expect may end it.
 #![allow(clippy::unwrap_used)]
 

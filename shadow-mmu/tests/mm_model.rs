@@ -9,7 +9,7 @@
 //! that, but only then, and nothing else changes.
 //!
 //! A failure prints the smallest script that fails; it goes into [`scripts_that_failed_once`].
-
+#![cfg(feature = "mmu-notifier")]
 // What a test does not expect may end it.
 #![allow(clippy::unwrap_used)]
 

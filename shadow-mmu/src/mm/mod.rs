@@ -44,9 +44,13 @@ pub use vma::{Backing, Vma, VmaFlags};
 
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Fill, FramePool, OutOfFrames};
-use crate::notifier::{Misuse, MmuNotifier, Notifiers, Subscription};
+use crate::notifier::Notifiers;
+#[cfg(feature = "mmu-notifier")]
+use crate::notifier::interval::{IntervalNotifier, IntervalSubscription};
+#[cfg(feature = "mmu-notifier")]
+use crate::notifier::{Misuse, MmuNotifier, Subscription};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard};
 use crate::table::{Table, Tables, index};
 use vma::VmaSet;
 
@@ -211,25 +215,6 @@ impl Mm {
         self.tables.count()
     }
 
-    /// Adds a listener (`mmu_notifier_register`): from the return on it hears of every change, and of no end whose start
-    /// it did not hear.
-    ///
-    /// # Errors
-    /// [`Misuse`].
-    pub fn register(&self, listener: Arc<dyn MmuNotifier>) -> Result<Subscription, Misuse> {
-        // Exclusive: no pair is open while the list grows (I9).
-        let _no_pair = self.map.write();
-        self.notifiers.register_locked(listener)
-    }
-
-    /// Takes a listener off (`mmu_notifier_unregister`). On return none of its ops runs or can run.
-    ///
-    /// # Errors
-    /// [`Misuse`].
-    pub fn unregister(&self, subscription: &Subscription) -> Result<(), Misuse> {
-        self.notifiers.unregister(subscription)
-    }
-
     /// Every VMA, ascending.
     pub fn vmas(&self) -> Vec<Vma> {
         self.map.read().vmas.iter().cloned().collect()
@@ -255,6 +240,7 @@ impl Mm {
     }
 
     /// The pte of the page at `hva`, read without the page-table lock: for a checker that holds a lock below it.
+    #[cfg(feature = "mmu-notifier")]
     pub(crate) fn pte_unlocked(&self, hva: Hva) -> Pte {
         match self.tables.leaf_table(hva.page()) {
             Some(table) => Pte(table[index(hva.page(), 1)].load(Ordering::Acquire)),
@@ -263,7 +249,8 @@ impl Mm {
     }
 
     /// Keeps VMAs and, but for faults, ptes as they are while the value lives.
-    pub(crate) fn read_map(&self) -> RwLockReadGuard<'_, Map> {
+    #[cfg(feature = "mmu-notifier")]
+    pub(crate) fn read_map(&self) -> crate::sync::RwLockReadGuard<'_, Map> {
         self.map.read()
     }
 
@@ -302,6 +289,86 @@ impl Mm {
         self.zap(everything, crate::notifier::Event::Release);
         map.vmas.remove(everything);
         self.free_empty_tables(everything);
+    }
+}
+
+/// The mmap lock, held for writing: no pair is open, and nothing of the address space changes.
+#[derive(Debug)]
+pub struct MmapWriteGuard<'a> {
+    mm: &'a Mm,
+    map: RwLockWriteGuard<'a, Map>,
+}
+
+impl Mm {
+    /// Takes the mmap lock for writing. Until it is dropped, every other call that needs the lock waits, also one by this
+    /// thread.
+    pub fn mmap_write_lock(&self) -> MmapWriteGuard<'_> {
+        MmapWriteGuard { mm: self, map: self.map.write() }
+    }
+}
+
+impl MmapWriteGuard<'_> {
+    /// Every VMA, ascending.
+    pub fn vmas(&self) -> impl Iterator<Item = &Vma> {
+        self.map.vmas.iter()
+    }
+
+    /// The pte of the page at `hva`. With [`register`](Self::register) under the same lock, a listener can begin with a copy of
+    /// what is there and miss no change of it.
+    pub fn pte(&self, hva: Hva) -> Pte {
+        self.mm.pte(hva)
+    }
+}
+
+#[cfg(feature = "mmu-notifier")]
+impl MmapWriteGuard<'_> {
+    /// [`Mm::register`] for a caller that holds the lock already (`__mmu_notifier_register`).
+    ///
+    /// # Errors
+    /// [`Misuse`].
+    pub fn register(&self, listener: Arc<dyn MmuNotifier>) -> Result<Subscription, Misuse> {
+        self.mm.notifiers.register_locked(listener)
+    }
+}
+
+#[cfg(feature = "mmu-notifier")]
+impl Mm {
+    /// Adds a listener (`mmu_notifier_register`): from the return on it hears of every change, and of no end whose start
+    /// it did not hear.
+    ///
+    /// # Errors
+    /// [`Misuse`].
+    pub fn register(&self, listener: Arc<dyn MmuNotifier>) -> Result<Subscription, Misuse> {
+        // Exclusive: no pair is open while the list grows (I9).
+        self.mmap_write_lock().register(listener)
+    }
+
+    /// Takes a listener off (`mmu_notifier_unregister`). On return none of its ops runs or can run.
+    ///
+    /// # Errors
+    /// [`Misuse`].
+    pub fn unregister(&self, subscription: &Subscription) -> Result<(), Misuse> {
+        self.notifiers.unregister(subscription)
+    }
+
+    /// Subscribes `notifier` to changes of `range` (`mmu_interval_notifier_insert`).
+    ///
+    /// # Errors
+    /// [`Misuse::Released`].
+    pub fn insert_interval(
+        &self,
+        range: HvaRange,
+        notifier: Arc<dyn IntervalNotifier>,
+    ) -> Result<IntervalSubscription, Misuse> {
+        let intervals = match self.notifiers.intervals() {
+            Some(intervals) => intervals,
+            None => {
+                // The first one changes the list; like every other addition, while no pair is open.
+                let _no_pair = self.map.write();
+                self.notifiers.intervals_locked()?
+            }
+        };
+        Ok(intervals.insert(range, notifier))
     }
 }
 

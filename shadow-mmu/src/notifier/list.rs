@@ -1,50 +1,64 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The list of listeners of one address space, and the pair as a guard.
+//! The listeners of one address space, and the pair as a guard.
 //!
 //! # Protocol
-//! The list is an immutable vector behind an atomic pointer. Ops walk the vector that they loaded inside a read section;
-//! additions and removals publish a new vector under `writers`, then wait for (or leave to a callback) the readers of the
-//! old one. Additions happen with the mmap lock held for writing, hence while no pair is open: a listener never sees an
-//! end whose start came before it (I9). Removal may fall into a pair: its end simply no longer reaches that listener.
+//! The listeners are an immutable value behind an atomic pointer, null while there are none. Ops walk the value that they
+//! loaded inside a read section of [`srcu`](super::srcu); additions and removals publish a changed copy under `writers`, and
+//! leave the old one to a callback behind its readers. So an op with nobody to call is one load, and an op with somebody adds
+//! a few stores to memory of its own thread.
+//!
+//! A pair is one read section from its start to its end, and both walk the same value: who heard the start hears the end, and
+//! `unregister` waits for pairs that are open. (In the kernel each op is a section of its own; a listener that leaves in
+//! between keeps a count too many, and KVM puts it right by hand.) A pair stays on its thread.
+//!
+//! Additions happen with the mmap lock held for writing, hence while no pair is open: nobody misses an end that counts, nor
+//! hears one whose start came before (I9), and a null seen outside of a section is still null when the caller goes on.
 
-use super::srcu::Srcu;
-use super::{Blockable, Event, Invalidation, MmuNotifier, WouldBlock};
+use super::interval::Intervals;
+use super::srcu::{Section, Srcu};
+use super::{Blockable, Event, Invalidation, Misuse, MmuNotifier, WouldBlock};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use crate::sync::{Arc, Mutex};
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::ptr;
 
-type List = Vec<Arc<dyn MmuNotifier>>;
-
-/// A use of the layer that can never work, reported where the kernel would hang or crash.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Misuse {
-    /// Unregistering waits for running ops, so it cannot be done from inside one.
-    #[error(
-        "unregister called inside a notifier callback: it would wait for itself; use unregister_no_release"
-    )]
-    InsideCallback,
-    /// The subscription is not, or no longer, in the list.
-    #[error("this subscription is not registered here")]
-    NotRegistered,
-    /// The address space is gone: it takes no more listeners.
-    #[error("the address space was released: it takes no more listeners")]
-    Released,
+/// Everybody who is told.
+#[derive(Debug, Clone, Default)]
+struct Listeners {
+    /// Newest first.
+    list: Vec<Arc<dyn MmuNotifier>>,
+    /// Whether an interval was ever subscribed to (`has_itree`).
+    intervals: bool,
+    /// Whether some listener wants `invalidate_range`.
+    walkers: bool,
 }
 
-/// A listener's place in a list, from registration to unregistration.
+/// A listener's place in the list, from registration to unregistration.
 #[derive(Debug, Clone)]
 pub struct Subscription {
     listener: Arc<dyn MmuNotifier>,
 }
 
-/// The listeners of one address space (`mmu_notifier_mm`).
+/// A listener that is shared by its users, and how many they are ([`get`](super::get)).
+#[derive(Debug)]
+pub(super) struct SharedListener {
+    pub(super) listener: Arc<dyn Any + Send + Sync>,
+    pub(super) subscription: Subscription,
+    pub(super) users: usize,
+}
+
+/// The listeners of one address space (`mmu_notifier_mm`, later `mmu_notifier_subscriptions`).
 #[derive(Debug)]
 pub struct Notifiers {
-    /// Never null; made by `Box::into_raw`. Newest listener first.
-    list: AtomicPtr<List>,
+    /// Null, or made by `Box::into_raw`.
+    listeners: AtomicPtr<Listeners>,
     writers: Mutex<()>,
     released: AtomicBool,
+    intervals: Arc<Intervals>,
+    pub(super) shared: Mutex<HashMap<TypeId, SharedListener>>,
     srcu: Srcu,
 }
 
@@ -55,30 +69,55 @@ impl Default for Notifiers {
 }
 
 impl Notifiers {
-    /// An empty list (`mmu_notifier_mm_init`).
+    /// Nobody listens (`mmu_notifier_mm_init`).
     pub fn new() -> Self {
         Self {
-            list: AtomicPtr::new(Box::into_raw(Box::default())),
+            listeners: AtomicPtr::new(ptr::null_mut()),
             writers: Mutex::new(()),
             released: AtomicBool::new(false),
+            intervals: Arc::default(),
+            shared: Mutex::default(),
             srcu: Srcu::new(),
         }
     }
 
-    /// Adds `listener` in front of the others. The caller holds the mmap lock for writing (`__mmu_notifier_register`);
-    /// everyone else goes through [`Mm::register`](crate::mm::Mm::register).
+    /// Whether anybody may be listening (`mm_has_notifiers`).
+    #[inline]
+    pub fn has_listeners(&self) -> bool {
+        !self.listeners.load(Ordering::Acquire).is_null()
+    }
+
+    /// Adds `listener` in front of the others. The caller holds the mmap lock for writing (`__mmu_notifier_register`).
     ///
     /// # Errors
     /// [`Misuse::Released`].
     pub(crate) fn register_locked(&self, listener: Arc<dyn MmuNotifier>) -> Result<Subscription, Misuse> {
+        let subscription = Subscription { listener: Arc::clone(&listener) };
+        self.add(|listeners| listeners.list.insert(0, listener))?;
+        Ok(subscription)
+    }
+
+    /// The intervals of this space, if they are told of pairs.
+    pub(crate) fn intervals(&self) -> Option<&Arc<Intervals>> {
+        self.walk().is_some_and(|walk| walk.listeners.intervals).then_some(&self.intervals)
+    }
+
+    /// The intervals of this space, from now on told of every pair. The caller holds the mmap lock for writing.
+    ///
+    /// # Errors
+    /// [`Misuse::Released`].
+    pub(crate) fn intervals_locked(&self) -> Result<&Arc<Intervals>, Misuse> {
+        self.add(|listeners| listeners.intervals = true)?;
+        Ok(&self.intervals)
+    }
+
+    fn add(&self, change: impl FnOnce(&mut Listeners)) -> Result<(), Misuse> {
         let _writer = self.writers.lock();
         if self.released.load(Ordering::Acquire) {
             return Err(Misuse::Released);
         }
-        let subscription = Subscription { listener: Arc::clone(&listener) };
-        let old = self.publish(|list| list.insert(0, listener));
-        self.retire(old);
-        Ok(subscription)
+        self.publish(change);
+        Ok(())
     }
 
     /// Calls the listener's `release`, takes it off the list, and returns when none of its ops runs or can run (I7).
@@ -86,17 +125,17 @@ impl Notifiers {
     /// # Errors
     /// [`Misuse`]; the list is as before.
     pub fn unregister(&self, subscription: &Subscription) -> Result<(), Misuse> {
-        if Srcu::inside_read_section() {
+        if self.srcu.inside_read_section() {
             return Err(Misuse::InsideCallback);
         }
         // As in the kernel, the release at the end of the address space may be calling it too; release allows for that. And
         // inside a read section like every op: the end of the address space must wait for this call before it frees what
         // the call may still use (R18).
-        self.with_listeners(|list| {
-            if list.iter().any(|one| Arc::ptr_eq(one, &subscription.listener)) {
-                subscription.listener.release();
-            }
-        });
+        if let Some(walk) = self.walk()
+            && walk.listeners.list.iter().any(|one| Arc::ptr_eq(one, &subscription.listener))
+        {
+            subscription.listener.release();
+        }
         let removed = self.remove(subscription);
         // Also when it was already gone: then somebody else's walk may still be in one of its ops.
         self.srcu.synchronize();
@@ -117,36 +156,56 @@ impl Notifiers {
         self.srcu.call(callback);
     }
 
-    /// Returns when every callback of [`call_srcu`](Self::call_srcu) has run (`mmu_notifier_synchronize`).
-    pub fn synchronize(&self) {
+    /// Returns when every callback of [`call_srcu`](Self::call_srcu) has run, and nothing else (`mmu_notifier_synchronize`).
+    ///
+    /// # Errors
+    /// [`Misuse::InsideCallback`]: the callbacks wait for this op, which would wait for them.
+    pub fn synchronize(&self) -> Result<(), Misuse> {
+        if self.srcu.inside_read_section() {
+            return Err(Misuse::InsideCallback);
+        }
         self.srcu.barrier();
+        Ok(())
     }
 
     /// The address space goes: every listener's `release`, then the list is empty for good. Returns when no op runs.
     pub fn release(&self) {
-        self.with_listeners(|list| list.iter().for_each(|listener| listener.release()));
+        if let Some(walk) = self.walk() {
+            if walk.listeners.intervals {
+                self.intervals.release();
+            }
+            walk.listeners.list.iter().for_each(|listener| listener.release());
+        }
         {
             let _writer = self.writers.lock();
             self.released.store(true, Ordering::Release);
-            let old = self.publish(List::clear);
-            self.retire(old);
+            self.publish(|listeners| *listeners = Listeners::default());
         }
         self.srcu.synchronize();
     }
 
+    /// The end of the layer's own state (`mmu_notifier_mm_destroy`), also done by dropping it.
+    ///
+    /// # Errors
+    /// [`Misuse::StillListening`]: listeners are left, where the kernel stops. They are taken off.
+    pub fn destroy(&mut self) -> Result<(), Misuse> {
+        let left = self.walk().map_or(0, |walk| walk.listeners.list.len());
+        {
+            let _writer = self.writers.lock();
+            self.publish(|listeners| *listeners = Listeners::default());
+        }
+        self.srcu.barrier();
+        if left == 0 { Ok(()) } else { Err(Misuse::StillListening(left)) }
+    }
+
     /// Opens a pair over `range` (`mmu_notifier_invalidate_range_start`). The returned guard is its end.
+    #[inline]
     pub fn invalidate(&self, range: HvaRange, event: Event) -> InvalidateGuard<'_> {
-        let invalidation = Invalidation { range, event, blockable: Blockable::Yes };
-        self.with_listeners(|list| {
-            for listener in list {
-                // A range that may block cannot fail; a listener that says so breaks its contract, and has done its
-                // zap or not: either way the pair goes on, as in the kernel (WARN).
-                if listener.invalidate_range_start(&invalidation).is_err() {
-                    log::error!("{listener:?} refused a blockable invalidation of {range}");
-                }
-            }
-        });
-        InvalidateGuard { notifiers: self, invalidation }
+        let walk = self.walk();
+        if let Some(walk) = &walk {
+            walk.start(&Invalidation { range, event, blockable: Blockable::Yes });
+        }
+        InvalidateGuard { range, event, blockable: Blockable::Yes, walk }
     }
 
     /// As [`invalidate`](Self::invalidate), without sleeping.
@@ -159,95 +218,171 @@ impl Notifiers {
         range: HvaRange,
         event: Event,
     ) -> Result<InvalidateGuard<'_>, WouldBlock> {
-        let invalidation = Invalidation { range, event, blockable: Blockable::No };
-        let refused = self.with_listeners(|list| {
-            let agreed =
-                list.iter().take_while(|one| one.invalidate_range_start(&invalidation).is_ok()).count();
-            if agreed == list.len() {
-                return false;
-            }
-            list[..agreed].iter().for_each(|listener| listener.invalidate_range_end(&invalidation));
-            true
-        });
-        if refused { Err(WouldBlock) } else { Ok(InvalidateGuard { notifiers: self, invalidation }) }
+        let walk = self.walk();
+        if let Some(walk) = &walk {
+            walk.try_start(&Invalidation { range, event, blockable: Blockable::No })?;
+        }
+        Ok(InvalidateGuard { range, event, blockable: Blockable::No, walk })
     }
 
     /// Every listener's `clear_flush_young`, OR-ed; all are asked (I12).
     pub fn clear_flush_young(&self, range: HvaRange) -> bool {
-        self.with_listeners(|list| list.iter().fold(false, |young, one| one.clear_flush_young(range) | young))
+        let walk = self.walk();
+        all(&walk).fold(false, |young, listener| listener.clear_flush_young(range) | young)
     }
 
     /// Every listener's `clear_young`, OR-ed; all are asked (I12).
     pub fn clear_young(&self, range: HvaRange) -> bool {
-        self.with_listeners(|list| list.iter().fold(false, |young, one| one.clear_young(range) | young))
+        let walk = self.walk();
+        all(&walk).fold(false, |young, listener| listener.clear_young(range) | young)
     }
 
     /// Whether some listener's `test_young` says so; the first that does ends the question.
     pub fn test_young(&self, hva: Hva) -> bool {
-        self.with_listeners(|list| list.iter().any(|listener| listener.test_young(hva)))
+        let walk = self.walk();
+        all(&walk).any(|listener| listener.test_young(hva))
     }
 
     /// Every listener's `change_pte`. The caller stores `pte` afterwards, not before (R8).
     pub fn change_pte(&self, hva: Hva, pte: Pte) {
-        self.with_listeners(|list| list.iter().for_each(|listener| listener.change_pte(hva, pte)));
+        let walk = self.walk();
+        all(&walk).for_each(|listener| listener.change_pte(hva, pte));
     }
 
     /// Every listener's `invalidate_page`.
     pub fn invalidate_page(&self, hva: Hva) {
-        self.with_listeners(|list| list.iter().for_each(|listener| listener.invalidate_page(hva)));
+        let walk = self.walk();
+        all(&walk).for_each(|listener| listener.invalidate_page(hva));
     }
 
     /// Every listener's `invalidate_range`.
     pub fn invalidate_range(&self, range: HvaRange) {
-        self.with_listeners(|list| list.iter().for_each(|listener| listener.invalidate_range(range)));
+        let walk = self.walk();
+        if walk.as_ref().is_some_and(|walk| walk.listeners.walkers) {
+            all(&walk).for_each(|listener| listener.invalidate_range(range));
+        }
     }
 
-    fn with_listeners<R>(&self, walk: impl FnOnce(&List) -> R) -> R {
-        let _section = self.srcu.read();
-        // SAFETY: the pointer came from `Box::into_raw`, and a list that was replaced is freed only when every read
-        // section that may have loaded it has ended (`retire`); ours is open until `walk` has returned.
-        walk(unsafe { &*self.list.load(Ordering::SeqCst) })
+    /// The listeners, inside a read section; `None` while there are none.
+    #[inline]
+    fn walk(&self) -> Option<Walk<'_>> {
+        if !self.has_listeners() {
+            return None;
+        }
+        let section = self.srcu.enter();
+        let listeners = self.listeners.load(Ordering::Acquire);
+        // SAFETY: null or from `Box::into_raw`; and a value that was replaced is freed only when every read section that may
+        // have loaded it has ended (`publish`). Ours goes together with the reference, which does not leave `Walk`.
+        let listeners = unsafe { listeners.as_ref() }?;
+        Some(Walk { listeners, intervals: &self.intervals, _section: section })
     }
 
     fn remove(&self, subscription: &Subscription) -> Result<(), Misuse> {
         let _writer = self.writers.lock();
         let mut found = false;
-        let old = self.publish(|list| {
-            list.retain(|one| {
+        self.publish(|listeners| {
+            listeners.list.retain(|one| {
                 let is_it = Arc::ptr_eq(one, &subscription.listener);
                 found |= is_it;
                 !is_it
-            })
+            });
         });
-        self.retire(old);
         found.then_some(()).ok_or(Misuse::NotRegistered)
     }
 
-    /// Publishes a changed copy of the list and returns the old one. The caller holds `writers`.
-    fn publish(&self, change: impl FnOnce(&mut List)) -> *mut List {
-        // SAFETY: only a holder of `writers` retires lists, and that is the caller: the current one is alive.
-        let mut list = unsafe { &*self.list.load(Ordering::SeqCst) }.clone();
-        change(&mut list);
-        self.list.swap(Box::into_raw(Box::new(list)), Ordering::SeqCst)
-    }
-
-    /// Frees a list that [`publish`](Self::publish) replaced, when its readers are gone.
-    fn retire(&self, old: *mut List) {
-        // SAFETY: `publish` took it out of the only place that held it, so nobody else will ever free it.
-        let old = unsafe { Box::from_raw(old) };
-        self.srcu.call(move || drop(old));
+    /// Publishes a changed copy and leaves the old one to a callback behind its readers. The caller holds `writers`.
+    fn publish(&self, change: impl FnOnce(&mut Listeners)) {
+        let old = self.listeners.load(Ordering::Acquire);
+        // SAFETY: null or from `Box::into_raw`; only a holder of `writers` replaces it, and that is the caller.
+        let mut new = unsafe { old.as_ref() }.cloned().unwrap_or_default();
+        change(&mut new);
+        new.walkers = new.list.iter().any(|listener| listener.walks_primary_tables());
+        let new = if new.list.is_empty() && !new.intervals {
+            ptr::null_mut()
+        } else {
+            Box::into_raw(Box::new(new))
+        };
+        self.listeners.store(new, Ordering::Release);
+        if !old.is_null() {
+            // SAFETY: the store above took it out of the only place that held it: nobody else will ever free it.
+            let old = unsafe { Box::from_raw(old) };
+            self.srcu.call(move || drop(old));
+        }
     }
 }
 
 impl Drop for Notifiers {
-    /// `mmu_notifier_mm_destroy`; a list that is not empty is a bug of the owner, which the kernel stops at and we report.
     fn drop(&mut self) {
-        // SAFETY: `&mut self`: no walk runs, so nobody reads the list, and nobody will replace it.
-        let list = unsafe { Box::from_raw(*self.list.get_mut()) };
-        if !list.is_empty() {
-            log::error!("an address space was destroyed with {} listeners: {list:?}", list.len());
+        if let Err(misuse) = self.destroy() {
+            log::error!("{misuse}");
         }
-        self.srcu.barrier();
+    }
+}
+
+/// The listeners as one op sees them, from here until it is dropped.
+#[derive(Debug)]
+struct Walk<'a> {
+    listeners: &'a Listeners,
+    intervals: &'a Intervals,
+    /// What keeps `listeners` alive.
+    _section: Section<'a>,
+}
+
+/// Newest first.
+#[inline]
+fn all<'a>(walk: &'a Option<Walk<'_>>) -> impl Iterator<Item = &'a Arc<dyn MmuNotifier>> {
+    walk.iter().flat_map(|walk| &walk.listeners.list)
+}
+
+/// A range that may block cannot fail. A listener that says so breaks its contract, and has done its zap or not: either way
+/// the pair goes on, as in the kernel (WARN).
+#[cold]
+fn refused(who: &dyn std::fmt::Debug, invalidation: &Invalidation) {
+    log::error!("{who:?} refused a blockable invalidation of {}", invalidation.range);
+}
+
+impl Walk<'_> {
+    #[inline]
+    fn start(&self, invalidation: &Invalidation) {
+        if self.listeners.intervals && self.intervals.start(invalidation).is_err() {
+            refused(self.intervals, invalidation);
+        }
+        for listener in &self.listeners.list {
+            if listener.invalidate_range_start(invalidation).is_err() {
+                refused(listener, invalidation);
+            }
+        }
+    }
+
+    fn try_start(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
+        // Intervals first: where one of them refuses, the list is not even begun.
+        if self.listeners.intervals {
+            self.intervals.start(invalidation)?;
+        }
+        let list = &self.listeners.list;
+        let agreed = list.iter().take_while(|one| one.invalidate_range_start(invalidation).is_ok()).count();
+        if agreed == list.len() {
+            return Ok(());
+        }
+        if self.listeners.intervals {
+            self.intervals.end();
+        }
+        list[..agreed].iter().for_each(|listener| listener.invalidate_range_end(invalidation));
+        Err(WouldBlock)
+    }
+
+    #[inline]
+    fn end(&self, invalidation: &Invalidation) {
+        if self.listeners.intervals {
+            self.intervals.end();
+        }
+        for listener in &self.listeners.list {
+            // 4.x: every end also tells devices that walk the primary's tables, before the end op.
+            if self.listeners.walkers {
+                listener.invalidate_range(invalidation.range);
+            }
+            listener.invalidate_range_end(invalidation);
+        }
     }
 }
 
@@ -255,25 +390,25 @@ impl Drop for Notifiers {
 #[derive(Debug)]
 #[must_use = "the pair ends when this is dropped: bind it to a name and drop it after the change"]
 pub struct InvalidateGuard<'a> {
-    notifiers: &'a Notifiers,
-    invalidation: Invalidation,
+    range: HvaRange,
+    event: Event,
+    blockable: Blockable,
+    walk: Option<Walk<'a>>,
 }
 
 impl InvalidateGuard<'_> {
     /// What the pair is about.
-    pub fn invalidation(&self) -> &Invalidation {
-        &self.invalidation
+    #[inline]
+    pub fn invalidation(&self) -> Invalidation {
+        Invalidation { range: self.range, event: self.event, blockable: self.blockable }
     }
 }
 
 impl Drop for InvalidateGuard<'_> {
+    #[inline]
     fn drop(&mut self) {
-        self.notifiers.with_listeners(|list| {
-            for listener in list {
-                // 4.x: every end also tells devices that walk the primary's tables, before the end op.
-                listener.invalidate_range(self.invalidation.range);
-                listener.invalidate_range_end(&self.invalidation);
-            }
-        });
+        if let Some(walk) = &self.walk {
+            walk.end(&self.invalidation());
+        }
     }
 }

@@ -14,17 +14,49 @@
 //! | `invalidate_page` | the mmap lock | yes |
 //! | `invalidate_range`, `change_pte`, the young ops | a page-table lock | no |
 //!
-//! Every op runs inside a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections, cannot
-//! be done from inside an op; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks.
+//! Every op and every pair is a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections, cannot
+//! be done inside of one; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks.
 //! Listeners are called newest first, start and end in the same order. Ops must not call into the `Mm` that calls them.
 //!
 //! What is *not* notified: filling an empty pte, and giving a mapping more rights. A secondary may lag by allowing less,
 //! never by allowing more.
+//!
+//! # Parts, and the kernels they are of
+//! | file | what | kernel |
+//! | --- | --- | --- |
+//! | this | the ops, reasons, blockable ranges | 2.6.27 to 4.12; reasons 5.0; blockable 4.19 |
+//! | `list` | registration, the pair, the calls | 4.9 |
+//! | [`srcu`] | read sections that may sleep | 3.7 |
+//! | [`interval`] | subscriptions to a range, with retry | 5.5 |
+//! | [`get()`] | one listener of a kind, by reference count | 5.4 |
+//! | [`windows`] | sequence and windows, for listeners that fault pages in | KVM |
+//! | `off` | all of it compiled out | `CONFIG_MMU_NOTIFIER=n` |
+//!
+//! `invalidate_page` went in 4.13: it came after the page-table lock was dropped, when the address could hold another page
+//! already (R7), and it named one address where a huge page could be meant. `change_pte` went in 6.10: since 3.7 it is called
+//! inside a pair, whose start has removed what it would have changed. Both are kept, and called where 4.9 calls them.
+//!
+//! Without the cargo feature `mmu-notifier` the types stay, every call is empty, and only `Mm` is left to use them.
 
+#[cfg(feature = "mmu-notifier")]
+mod get;
+#[cfg(feature = "mmu-notifier")]
+pub mod interval;
+#[cfg(feature = "mmu-notifier")]
 mod list;
+#[cfg(not(feature = "mmu-notifier"))]
+mod off;
+#[cfg(feature = "mmu-notifier")]
 pub mod srcu;
+#[cfg(feature = "mmu-notifier")]
+pub mod windows;
 
-pub use list::{InvalidateGuard, Misuse, Notifiers, Subscription};
+#[cfg(feature = "mmu-notifier")]
+pub use get::{Shared, get};
+#[cfg(feature = "mmu-notifier")]
+pub use list::{InvalidateGuard, Notifiers, Subscription};
+#[cfg(not(feature = "mmu-notifier"))]
+pub use off::{InvalidateGuard, Notifiers};
 
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
@@ -58,6 +90,23 @@ pub enum Blockable {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a listener would have to sleep")]
 pub struct WouldBlock;
+
+/// A use of the layer that can never work, reported where the kernel would hang or crash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Misuse {
+    /// It waits for running ops and open pairs, so it cannot be done inside of one.
+    #[error("inside a notifier callback or a pair it would wait for itself; use unregister_no_release there")]
+    InsideCallback,
+    /// The subscription is not, or no longer, in the list.
+    #[error("this subscription is not registered here")]
+    NotRegistered,
+    /// The address space is gone: it takes no more listeners.
+    #[error("the address space was released: it takes no more listeners")]
+    Released,
+    /// The layer was destroyed while this many still listened.
+    #[error("an address space was destroyed with {0} listeners that had not unregistered")]
+    StillListening(usize),
+}
 
 /// What a pair is about (`struct mmu_notifier_range`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,6 +170,12 @@ pub trait MmuNotifier: Debug + Send + Sync {
     /// The range has changed.
     fn invalidate_range_end(&self, invalidation: &Invalidation) {
         let _ = invalidation;
+    }
+
+    /// Whether this is a device that walks the primary's own tables, and so wants [`invalidate_range`](Self::invalidate_range).
+    /// Asked when the list changes; always the same answer.
+    fn walks_primary_tables(&self) -> bool {
+        false
     }
 
     /// Ptes of the range were cleared and their frames are not freed yet; for devices that walk the primary's own tables

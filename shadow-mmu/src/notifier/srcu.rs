@@ -1,30 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Sleepable read-copy-update, after `kernel/rcu/srcutree.c`: readers may sleep, and a writer can wait until every read
-//! section that was open when it asked has ended.
+//! Sleepable read-copy-update: readers may sleep, and a writer can wait until every read section that was open when it asked
+//! has ended. What `kernel/rcu/srcutree.c` promises, by the means of a userspace RCU with one record a thread and
+//! `membarrier(2)` (Desnoyers and others, "User-Level Implementations of Read-Copy Update", 2012).
 //!
 //! # Protocol
-//! Two banks of counters, of which one is current. A reader counts itself in on the current bank and out on the same one.
-//! [`Srcu::synchronize`] waits until the other bank is even (readers that took the bank number just before an earlier
-//! flip), makes it the current one, and waits until the bank that was current is even. Sums are compared as
-//! "all outs, then, behind a full fence, all ins": a reader seen out was seen in, so equality means that the bank was
-//! empty at some moment after the wait began.
+//! Each thread has a record in each domain that it reads in: the *epoch* at which its outermost section began, or 0 outside.
 //!
-//! A reader's count-in is sequentially consistent, so either `synchronize` sees it, or the reader sees everything that
-//! was published before `synchronize` was called. Counters are spread over cache lines by thread, to be cheap in parallel.
+//! ```text
+//! reader                                   writer
+//! R1  record = epoch      (release)        W1  publish the new
+//! R2  light fence                          W2  target = ++epoch
+//! R3  load what was published, use it      W3  heavy fence
+//! R4  record = 0          (release)        W4  wait until each record is 0 or >= target
+//!                                          W5  free the old
+//! ```
+//! * *A section that the writer does not wait for does not see the old.* The record was 0 at W4: then R1 came after W4 looked,
+//!   and by the two fences R3 comes after W1. Or it was >= target: then R1 read the epoch of W2, which is behind W1.
+//! * *A section that it does wait for is over before W5*: R4 releases what R3 did, W4 acquires it.
+//! * *Nobody starves.* A section that begins after W2 has an epoch that W4 does not wait for. Epochs are 64 bits and do not wrap.
+//!   Any number of writers may wait at once; they share nothing but the counter.
+//!
+//! A reader makes two stores to a cache line that is its own, and no locked instruction: wait-free, and as fast in parallel as
+//! alone. The writer pays: a microsecond or so for the fence on every CPU, and the longest section.
 
-use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use crate::sync::{Arc, Condvar, Mutex};
-use std::cell::Cell;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, AsymmetricFence, Condvar, Mutex, PerThread, hint, thread};
 use std::fmt;
+use std::marker::PhantomData;
 use std::time::Duration;
 
-const SHARDS: usize = 16;
+/// Outside of any section.
+const IDLE: u64 = 0;
 
+/// A thread's state in a domain, alone on its cache lines (CPUs fetch them in pairs). Written by its thread only.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Shard {
-    ins: [AtomicU64; 2],
-    outs: [AtomicU64; 2],
+struct Record {
+    /// The epoch at which the outermost section began, or [`IDLE`].
+    since: AtomicU64,
+    /// Sections that are open.
+    depth: AtomicU64,
 }
 
 type Callback = Box<dyn FnOnce() + Send>;
@@ -43,59 +58,80 @@ impl fmt::Debug for Queue {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Domain {
-    shards: [Shard; SHARDS],
-    current: AtomicUsize,
-    /// One grace period at a time.
-    grace: Mutex<()>,
+    records: PerThread<Record>,
+    /// Never [`IDLE`].
+    epoch: AtomicU64,
+    fence: AsymmetricFence,
     queue: Mutex<Queue>,
     drained: Condvar,
 }
 
 /// A domain of read sections and of those who wait for them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Srcu {
     domain: Arc<Domain>,
 }
 
-thread_local! {
-    static SHARD: usize = {
-        static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-        NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % SHARDS
-    };
-    /// Read sections of any domain that this thread is in.
-    static NESTED: Cell<usize> = const { Cell::new(0) };
+impl Default for Srcu {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
-/// A read section; it ends when this is dropped, on the thread that opened it.
+/// A read section; over when dropped. Sections of one thread may be dropped in any order.
 #[derive(Debug)]
-#[must_use = "the read section ends when this is dropped"]
-pub struct ReadSection<'a> {
-    shard: &'a Shard,
-    bank: usize,
-    /// Keeps it on its thread.
-    _thread: std::marker::PhantomData<*const ()>,
+#[must_use = "the section is over when this is dropped"]
+pub struct Section<'a> {
+    record: &'a Record,
+    /// Keeps it on the thread whose record it is.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Drop for Section<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        let depth = self.record.depth.load(Ordering::Relaxed) - 1;
+        self.record.depth.store(depth, Ordering::Relaxed);
+        if depth == 0 {
+            self.record.since.store(IDLE, Ordering::Release);
+        }
+    }
 }
 
 impl Srcu {
     /// A domain nobody reads in.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            domain: Arc::new(Domain {
+                records: PerThread::default(),
+                epoch: AtomicU64::new(IDLE + 1),
+                fence: AsymmetricFence::default(),
+                queue: Mutex::default(),
+                drained: Condvar::new(),
+            }),
+        }
     }
 
     /// Opens a read section. Sections nest.
-    pub fn read(&self) -> ReadSection<'_> {
-        let shard = &self.domain.shards[SHARD.with(|shard| *shard)];
-        let bank = self.domain.current.load(Ordering::Relaxed) & 1;
-        shard.ins[bank].fetch_add(1, Ordering::SeqCst);
-        NESTED.with(|nested| nested.set(nested.get() + 1));
-        ReadSection { shard, bank, _thread: std::marker::PhantomData }
+    #[inline]
+    pub fn enter(&self) -> Section<'_> {
+        let record = self.domain.records.get();
+        let depth = record.depth.load(Ordering::Relaxed);
+        record.depth.store(depth + 1, Ordering::Relaxed);
+        if depth == 0 {
+            // Release, and acquire of the epoch: whoever sees this epoch sees that our last section is over, and we see
+            // what was published before it began.
+            record.since.store(self.domain.epoch.load(Ordering::Acquire), Ordering::Release);
+            self.domain.fence.light();
+        }
+        Section { record, _thread: PhantomData }
     }
 
-    /// Whether this thread is in a read section of any domain, so that waiting for one may never end.
-    pub fn inside_read_section() -> bool {
-        NESTED.with(|nested| nested.get() > 0)
+    /// Whether this thread is in a read section of this domain, so that waiting for one would never end.
+    pub fn inside_read_section(&self) -> bool {
+        self.domain.records.get().depth.load(Ordering::Relaxed) > 0
     }
 
     /// Returns when every read section that was open at the call has ended.
@@ -103,7 +139,7 @@ impl Srcu {
     /// # Panics
     /// In debug builds, if this thread is in a read section: it would wait for itself.
     pub fn synchronize(&self) {
-        debug_assert!(!Self::inside_read_section(), "synchronize inside a read section waits for itself");
+        debug_assert!(!self.inside_read_section(), "synchronize inside a read section waits for itself");
         self.domain.synchronize();
     }
 
@@ -115,7 +151,7 @@ impl Srcu {
         if !queue.worker {
             queue.worker = true;
             let domain = Arc::clone(&self.domain);
-            std::thread::spawn(move || domain.run_callbacks());
+            thread::spawn(move || domain.run_callbacks());
         }
     }
 
@@ -130,35 +166,22 @@ impl Srcu {
 
 impl Domain {
     fn synchronize(&self) {
-        let _one_at_a_time = self.grace.lock();
-        // Pairs with the readers' count-in: what was stored before this call is seen by every reader we do not wait for.
-        fence(Ordering::SeqCst);
-        let old = self.current.load(Ordering::Relaxed) & 1;
-        self.wait_until_even(old ^ 1);
-        self.current.store(old ^ 1, Ordering::SeqCst);
-        self.wait_until_even(old);
-        fence(Ordering::SeqCst);
-    }
-
-    fn wait_until_even(&self, bank: usize) {
-        let sum = |counters: fn(&Shard) -> &[AtomicU64; 2]| {
-            self.shards
-                .iter()
-                .fold(0u64, |sum, shard| sum.wrapping_add(counters(shard)[bank].load(Ordering::SeqCst)))
-        };
-        for round in 0u32.. {
-            let outs = sum(|shard| &shard.outs);
-            fence(Ordering::SeqCst);
-            if outs == sum(|shard| &shard.ins) {
-                return;
+        let target = self.epoch.fetch_add(1, Ordering::AcqRel) + 1;
+        self.fence.heavy();
+        self.records.for_each(|record| {
+            for round in 0u32.. {
+                let since = record.since.load(Ordering::Acquire);
+                if since == IDLE || since >= target {
+                    return;
+                }
+                // Most sections end within a microsecond; those that sleep may take their time.
+                match round {
+                    0..100 => hint::spin_loop(),
+                    100..200 => thread::yield_now(),
+                    _ => thread::sleep(Duration::from_micros(50)),
+                }
             }
-            // Most sections end within a microsecond; those that sleep may take their time.
-            match round {
-                0..100 => std::hint::spin_loop(),
-                100..200 => std::thread::yield_now(),
-                _ => std::thread::sleep(Duration::from_micros(50)),
-            }
-        }
+        });
     }
 
     fn run_callbacks(&self) {
@@ -180,52 +203,107 @@ impl Domain {
     }
 }
 
-impl Drop for ReadSection<'_> {
-    fn drop(&mut self) {
-        NESTED.with(|nested| nested.set(nested.get() - 1));
-        self.shard.outs[self.bank].fetch_add(1, Ordering::SeqCst);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
     use super::*;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
     use std::sync::mpsc;
 
+    /// A section of another thread, open until the sender is dropped; it sets the flag as the last thing inside.
+    fn hold(srcu: &Arc<Srcu>) -> (mpsc::Sender<()>, Arc<AtomicBool>) {
+        let (release, released) = mpsc::channel::<()>();
+        let (opened, open) = mpsc::channel();
+        let over = Arc::new(AtomicBool::new(false));
+        let (srcu, flag) = (Arc::clone(srcu), Arc::clone(&over));
+        std::thread::spawn(move || {
+            let _section = srcu.enter();
+            opened.send(()).unwrap();
+            let _ = released.recv();
+            flag.store(true, Ordering::SeqCst);
+        });
+        open.recv().unwrap();
+        (release, over)
+    }
+
     #[test]
-    fn synchronize_waits_for_an_open_section_and_for_no_later_one() {
+    fn synchronize_waits_for_open_sections() {
         let srcu = Arc::new(Srcu::new());
-        let ended = Arc::new(AtomicBool::new(false));
-        let (opened, is_open) = mpsc::channel();
-        let reader = {
-            let (srcu, ended) = (Arc::clone(&srcu), Arc::clone(&ended));
+        let (release, over) = hold(&srcu);
+        let waiter = {
+            let (srcu, over) = (Arc::clone(&srcu), Arc::clone(&over));
             std::thread::spawn(move || {
-                let section = srcu.read();
-                opened.send(()).unwrap();
-                std::thread::sleep(Duration::from_millis(20));
-                ended.store(true, Ordering::SeqCst);
-                drop(section);
+                srcu.synchronize();
+                assert!(over.load(Ordering::SeqCst), "synchronize returned before the section ended");
             })
         };
-        is_open.recv().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!waiter.is_finished());
+        drop(release);
+        waiter.join().unwrap();
+    }
+
+    #[test]
+    fn a_section_that_began_later_is_not_waited_for() {
+        let srcu = Arc::new(Srcu::new());
+        let (first, _) = hold(&srcu);
+        let (done, finished) = mpsc::channel();
+        {
+            let srcu = Arc::clone(&srcu);
+            std::thread::spawn(move || {
+                srcu.synchronize();
+                done.send(()).unwrap();
+            });
+        }
+        // Once the epoch moved, the waiter has its target.
+        while srcu.domain.epoch.load(Ordering::SeqCst) == 1 {
+            std::thread::yield_now();
+        }
+        let (second, over) = hold(&srcu);
+        drop(first);
+        finished.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(!over.load(Ordering::SeqCst), "the second section is still open");
+        drop(second);
+    }
+
+    #[test]
+    fn sections_nest_and_end_in_any_order() {
+        let srcu = Srcu::new();
+        let (first, second) = (srcu.enter(), srcu.enter());
+        drop(first);
+        assert!(srcu.inside_read_section(), "the second section is still open");
+        let record = srcu.domain.records.get();
+        assert_ne!(record.since.load(Ordering::SeqCst), IDLE);
+        drop(second);
+        assert!(!srcu.inside_read_section());
+        assert_eq!(record.since.load(Ordering::SeqCst), IDLE);
         srcu.synchronize();
-        assert!(ended.load(Ordering::SeqCst));
-        reader.join().unwrap();
-        srcu.synchronize();
+    }
+
+    #[test]
+    fn domains_do_not_wait_for_each_other() {
+        let srcu = Arc::new(Srcu::new());
+        let (release, over) = hold(&srcu);
+        let _section = srcu.enter();
+        Srcu::new().synchronize();
+        assert!(!over.load(Ordering::SeqCst));
+        drop(release);
     }
 
     #[test]
     fn a_callback_runs_after_the_sections_that_were_open() {
-        let srcu = Srcu::new();
-        let ended = Arc::new(AtomicBool::new(false));
-        let section = srcu.read();
-        let seen = Arc::clone(&ended);
-        srcu.call(move || assert!(seen.load(Ordering::SeqCst)));
-        ended.store(true, Ordering::SeqCst);
-        drop(section);
+        let srcu = Arc::new(Srcu::new());
+        let (release, over) = hold(&srcu);
+        let (ran, result) = mpsc::channel();
+        srcu.call(move || ran.send(over.load(Ordering::SeqCst)).unwrap());
+        assert!(result.try_recv().is_err());
+        drop(release);
         srcu.barrier();
-        assert!(srcu.domain.queue.lock().callbacks.is_empty());
+        assert_eq!(
+            result.try_recv(),
+            Ok(true),
+            "the barrier waits for the callback, the callback for the section"
+        );
     }
 
     #[test]
@@ -238,14 +316,11 @@ mod tests {
                 let (srcu, live, current) = (Arc::clone(&srcu), Arc::clone(&live), Arc::clone(&current));
                 std::thread::spawn(move || {
                     while current.load(Ordering::SeqCst) + 1 < live.len() {
-                        let _section = srcu.read();
-                        let at = current.load(Ordering::SeqCst);
+                        let _section = srcu.enter();
+                        let at = current.load(Ordering::Relaxed);
                         std::thread::yield_now();
-                        assert_eq!(
-                            live[at].load(Ordering::SeqCst),
-                            1,
-                            "slot {at} was retired under a reader"
-                        );
+                        let slot = live[at].load(Ordering::SeqCst);
+                        assert_eq!(slot, 1, "slot {at} was retired under a reader");
                     }
                 })
             })

@@ -20,7 +20,7 @@ impl Core {
     /// Clears A in every leaf of `range`; whether any was set.
     pub(super) fn clear_accessed(&self, range: HvaRange, after: AfterClear) -> bool {
         let slots = self.slots.read().clone();
-        let _state = self.state.read();
+        let _stable = self.windows.read();
         let mut gather = Gather::new(self.tlb.as_ref());
         let accessed = Spte::NONE.touched(crate::addr::Access::READ).0;
         let mut young = false;
@@ -44,7 +44,7 @@ impl Core {
     /// Whether some leaf of the page at `hva` has A. Changes nothing (I48).
     pub(super) fn is_accessed(&self, hva: Hva) -> bool {
         let slots = self.slots.read().clone();
-        let _state = self.state.read();
+        let _stable = self.windows.read();
         slots.gfns_of(HvaRange::page(hva)).any(|gfns| self.spte(Gfn(gfns.start)).is_accessed())
     }
 }

@@ -7,7 +7,7 @@
 //! lock, which comes before `mmu_lock`; an aligned word is read whole, and what may change in it under us (a page coming
 //! in, a right being added) breaks no invariant.
 
-use super::{ShadowMmu, SlotAccess, Spte, State};
+use super::{ShadowMmu, SlotAccess, Spte};
 use crate::addr::{Access, Gfn};
 use crate::mm::{Mm, Pte};
 use crate::sync::atomic::Ordering;
@@ -56,7 +56,7 @@ impl ShadowMmu {
         // While this is held the slots stay, and no slot is between its removal and the zap of its leaves.
         let _slots_stay = core.active.lock();
         let slots = self.slots();
-        let state = core.state.write();
+        let windows = core.windows.write();
         let mut report = AuditReport::default();
         core.tables.for_each_leaf_table(0..LOWER_HALF_PAGES, |base, table, entries| {
             for at in entries {
@@ -75,7 +75,7 @@ impl ShadowMmu {
                 if core.pool.frame(spte.pfn()).ref_count() == 0 {
                     breaks(21, "the frame is free".into());
                 }
-                if is_in_window(&state, gfn) {
+                if windows.contains(&(gfn.0..gfn.0 + 1)) {
                     breaks(2, "a leaf is present in a range between its start and its end".into());
                 }
                 let Some(slot) = slots.find(gfn) else {
@@ -120,10 +120,6 @@ impl ShadowMmu {
         }
         report
     }
-}
-
-fn is_in_window(state: &State, gfn: Gfn) -> bool {
-    state.in_window(&(gfn.0..gfn.0 + 1))
 }
 
 /// Whether writing to the frame of `pte` would be seen by somebody who does not share memory on purpose.

@@ -8,6 +8,7 @@ use crate::addr::{Access, Gfn, Gpa, HvaRange, Pfn};
 use crate::frame::OutOfFrames;
 use crate::mm::{FaultError, FaultRequest, Pinned, PinnedPage};
 use crate::sync::atomic::Ordering;
+use crate::sync::{hint, thread};
 use crate::table::index;
 
 /// What a fault came to.
@@ -47,15 +48,15 @@ impl ShadowMmu {
         let mut reclaimed = false;
         for attempt in 0u32.. {
             // The snapshot comes first: everything that is looked at below may be gone by the time it is used.
-            let seq = core.seq.load(Ordering::Acquire);
+            let begun = core.seq.snapshot();
             let slots = self.slots();
             let slot = slots.find(gfn).ok_or(FaultError::NoMapping)?;
             if access.contains(Access::WRITE) && slot.access == SlotAccess::ReadOnly {
                 return Err(FaultError::NoAccess);
             }
             {
-                let state = core.state.read();
-                if state.released {
+                let windows = core.windows.read();
+                if windows.is_released() {
                     return Err(FaultError::NoMapping);
                 }
                 if core.spte(gfn).rights().contains(access) {
@@ -64,8 +65,8 @@ impl ShadowMmu {
                 }
                 // Without this look a fault in a window would fetch the page again and again, and hold the locks that
                 // the window's owner needs to get on (R31).
-                if state.in_window(&(gfn.0..gfn.0 + 1)) {
-                    drop(state);
+                if windows.contains(&(gfn.0..gfn.0 + 1)) {
+                    drop(windows);
                     core.wait_to_retry(attempt);
                     continue;
                 }
@@ -96,12 +97,12 @@ impl ShadowMmu {
             let required = pinned.required();
             let mut fresh: Vec<Pfn> = Vec::new();
             let installed = {
-                let state = core.state.read();
-                if state.released {
+                let windows = core.windows.read();
+                if windows.is_released() {
                     return Err(FaultError::NoMapping);
                 }
-                if state.must_retry(seq, core.seq.load(Ordering::Acquire), &(gfn.0..gfn.0 + 1)) {
-                    drop(state);
+                if windows.must_retry(begun, &core.seq, &(gfn.0..gfn.0 + 1)) {
+                    drop(windows);
                     core.wait_to_retry(attempt);
                     continue;
                 }
@@ -111,7 +112,7 @@ impl ShadowMmu {
                     }
                     for &page in pinned.around() {
                         let gfn = slot.gfn_of(page.hva);
-                        if state.in_window(&(gfn.0..gfn.0 + 1)) {
+                        if windows.contains(&(gfn.0..gfn.0 + 1)) {
                             continue;
                         }
                         // A neighbour for which there is no table, or that is stale, can wait for its own fault.
@@ -155,14 +156,14 @@ impl ShadowMmu {
 impl Core {
     /// Tables that nobody uses are memory too.
     fn reclaim_for_fault(&self) -> Result<(), FaultError> {
-        let _state = self.state.write();
+        let _exclusive = self.windows.write();
         if self.reclaim_tables() == 0 { Err(FaultError::OutOfMemory) } else { Ok(()) }
     }
 
     fn wait_to_retry(&self, attempt: u32) {
         self.stats.pf_retried.fetch_add(1, Ordering::Relaxed);
         // A window is short, but its owner may not be running.
-        if attempt < 4 { std::hint::spin_loop() } else { std::thread::yield_now() }
+        if attempt < 4 { hint::spin_loop() } else { thread::yield_now() }
     }
 
     /// Installs `new` for `gfn`, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for reading and has
@@ -206,10 +207,10 @@ impl Core {
             HvaRange::page(required.hva)
         );
         self.stats.stale_leaves.fetch_add(1, Ordering::Relaxed);
-        let _state = self.state.write();
+        let _exclusive = self.windows.write();
         let mut gather = Gather::new(self.tlb.as_ref());
         self.zap(gfn.0..gfn.0 + 1, &mut gather);
-        self.seq.fetch_add(1, Ordering::AcqRel);
+        self.seq.removed();
         self.finish(gather);
     }
 }

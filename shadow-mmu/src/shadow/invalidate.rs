@@ -2,52 +2,31 @@
 //! The notifier ops of the shadow map, and the windows that faults check themselves against.
 //! After `kvm_mmu_notifier_invalidate_range_start` and its neighbours in `virt/kvm/kvm_main.c`.
 
-use super::{Core, State, gather::Gather};
+use super::{Core, gather::Gather};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
 use crate::notifier::{Event, Invalidation, MmuNotifier, WouldBlock};
-use crate::sync::atomic::Ordering;
 use crate::table::LOWER_HALF_PAGES;
-use std::ops::Range;
-
-impl State {
-    /// Whether a fault whose snapshot is `seq` must not install anything for `gfns` (`mmu_invalidate_retry_gfn`).
-    /// `now` is the sequence, read with `mmu_lock` held.
-    pub(super) fn must_retry(&self, seq: u64, now: u64, gfns: &Range<u64>) -> bool {
-        seq != now || self.in_window(gfns)
-    }
-
-    /// Whether some of `gfns` is between a start and its end.
-    pub(super) fn in_window(&self, gfns: &Range<u64>) -> bool {
-        self.windows.iter().any(|window| window.start < gfns.end && gfns.start < window.end)
-    }
-}
 
 impl Core {
-    /// Counts a removal that is not inside a pair (I5). The caller holds `mmu_lock` for writing.
-    fn removed(&self) {
-        self.seq.fetch_add(1, Ordering::AcqRel);
-    }
-
     /// Drops the leaves of one page, as a removal of its own.
     fn drop_page(&self, hva: Hva) {
         let slots = self.slots.read().clone();
-        let _state = self.state.write();
+        let _exclusive = self.windows.write();
         let mut gather = Gather::new(self.tlb.as_ref());
         for gfns in slots.gfns_of(HvaRange::page(hva)) {
             self.zap(gfns, &mut gather);
         }
-        self.removed();
+        self.seq.removed();
         self.finish(gather);
     }
 }
 
 impl MmuNotifier for Core {
     fn release(&self) {
-        let mut state = self.state.write();
-        // Both under the lock that faults install under: what was in flight finds one of the two (R17).
-        state.released = true;
-        self.removed();
+        let mut windows = self.windows.write();
+        // Under the lock that faults install under: what was in flight finds it (R17).
+        windows.release(&self.seq);
         let mut gather = Gather::new(self.tlb.as_ref());
         self.zap(0..LOWER_HALF_PAGES, &mut gather);
         self.finish(gather);
@@ -60,10 +39,10 @@ impl MmuNotifier for Core {
         if hit.peek().is_none() {
             return Ok(());
         }
-        let mut state = self.state.write();
+        let mut windows = self.windows.write();
         let mut gather = Gather::new(self.tlb.as_ref());
         for gfns in hit {
-            state.windows.push(gfns.clone());
+            windows.open(gfns.clone());
             self.zap(gfns, &mut gather);
         }
         // With the lock held: whoever comes next and finds nothing left to zap must not run ahead of this flush (R12).
@@ -78,16 +57,11 @@ impl MmuNotifier for Core {
         let slots = self.slots.read().clone();
         let mut hit = slots.gfns_of(invalidation.range).peekable();
         if hit.peek().is_some() {
-            let mut state = self.state.write();
-            // The sequence first, then the window; faults see both at once, because they look under the lock (I4).
-            self.seq.fetch_add(1, Ordering::AcqRel);
+            let mut windows = self.windows.write();
             for gfns in hit {
-                match state.windows.iter().position(|window| *window == gfns) {
-                    Some(at) => {
-                        state.windows.swap_remove(at);
-                    }
+                if !windows.close(&gfns, &self.seq) {
                     // A listener that was registered inside the pair; registration excludes that (I9).
-                    None => log::error!("end without start for guest frames {gfns:x?}"),
+                    log::error!("end without start for guest frames {gfns:x?}");
                 }
             }
         }

@@ -18,13 +18,9 @@
 //! | [`audit`](AuditReport) | the invariants, checked | |
 //!
 //! # Locking
-//! `mmu_lock` is a readers-writer lock over `State`. Faults hold it for reading: they install by compare-exchange and so
-//! may race with each other and with the CPU. Whoever takes leaves away holds it for writing, from before the first leaf is
-//! cleared until the flush is done (R12). The *windows* (ranges between their start and their end) live under it, and so
-//! does the word that the address space is gone.
-//!
-//! `seq` counts ended windows and every other removal. It is bumped with `mmu_lock` held for writing, so a fault that holds
-//! it for reading sees either the window still open or the new sequence, never neither (I4, R3).
+//! `mmu_lock` is a readers-writer lock. Faults hold it for reading: they install by compare-exchange and so may race with each
+//! other and with the CPU. Whoever takes leaves away holds it for writing, from before the first leaf is cleared until the
+//! flush is done (R12). It guards the [windows](crate::notifier::windows), whose module has the rule of sequence and retry.
 //!
 //! # A fault, in the order that matters
 //! 1. `seq` is read — *before* the slots and before the `Mm` is asked (R2).
@@ -55,20 +51,11 @@ pub use tlb::{NoTlb, Tlb, Zapped};
 use crate::addr::{Gfn, Pfn};
 use crate::frame::{FramePool, OutOfFrames};
 use crate::mm::Mm;
+use crate::notifier::windows::{Sequence, Windows};
 use crate::notifier::{Misuse, Subscription};
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, RwLock};
 use crate::table::{Tables, index};
-
-/// What `mmu_lock` guards.
-#[derive(Debug, Default)]
-struct State {
-    /// Gfn ranges between start and end. KVM keeps only their hull; kept exactly, a fault retries only for a window that
-    /// its page is in.
-    windows: Vec<std::ops::Range<u64>>,
-    /// `release` was called: nothing may be installed ever again (R17).
-    released: bool,
-}
 
 /// What marks a leaf gets that a fault brought along (`arch_wants_old_prefaulted_pte`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -113,10 +100,9 @@ struct Core {
     pool: Arc<FramePool>,
     tables: Tables,
     tlb: Arc<dyn Tlb>,
-    /// `mmu_lock`.
-    state: RwLock<State>,
-    /// Sequence of removals; see the module's documentation.
-    seq: AtomicU64,
+    /// `mmu_lock`, and the windows in guest frames, which live under it.
+    windows: RwLock<Windows>,
+    seq: Sequence,
     slots: RwLock<Arc<Memslots>>,
     /// Pairs between their start and their end, of any range (`mn_active_invalidate_count`): the slots may not change
     /// meanwhile, or an end would not find what its start found (I40, R15).
@@ -180,8 +166,8 @@ impl ShadowMmu {
             pool: Arc::clone(mm.pool()),
             tables: Tables::new(Arc::clone(mm.pool()))?,
             tlb,
-            state: RwLock::default(),
-            seq: AtomicU64::new(0),
+            windows: RwLock::default(),
+            seq: Sequence::default(),
             slots: RwLock::default(),
             active: Mutex::new(0),
             idle: Condvar::new(),
@@ -228,13 +214,13 @@ impl ShadowMmu {
 
     /// The leaf for `gfn` as it is now; [`Spte::NONE`] where there is none.
     pub fn spte(&self, gfn: Gfn) -> Spte {
-        let _state = self.core.state.read();
+        let _stable = self.core.windows.read();
         self.core.spte(gfn)
     }
 
     /// The raw entries on the way to `gfn`, from the root down: (level, entry), up to the first that is not present.
     pub fn walk(&self, gfn: Gfn) -> Vec<(u8, u64)> {
-        let _state = self.core.state.read();
+        let _stable = self.core.windows.read();
         self.core.tables.walk(gfn.0)
     }
 }

@@ -8,7 +8,6 @@
 use super::{ShadowMmu, gather::Gather};
 use crate::addr::{Gfn, Hva, HvaRange, PAGE_SIZE};
 use crate::sync::Arc;
-use crate::sync::atomic::Ordering;
 use crate::table::LOWER_HALF_PAGES;
 use std::ops::Range;
 
@@ -153,8 +152,8 @@ impl ShadowMmu {
         }
         let (slots, gone) = change(&core.slots.read())?;
         *core.slots.write() = Arc::new(slots);
-        let _state = core.state.write();
-        core.seq.fetch_add(1, Ordering::AcqRel);
+        let _exclusive = core.windows.write();
+        core.seq.removed();
         let mut gather = Gather::new(core.tlb.as_ref());
         core.zap(gone, &mut gather);
         core.finish(gather);

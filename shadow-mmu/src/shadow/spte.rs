@@ -18,6 +18,7 @@
 //! (`spte.h`; 100, protected because it is a shadowed guest table, cannot occur: guests have no page tables).
 
 use crate::addr::{Access, PAGE_SHIFT, Pfn};
+use crate::table::Link;
 use std::fmt;
 
 /// Present, for the CPU.
@@ -52,9 +53,9 @@ impl Spte {
         Self(bits)
     }
 
-    /// An entry that leads to the table in `pfn`. All rights: the leaf decides.
+    /// An entry that leads to the table in `pfn`.
     pub fn table(pfn: Pfn) -> Self {
-        Self(pfn.offset() | PRESENT | WRITE | USER | ACCESSED)
+        Self(Link::to(pfn).0)
     }
 
     /// With A set, and D for an access that writes: what the CPU would do when it repeats the access, for less.

@@ -120,7 +120,7 @@ impl Machine {
         self.mm.release();
         let Self { pool, mm, tlb, shadow, .. } = self;
         drop(shadow);
-        mm.notifiers().synchronize();
+        mm.notifiers().synchronize().unwrap();
         drop((mm, tlb));
         assert_eq!(pool.check_poison(), 0);
         assert_eq!(pool.free_frames(), frames, "frames leaked with the machine");
