@@ -1,97 +1,297 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guest memory as rust-vmm code sees it: vm-memory's [`Iommu`] over an [`Mm`].
+//! Guest memory as devices and other rust-vmm code see it: vm-memory's [`Iommu`] over an [`Mm`], with a device IOTLB.
 //!
-//! A [`GuestView`] is a `GuestMemory` whose addresses are those of the address space. Every access translates anew, brings
-//! pages in as a guest access would, and holds them pinned until the access is over: a page that is unmapped meanwhile stays
-//! a frame of nobody until then, as with `get_user_pages`, and is never another guest page.
+//! A [`GuestView`] is a `GuestMemory` whose addresses are those of the address space. Its IOTLB is a secondary MMU like the
+//! shadow map: it asks the `Mm` for what it misses, keeps the translation, and loses it through the notifier. An address space
+//! has one IOTLB, shared by its views ([`notifier::get`]).
+//!
+//! # Protocol
+//! One readers-writer lock guards translations and [windows](crate::notifier::windows). An access holds it for reading from
+//! its translation to its last byte, so `invalidate_range_start` and every other removal, which take it for writing, return
+//! when no access is left that uses what they removed. A miss is filled without the lock, under the rule of sequence and retry.
+//! No frame is pinned beyond the fill (I23). The lock is a leaf: nothing is waited for under it but the copy.
+//!
+//! Therefore *an access must be short, and must not reach back*: while the slices of one are alive, no other access of a view
+//! by the same thread (it is refused), no call that changes the address space, no wait for one. Data of a slow file goes
+//! through a buffer. And a slice must not outlive the iterator that it came from: vm-memory's types would allow it.
+//!
+//! # Aging
+//! A translation is there because an access needed it since the last aging, so being there is being young. Clearing young
+//! removes it, and counts as a removal (I5, R13).
 
-use crate::addr::{Access, Hva, PAGE_SIZE};
-use crate::mm::{FaultRequest, Mm, Pinned};
-use crate::sync::Arc;
+use crate::addr::{Access, Hva, HvaRange, PAGE_SHIFT, PAGE_SIZE};
+use crate::mm::{FaultRequest, Mm, Pinned, Pte};
+use crate::notifier::windows::{Sequence, Windows};
+use crate::notifier::{self, Invalidation, Misuse, MmuNotifier, Shared, WouldBlock};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, PerThread, RwLock, RwLockReadGuard, thread};
 use std::fmt;
-use std::ops::Deref;
-use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
+use std::ops::{Deref, Range};
+use vm_memory::iommu::{Error, IotlbFails, IotlbIterator, IovaRange};
 use vm_memory::{GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
 
+/// Pages that the IOTLB holds before it starts anew: 64 MiB of memory, a few hundred KiB of translations.
+const CAPACITY: u64 = 16384;
+
 /// vm-memory's view of an address space: `Bytes<GuestAddress>` over its addresses.
-pub type GuestView = IommuMemory<GuestMemoryMmap, MmIommu>;
+pub type GuestView = IommuMemory<GuestMemoryMmap, DeviceIotlb>;
 
 /// A view of `mm`.
-pub fn view(mm: &Arc<Mm>) -> GuestView {
-    IommuMemory::new(mm.pool().memory().clone(), MmIommu { mm: Arc::clone(mm) }, true, ())
+///
+/// # Errors
+/// [`Misuse::Released`].
+pub fn view(mm: &Arc<Mm>) -> Result<GuestView, Misuse> {
+    let cache = notifier::get(mm, Cache::default)?;
+    Ok(IommuMemory::new(mm.pool().memory().clone(), DeviceIotlb { mm: Arc::clone(mm), cache }, true, ()))
+}
+
+/// Counters of an IOTLB.
+#[derive(Debug, Default)]
+pub struct IotlbStats {
+    /// Translations that were all there.
+    pub hits: AtomicU64,
+    /// Pages that the address space was asked for.
+    pub fills: AtomicU64,
+    /// Fills that began again because of an invalidation.
+    pub retries: AtomicU64,
 }
 
 /// Translates addresses of an [`Mm`] to offsets in its pool's file.
 #[derive(Debug)]
-pub struct MmIommu {
+pub struct DeviceIotlb {
     mm: Arc<Mm>,
+    cache: Shared<Cache>,
 }
 
-/// The translations of one access, with the pins that keep them true.
-pub struct PinnedIotlb<'a> {
+/// What `Cache::translations` guards.
+#[derive(Debug, Default)]
+struct Translations {
     iotlb: Iotlb,
-    _pins: Vec<Pinned<'a>>,
+    /// Pages filled in since the IOTLB was empty: no fewer than it holds.
+    filled: u64,
+    windows: Windows,
 }
 
-impl fmt::Debug for PinnedIotlb<'_> {
+/// The IOTLB of an address space: the part that the notifier calls. It does not know the `Mm`, so it cannot call it.
+#[derive(Debug, Default)]
+struct Cache {
+    translations: RwLock<Translations>,
+    seq: Sequence,
+    /// Whether the thread is in an access.
+    accessing: PerThread<AtomicBool>,
+    stats: IotlbStats,
+}
+
+/// The translations of one access. While it lives they stay true.
+pub struct AccessGuard<'a> {
+    translations: RwLockReadGuard<'a, Translations>,
+    accessing: &'a AtomicBool,
+}
+
+impl fmt::Debug for AccessGuard<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PinnedIotlb").field("pages", &self._pins.len()).finish()
+        f.debug_struct("AccessGuard").finish_non_exhaustive()
     }
 }
 
-impl Deref for PinnedIotlb<'_> {
+impl Deref for AccessGuard<'_> {
     type Target = Iotlb;
     fn deref(&self) -> &Iotlb {
-        &self.iotlb
+        &self.translations.iotlb
     }
 }
 
-impl Iommu for MmIommu {
-    type IotlbGuard<'a> = PinnedIotlb<'a>;
+impl Drop for AccessGuard<'_> {
+    fn drop(&mut self) {
+        self.accessing.store(false, Ordering::Relaxed);
+    }
+}
 
+fn bytes(range: HvaRange) -> (GuestAddress, usize) {
+    (GuestAddress(range.start.0), range.len() as usize)
+}
+
+impl Cache {
+    /// The translations of `length` bytes from `iova` on, if all are there.
+    fn look_up(
+        &self,
+        iova: GuestAddress,
+        length: usize,
+        access: Permissions,
+    ) -> Result<IotlbIterator<AccessGuard<'_>>, IotlbFails> {
+        let accessing = self.accessing.get();
+        let translations = self.translations.read();
+        accessing.store(true, Ordering::Relaxed);
+        Iotlb::lookup(AccessGuard { translations, accessing }, iova, length, access)
+    }
+
+    /// Drops the translations of `range`, outside of any pair. Whether there were any.
+    fn remove(&self, range: HvaRange) -> bool {
+        let mut translations = self.translations.write();
+        let had = has_any(&translations.iotlb, range);
+        let (base, length) = bytes(range);
+        translations.iotlb.invalidate_mapping(base, length);
+        self.seq.removed();
+        had
+    }
+}
+
+/// Whether some byte of `range` is translated.
+fn has_any(iotlb: &Iotlb, range: HvaRange) -> bool {
+    let (base, length) = bytes(range);
+    match Iotlb::lookup(iotlb, base, length, Permissions::No) {
+        Ok(_) => true,
+        Err(fails) => fails.misses.iter().map(|miss| miss.length).sum::<usize>() < length,
+    }
+}
+
+impl MmuNotifier for Cache {
+    fn release(&self) {
+        let mut translations = self.translations.write();
+        translations.windows.release(&self.seq);
+        translations.iotlb.invalidate_all();
+    }
+
+    fn invalidate_range_start(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
+        // Waits for accesses, which are short; so also where it may not sleep for long.
+        let mut translations = self.translations.write();
+        let (base, length) = bytes(invalidation.range);
+        translations.windows.open(invalidation.range.page_numbers());
+        translations.iotlb.invalidate_mapping(base, length);
+        Ok(())
+    }
+
+    fn invalidate_range_end(&self, invalidation: &Invalidation) {
+        let pages = invalidation.range.page_numbers();
+        if !self.translations.write().windows.close(&pages, &self.seq) {
+            log::error!("end without start for {}", invalidation.range);
+        }
+    }
+
+    fn invalidate_page(&self, hva: Hva) {
+        self.remove(HvaRange::page(hva));
+    }
+
+    /// The frame changes: whether the new one may be used is asked when it is needed.
+    fn change_pte(&self, hva: Hva, _: Pte) {
+        self.remove(HvaRange::page(hva));
+    }
+
+    fn clear_flush_young(&self, range: HvaRange) -> bool {
+        self.remove(range)
+    }
+
+    fn clear_young(&self, range: HvaRange) -> bool {
+        self.remove(range)
+    }
+
+    fn test_young(&self, hva: Hva) -> bool {
+        has_any(&self.translations.read().iotlb, HvaRange::page(hva))
+    }
+}
+
+impl DeviceIotlb {
+    /// Counters.
+    pub fn stats(&self) -> &IotlbStats {
+        &self.cache.stats
+    }
+
+    /// Fills in `pages`, unless an invalidation came between: then the caller looks again.
+    fn fill(&self, pages: Range<u64>, access: Permissions) -> Result<(), (Hva, crate::mm::FaultError)> {
+        let begun = self.cache.seq.snapshot();
+        let mut wanted = Access::READ;
+        wanted.set(Access::WRITE, access.has_write());
+        let pinned = pages
+            .clone()
+            .map(|page| Hva(page << PAGE_SHIFT))
+            .map(|hva| self.mm.fault(&FaultRequest::one_page(hva, wanted)).map_err(|error| (hva, error)))
+            .collect::<Result<Vec<Pinned<'_>>, _>>()?;
+        self.cache.stats.fills.fetch_add(pinned.len() as u64, Ordering::Relaxed);
+        let mut translations = self.cache.translations.write();
+        if translations.windows.is_released() {
+            return Err((Hva(pages.start << PAGE_SHIFT), crate::mm::FaultError::NoMapping));
+        }
+        if translations.windows.must_retry(begun, &self.cache.seq, &pages) {
+            drop(translations);
+            self.cache.stats.retries.fetch_add(1, Ordering::Relaxed);
+            thread::yield_now();
+            return Ok(());
+        }
+        if translations.filled + pinned.len() as u64 > CAPACITY {
+            translations.iotlb.invalidate_all();
+            translations.filled = 0;
+        }
+        translations.filled += pinned.len() as u64;
+        for page in &pinned {
+            let page = page.required();
+            let target = GuestAddress(page.pfn.offset());
+            // Write only for an access that writes, even where more is allowed: the fault of the first write marks the page
+            // dirty in the primary.
+            let set = translations.iotlb.set_mapping(
+                GuestAddress(page.hva.0),
+                target,
+                PAGE_SIZE as usize,
+                access | Permissions::Read,
+            );
+            debug_assert!(set.is_ok(), "vm-memory's IOTLB has no limit");
+        }
+        Ok(())
+    }
+}
+
+impl Iommu for DeviceIotlb {
+    type IotlbGuard<'a> = AccessGuard<'a>;
+
+    /// # Errors
+    /// [`Error::CannotResolve`]: not mapped, not allowed, out of memory, or inside another access of this thread.
     fn translate(
         &self,
         iova: GuestAddress,
         length: usize,
         access: Permissions,
-    ) -> Result<IotlbIterator<PinnedIotlb<'_>>, Error> {
-        let range = || IovaRange { base: iova, length };
-        let fail = |reason: String| Error::CannotResolve { iova_range: range(), reason };
-        let end = iova.0.checked_add(length as u64).ok_or_else(|| fail("wraps around".into()))?;
-        let mut wanted = Access::READ;
-        wanted.set(Access::WRITE, access.has_write());
-        let mut iotlb = Iotlb::new();
-        let mut pins = Vec::new();
-        let mut page = Hva(iova.0).page_floor();
-        while page.0 < end {
-            let pinned = self
-                .mm
-                .fault(&FaultRequest::one_page(page, wanted))
-                .map_err(|error| fail(format!("{error} at {page}")))?;
-            let target = GuestAddress(pinned.required().pfn.offset());
-            iotlb.set_mapping(GuestAddress(page.0), target, PAGE_SIZE as usize, access)?;
-            pins.push(pinned);
-            page = match page.checked_add(PAGE_SIZE) {
-                Some(next) => next,
-                None => break,
-            };
+    ) -> Result<IotlbIterator<AccessGuard<'_>>, Error> {
+        let fail =
+            |reason: String| Error::CannotResolve { iova_range: IovaRange { base: iova, length }, reason };
+        if iova.0.checked_add(length as u64).is_none() {
+            return Err(fail("wraps around".into()));
         }
-        Iotlb::lookup(PinnedIotlb { iotlb, _pins: pins }, iova, length, access)
-            .map_err(|_| fail("not mapped".into()))
+        // The lock would be taken twice, with a writer perhaps waiting in between; or a fill would wait for a pair that
+        // waits for us.
+        if self.cache.accessing.get().load(Ordering::Relaxed) {
+            return Err(fail("inside another access of this thread".into()));
+        }
+        loop {
+            let missing = match self.cache.look_up(iova, length, access) {
+                Ok(found) => {
+                    self.cache.stats.hits.fetch_add(1, Ordering::Relaxed);
+                    return Ok(found);
+                }
+                Err(fails) => fails.misses.into_iter().chain(fails.access_fails),
+            };
+            for part in missing {
+                let end = part.base.0 + part.length as u64;
+                let pages = part.base.0 >> PAGE_SHIFT..end.div_ceil(PAGE_SIZE);
+                self.fill(pages, access).map_err(|(hva, error)| fail(format!("{error} at {hva}")))?;
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
     use super::*;
     use crate::frame::{FramePool, FreedFrames};
-    use crate::mm::{Backing, MapFlags};
-    use vm_memory::Bytes;
+    use crate::mm::{Advice, Backing, MapFlags};
+    use crate::notifier::Event;
+    use vm_memory::{Bytes, GuestMemory};
+
+    const RW: Access = Access::READ.union(Access::WRITE);
 
     fn space() -> (Arc<Mm>, GuestView) {
         let pool = FramePool::new(64 * PAGE_SIZE, FreedFrames::Poison).unwrap();
         let mm = Mm::new(Arc::new(pool)).unwrap();
-        let view = view(&mm);
+        let view = view(&mm).unwrap();
         (mm, view)
     }
 
@@ -99,15 +299,20 @@ mod tests {
         mm.mmap(Hva(0), pages * PAGE_SIZE, prot, MapFlags::PRIVATE, Backing::Anonymous).unwrap()
     }
 
+    fn fills(view: &GuestView) -> u64 {
+        view.iommu().stats().fills.load(Ordering::Relaxed)
+    }
+
     #[test]
     fn bytes_cross_pages_and_come_back() {
         let (mm, view) = space();
-        let at = map(&mm, 3, Access::READ | Access::WRITE);
+        let at = map(&mm, 3, RW);
         let text: Vec<u8> = (0..PAGE_SIZE * 2).map(|n| n as u8).collect();
         view.write_slice(&text, GuestAddress(at.0 + 100)).unwrap();
         let mut back = vec![0; text.len()];
         view.read_slice(&mut back, GuestAddress(at.0 + 100)).unwrap();
         assert_eq!(back, text);
+        assert_eq!(fills(&view), 3, "the second access found what the first had filled in");
     }
 
     #[test]
@@ -116,6 +321,10 @@ mod tests {
         let at = map(&mm, 1, Access::READ);
         assert!(view.write_slice(b"x", GuestAddress(at.0)).is_err());
         assert_eq!(view.read_obj::<u64>(GuestAddress(at.0)).unwrap(), 0);
+        assert!(
+            view.write_slice(b"x", GuestAddress(at.0)).is_err(),
+            "a translation for reading is none for writing"
+        );
         let none = map(&mm, 1, Access::empty());
         assert!(view.read_obj::<u64>(GuestAddress(none.0)).is_err());
     }
@@ -129,12 +338,114 @@ mod tests {
     }
 
     #[test]
-    fn i23_no_pin_outlives_its_access() {
+    fn i13_what_is_taken_away_is_found_no_more() {
+        let (mm, view) = space();
+        let at = map(&mm, 2, RW);
+        let address = GuestAddress(at.0);
+        view.write_obj(7u64, address).unwrap();
+        mm.madvise(at, PAGE_SIZE, Advice::DontNeed).unwrap();
+        assert_eq!(view.read_obj::<u64>(address).unwrap(), 0);
+        // Read through the zero frame; the write must get a frame of its own and the next read see it.
+        view.write_obj(8u64, address).unwrap();
+        assert_eq!(view.read_obj::<u64>(address).unwrap(), 8);
+        mm.mprotect(at, PAGE_SIZE, Access::READ).unwrap();
+        assert!(view.write_obj(9u64, address).is_err());
+        mm.munmap(at, PAGE_SIZE).unwrap();
+        assert!(view.read_obj::<u64>(address).is_err());
+        assert_eq!(view.read_obj::<u64>(GuestAddress(at.0 + PAGE_SIZE)).unwrap(), 0);
+    }
+
+    #[test]
+    fn i23_no_frame_is_held_between_accesses() {
         let (mm, view) = space();
         let free = mm.pool().free_frames();
-        let at = map(&mm, 1, Access::READ | Access::WRITE);
+        let at = map(&mm, 1, RW);
         view.write_obj(7u64, GuestAddress(at.0)).unwrap();
         mm.munmap(at, PAGE_SIZE).unwrap();
         assert_eq!(mm.pool().free_frames(), free);
+    }
+
+    #[test]
+    fn young_is_what_was_accessed_since_it_was_cleared() {
+        let (mm, view) = space();
+        let at = map(&mm, 4, RW);
+        let (notifiers, page) = (mm.notifiers(), HvaRange::page(at));
+        view.read_obj::<u64>(GuestAddress(at.0)).unwrap();
+        assert!(notifiers.test_young(at) && notifiers.test_young(at));
+        assert!(!notifiers.test_young(Hva(at.0 + PAGE_SIZE)));
+        assert!(notifiers.clear_young(HvaRange { start: at, end: Hva(at.0 + 4 * PAGE_SIZE) }));
+        assert!(!notifiers.clear_flush_young(page) && !notifiers.test_young(at));
+        view.read_obj::<u64>(GuestAddress(at.0)).unwrap();
+        assert!(notifiers.clear_flush_young(page));
+    }
+
+    #[test]
+    fn an_access_inside_an_access_is_refused() {
+        let (mm, view) = space();
+        let at = map(&mm, 1, RW);
+        let address = GuestAddress(at.0);
+        let outer = view.get_slices(address, 8, Permissions::Read).unwrap();
+        assert!(view.read_obj::<u64>(address).is_err());
+        drop(outer);
+        assert_eq!(view.read_obj::<u64>(address).unwrap(), 0);
+    }
+
+    /// A start waits for the access that is on, and what is written meanwhile is in the page that the primary still has.
+    #[test]
+    fn i2_a_start_returns_when_no_access_uses_the_range() {
+        let (mm, view) = space();
+        let at = map(&mm, 1, RW);
+        view.write_obj(1u64, GuestAddress(at.0)).unwrap();
+        let mut slices = view.get_slices(GuestAddress(at.0), 8, Permissions::Write).unwrap();
+        let slice = slices.next().unwrap().unwrap();
+        let started = {
+            let mm = Arc::clone(&mm);
+            std::thread::spawn(move || drop(mm.notifiers().invalidate(HvaRange::page(at), Event::Clear)))
+        };
+        std::thread::sleep(std::time::Duration::from_millis(40));
+        assert!(!started.is_finished(), "the pair was open while an access was on");
+        slice.copy_from(&[2u64]);
+        drop(slices);
+        started.join().unwrap();
+        assert_eq!(view.read_obj::<u64>(GuestAddress(at.0)).unwrap(), 2);
+    }
+
+    #[test]
+    fn views_share_one_iotlb_and_the_last_takes_it_off() {
+        let (mm, view) = space();
+        let other = super::view(&mm).unwrap();
+        let at = map(&mm, 1, RW);
+        view.write_obj(1u64, GuestAddress(at.0)).unwrap();
+        assert_eq!(other.read_obj::<u64>(GuestAddress(at.0)).unwrap(), 1);
+        assert_eq!(fills(&other), 1);
+        drop(view);
+        assert!(mm.notifiers().has_listeners());
+        drop(other);
+        assert!(!mm.notifiers().has_listeners());
+    }
+
+    #[test]
+    fn i8_after_release_nothing_is_translated() {
+        let (mm, view) = space();
+        let at = map(&mm, 1, RW);
+        view.write_obj(1u64, GuestAddress(at.0)).unwrap();
+        mm.release();
+        assert!(view.read_obj::<u64>(GuestAddress(at.0)).is_err());
+        assert!(super::view(&mm).is_err(), "a space that is gone has no new views");
+    }
+
+    #[test]
+    fn a_full_iotlb_starts_anew() {
+        let pool = FramePool::new(64 * PAGE_SIZE, FreedFrames::Keep).unwrap();
+        let mm = Mm::new(Arc::new(pool)).unwrap();
+        let view = super::view(&mm).unwrap();
+        let at = mm
+            .mmap(Hva(0), (CAPACITY + 1) * PAGE_SIZE, Access::READ, MapFlags::PRIVATE, Backing::Anonymous)
+            .unwrap();
+        for page in 0..=CAPACITY {
+            assert_eq!(view.read_obj::<u64>(GuestAddress(at.0 + page * PAGE_SIZE)).unwrap(), 0);
+        }
+        assert_eq!(view.iommu().cache.translations.read().filled, 1);
+        assert_eq!(view.read_obj::<u64>(GuestAddress(at.0)).unwrap(), 0);
     }
 }

@@ -11,7 +11,7 @@
 
 mod common;
 
-use common::{Machine, NONE, READ, RW, Random, StopOnDrop, TestFile, Vcpu, WATCH, page, pages};
+use common::{Machine, NONE, PATIENCE, READ, RW, Random, StopOnDrop, TestFile, Vcpu, page, pages};
 use shadow_mmu::addr::{Access, Gfn, Hva, HvaRange};
 use shadow_mmu::frame::FrameFlags;
 use shadow_mmu::mm::{Advice, Backing, FaultError, MapFlags, Object, RemapFlags};
@@ -411,7 +411,7 @@ fn i8_the_space_ends_under_running_guests() {
             machine.mm.release();
             let stopper = StopOnDrop(&late);
             let start = Instant::now();
-            while start.elapsed() < WATCH && !guests.iter().all(|guest| guest.is_finished()) {
+            while start.elapsed() < PATIENCE && !guests.iter().all(|guest| guest.is_finished()) {
                 std::thread::yield_now();
             }
             drop(stopper);

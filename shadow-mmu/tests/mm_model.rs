@@ -156,7 +156,7 @@ impl Pair {
         call: impl FnOnce(&shadow_mmu::iommu::GuestView, GuestAddress) -> std::result::Result<T, Error>,
         at: u64,
     ) -> Option<T> {
-        call(&shadow_mmu::iommu::view(&self.machine.mm), GuestAddress(hva(at).0)).ok()
+        call(&shadow_mmu::iommu::view(&self.machine.mm).unwrap(), GuestAddress(hva(at).0)).ok()
     }
 
     fn read(&mut self, at: u64, by_host: bool) {

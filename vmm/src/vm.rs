@@ -267,7 +267,7 @@ impl Vm {
             host: Arc::new(MachineHost(Arc::clone(&machine))),
             exe: program.arguments.exe,
             max_threads: machine.kvm.max_vcpus().min(max_threads(&machine.pool)),
-        });
+        })?;
         Ok((Self { machine, process }, entry))
     }
 

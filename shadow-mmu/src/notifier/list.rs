@@ -181,7 +181,10 @@ impl Notifiers {
             self.released.store(true, Ordering::Release);
             self.publish(|listeners| *listeners = Listeners::default());
         }
+        // Their users hold them; nobody else finds them any more.
+        let shared = std::mem::take(&mut *self.shared.lock());
         self.srcu.synchronize();
+        drop(shared);
     }
 
     /// The end of the layer's own state (`mmu_notifier_mm_destroy`), also done by dropping it.
@@ -410,5 +413,37 @@ impl Drop for InvalidateGuard<'_> {
         if let Some(walk) = &self.walk {
             walk.end(&self.invalidation());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+    use super::*;
+
+    #[derive(Debug)]
+    struct Quiet;
+    impl MmuNotifier for Quiet {}
+
+    #[test]
+    fn destroying_the_layer_under_listeners_is_reported_and_not_waited_for() {
+        let mut notifiers = Notifiers::new();
+        assert_eq!(notifiers.destroy(), Ok(()));
+        let subscription = notifiers.register_locked(Arc::new(Quiet)).unwrap();
+        notifiers.register_locked(Arc::new(Quiet)).unwrap();
+        assert_eq!(notifiers.destroy(), Err(Misuse::StillListening(2)));
+        assert_eq!(notifiers.unregister(&subscription), Err(Misuse::NotRegistered));
+        assert_eq!(notifiers.destroy(), Ok(()));
+    }
+
+    #[test]
+    fn waiting_inside_a_pair_is_refused() {
+        let notifiers = Notifiers::new();
+        let subscription = notifiers.register_locked(Arc::new(Quiet)).unwrap();
+        let pair = notifiers.invalidate(HvaRange::page(Hva(0)), Event::Clear);
+        assert_eq!(notifiers.unregister(&subscription), Err(Misuse::InsideCallback));
+        assert_eq!(notifiers.synchronize(), Err(Misuse::InsideCallback));
+        drop(pair);
+        assert_eq!(notifiers.unregister(&subscription), Ok(()));
     }
 }

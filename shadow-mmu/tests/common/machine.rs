@@ -2,12 +2,12 @@
 //! Everything that a test needs to run a guest without a guest.
 
 use super::{ALL_GFNS, Hook, SoftTlb, Vcpu, pages};
-use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
+use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
-use shadow_mmu::mm::{Backing, MapFlags, Mm, Pte};
+use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, Pte};
 use shadow_mmu::shadow::{FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A pool, an address space, a shadow map over all of it (gpa = hva) and listeners to stop it at.
 #[derive(Debug)]
@@ -66,16 +66,19 @@ impl Machine {
         self.mm.lookup(at).map_or(Pte::NONE, |(pte, _)| pte)
     }
 
-    /// The first word of the page at `at`, as host code reads it.
+    /// The word at `at`, through a page that is pinned: as get_user_pages would, also while a pair is open.
     pub(crate) fn peek(&self, at: Hva) -> u64 {
-        use vm_memory::{Bytes, GuestAddress};
-        shadow_mmu::iommu::view(&self.mm).read_obj(GuestAddress(at.0)).unwrap()
+        self.with_word(at, Access::READ, |word| word.load(Ordering::SeqCst))
     }
 
-    /// Writes the first word of the page at `at`, as host code does.
+    /// Writes the word at `at` in the same way.
     pub(crate) fn poke(&self, at: Hva, value: u64) {
-        use vm_memory::{Bytes, GuestAddress};
-        shadow_mmu::iommu::view(&self.mm).write_obj(value, GuestAddress(at.0)).unwrap();
+        self.with_word(at, Access::READ | Access::WRITE, |word| word.store(value, Ordering::SeqCst));
+    }
+
+    fn with_word<R>(&self, at: Hva, access: Access, with: impl FnOnce(&AtomicU64) -> R) -> R {
+        let pinned = self.mm.fault(&FaultRequest::one_page(at, access)).unwrap();
+        with(&self.pool.words(pinned.required().pfn)[(at.0 % PAGE_SIZE / 8) as usize])
     }
 
     /// Every invariant that can be looked at from outside, now.

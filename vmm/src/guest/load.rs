@@ -14,6 +14,7 @@ use crate::engine::Regs;
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE, TASK_SIZE};
 use shadow_mmu::mm::vma::MMAP_MIN_ADDR;
 use shadow_mmu::mm::{Backing, FileSource, MapFlags, Mm, MmError, Object};
+use shadow_mmu::notifier::Misuse;
 use std::io;
 use std::sync::Arc;
 
@@ -41,6 +42,9 @@ pub enum LoadError {
         /// Bytes of the frame pool.
         limit: u64,
     },
+    /// The address space has ended.
+    #[error(transparent)]
+    Gone(#[from] Misuse),
     /// The address space refused a mapping.
     #[error("cannot map {what} at {addr:#x}: {source}")]
     Map {
@@ -99,7 +103,7 @@ pub fn load(mm: &Arc<Mm>, image: Arc<[u8]>, arguments: &Arguments) -> Result<Reg
     }
     let name = String::from_utf8_lossy(&arguments.exe).into_owned();
     let object = Object::file(mm.pool(), Arc::new(Image { bytes: image, name }));
-    let user = UserMemory::new(mm);
+    let user = UserMemory::new(mm)?;
     for segment in &program.segments {
         let moved = Segment { addr: segment.addr.wrapping_add(bias), ..*segment };
         map_segment(mm, &user, &object, &moved)?;
@@ -213,7 +217,7 @@ mod tests {
         let file = image(2, 0x40_0010, &[TEXT, DATA]);
         let regs = load(&mm, file.clone().into(), &arguments()).unwrap();
         assert_eq!((regs.rip, regs.rsp % 16, regs.rdx), (0x40_0010, 0, 0));
-        let view = iommu::view(&mm);
+        let view = iommu::view(&mm).unwrap();
         let mut data = vec![1; 0x3000];
         view.read_slice(&mut data, GuestAddress(0x40_1200)).unwrap();
         assert_eq!(data[..0x100], file[0x200..0x300]);
@@ -233,7 +237,7 @@ mod tests {
         let constants = Header { flags: 4, ..DATA };
         load(&mm, image(2, 0x40_0010, &[TEXT, constants]).into(), &arguments()).unwrap();
         assert_eq!(mm.vma(Hva(0x40_1000)).unwrap().prot, Access::READ);
-        assert_eq!(iommu::view(&mm).read_obj::<u64>(GuestAddress(0x40_1300)).unwrap(), 0);
+        assert_eq!(iommu::view(&mm).unwrap().read_obj::<u64>(GuestAddress(0x40_1300)).unwrap(), 0);
     }
 
     #[test]
@@ -244,7 +248,7 @@ mod tests {
         assert_eq!(regs.rip, LOAD_BASE + 0x10);
         assert_eq!(mm.brk(Hva(0)), Hva(LOAD_BASE + 0x5000));
         let mut magic = [0; 4];
-        iommu::view(&mm).read_slice(&mut magic, GuestAddress(LOAD_BASE)).unwrap();
+        iommu::view(&mm).unwrap().read_slice(&mut magic, GuestAddress(LOAD_BASE)).unwrap();
         assert_eq!(&magic, b"\x7fELF");
     }
 

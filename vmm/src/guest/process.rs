@@ -25,6 +25,7 @@ use super::waker::Waker;
 use crate::engine::Regs;
 use shadow_mmu::addr::{Access, Gpa};
 use shadow_mmu::mm::Mm;
+use shadow_mmu::notifier::Misuse;
 use shadow_mmu::sync::{Mutex, MutexGuard};
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -101,10 +102,13 @@ pub struct Process {
 
 impl Process {
     /// A process without threads. Its pid is that of umbra itself.
-    pub fn new(setup: Setup) -> Arc<Self> {
+    ///
+    /// # Errors
+    /// The address space was released.
+    pub fn new(setup: Setup) -> Result<Arc<Self>, Misuse> {
         let pid = host::identity(libc::SYS_getpid) as i32;
-        Arc::new(Self {
-            user: UserMemory::new(&setup.mm),
+        Ok(Arc::new(Self {
+            user: UserMemory::new(&setup.mm)?,
             limits: Limits::new(setup.files.capacity(), setup.max_threads),
             setup,
             pid,
@@ -113,7 +117,7 @@ impl Process {
             futexes: Futexes::default(),
             unknown_calls: UnknownCalls::default(),
             status: OnceLock::new(),
-        })
+        }))
     }
 
     /// The first thread; its registers come from [`load`](super::load::load).

@@ -245,7 +245,8 @@ impl Fixture {
             host: Arc::clone(&host) as Arc<dyn Host>,
             exe: b"/bin/fake".to_vec(),
             max_threads: 8,
-        });
+        })
+        .unwrap();
         let mut xsave = vec![0; 4096];
         xsave[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
         xsave[28..32].copy_from_slice(&0xffff_u32.to_le_bytes());

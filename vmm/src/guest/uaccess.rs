@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guest memory, as a system call reaches it: every address is a claim, and what cannot be reached is `EFAULT`.
 //!
-//! All access goes through vm-memory's [`GuestMemory`], translated by [`Mm`], a page at a time: so
-//! a copy stops exactly where the reachable bytes end, no more than one page is pinned at once, and no lock of Mm is held
+//! All access goes through vm-memory's [`GuestMemory`], translated by the IOTLB of the [`Mm`], a page at a time: so a copy
+//! stops exactly where the reachable bytes end, an invalidation waits for one page's copy at most, and no lock is held
 //! between two pages. Addresses and lengths are in bytes. Nothing here allocates by a length that the guest chose
 //! without the caller having bounded it.
 //!
@@ -14,6 +14,7 @@ use super::errno::Errno;
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE, TASK_SIZE};
 use shadow_mmu::iommu::{self, GuestView};
 use shadow_mmu::mm::{FaultError, FaultRequest, Mm};
+use shadow_mmu::notifier::Misuse;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory};
@@ -43,8 +44,8 @@ fn pieces(addr: u64, len: usize) -> impl Iterator<Item = (GuestAddress, usize, u
 }
 
 impl UserMemory {
-    pub(super) fn new(mm: &Arc<Mm>) -> Self {
-        Self { mm: Arc::clone(mm), view: iommu::view(mm), starved: AtomicBool::new(false) }
+    pub(super) fn new(mm: &Arc<Mm>) -> Result<Self, Misuse> {
+        Ok(Self { mm: Arc::clone(mm), view: iommu::view(mm)?, starved: AtomicBool::new(false) })
     }
 
     /// Whether an access failed for want of a frame, at any time so far.
