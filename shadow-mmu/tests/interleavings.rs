@@ -376,6 +376,28 @@ fn r30_i2_a_fault_brings_no_neighbour_that_is_in_a_window() {
     machine.finish();
 }
 
+/// A fault inside a window waits, and leaves the primary alone meanwhile: one that fetched the page again and again would hold
+/// the locks that the window's owner needs to get on (R31). Fetching pins the page.
+#[test]
+fn r31_a_fault_that_must_wait_does_not_fetch_the_page() {
+    let machine = machine();
+    machine.poke(BASE, 7);
+    let frame = machine.pool.frame(machine.pte(BASE).pfn());
+    let pair = machine.mm.notifiers().invalidate(HvaRange::page(BASE), Event::Clear);
+    std::thread::scope(|scope| {
+        let mut vcpu = machine.vcpu(1, Fixed(1));
+        let fault = scope.spawn(move || vcpu.read(BASE));
+        let before = retried(&machine);
+        wait_until("the fault has begun again many times", || {
+            assert_eq!(frame.ref_count(), 1, "pinned inside a window");
+            retried(&machine) > before + 10_000
+        });
+        drop(pair);
+        assert_eq!(fault.join().unwrap(), Ok(7));
+    });
+    machine.finish();
+}
+
 /// H: MADV_REMOVE has taken the page out of both mappings and not yet out of the object; it is stopped there. V: faults. If
 /// it got the old page, one mapping would show memory that no other does, for good.
 #[test]
