@@ -6,7 +6,7 @@
 
 pub use std::sync::atomic;
 pub use std::sync::{Arc, Weak};
-use std::sync::{LockResult, PoisonError};
+use std::sync::{LockResult, PoisonError, TryLockError};
 pub use std::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -51,6 +51,14 @@ impl<T: ?Sized> RwLock<T> {
     /// Waits for shared access.
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
         unpoisoned(self.0.read())
+    }
+    /// Shared access if it can be had at once.
+    pub fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
+        match self.0.try_read() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
     /// Waits for exclusive access.
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
