@@ -31,15 +31,16 @@
 //!
 //! # Lock order
 //! ```text
-//! mm: mmap_lock
-//!  ├─ mm: Object::pages
-//!  └─ mm: page-table lock
-//!      └─ notifier callbacks (those that may sleep come right below mmap_lock)
-//!          └─ shadow: active pairs
-//!              └─ shadow: slots
-//!                  └─ shadow: mmu_lock
-//!                      ├─ Tlb::flush, the engine's own
-//!                      └─ frame: free list
+//! mm: family
+//!  └─ mm: mmap_lock
+//!      ├─ mm: Object::pages
+//!      └─ mm: page-table lock
+//!          └─ notifier callbacks (those that may sleep come right below mmap_lock)
+//!              └─ shadow: active pairs
+//!                  └─ shadow: slots
+//!                      └─ shadow: mmu_lock
+//!                          ├─ Tlb::flush, the engine's own
+//!                          └─ frame: free list
 //! ```
 //! The fault path never calls into `Mm` with `mmu_lock` held. Every lock comes from [`sync`].
 //!

@@ -57,25 +57,17 @@ impl<T: ?Sized> RwLock<T> {
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
         unpoisoned(self.0.read())
     }
-    /// Waits for exclusive access.
-    pub fn write(&self) -> RwLockWriteGuard<'_, T> {
-        unpoisoned(self.0.write())
-    }
-    /// Shared access, if nobody has to be waited for.
+    /// Shared access if it can be had at once.
     pub fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
         match self.0.try_read() {
             Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
     }
-    /// Exclusive access, if nobody has to be waited for.
-    pub fn try_write(&self) -> Option<RwLockWriteGuard<'_, T>> {
-        match self.0.try_write() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+    /// Waits for exclusive access.
+    pub fn write(&self) -> RwLockWriteGuard<'_, T> {
+        unpoisoned(self.0.write())
     }
 }
 

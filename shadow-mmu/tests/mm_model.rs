@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Random scripts of memory calls, guest accesses and host accesses against a model of a few dozen lines.
+//! Random scripts of memory calls, guest accesses, host accesses, aging and forks against a model of a few dozen lines.
 //!
 //! The [`Model`] knows, page by page, what is mapped, with which rights, and which word the page begins with. After every
 //! step: calls returned what the model returned, the VMAs are the model's pages in maximal runs, every page that is in
 //! memory holds the model's word and every page that is not holds nothing to lose (I24), the audit is clean (I13–I17,
-//! I21, I43), nothing is cached that no leaf backs (I28), no freed frame was written (I22). At the end the vCPU reads
+//! I21, I43), nothing is cached that no leaf backs (I28), no freed frame was written (I22). All of it for every space of
+//! the family that the script has forked, whichever it is in; each has a shadow map of its own. At the end the vCPUs read
 //! every page, and every frame comes back (I23). The second property runs out of memory all the time: calls may fail for
 //! that, but only then, and nothing else changes.
+//!
+//! Listeners come and go. Each op reaches all that are registered, the newest first (I12), and nobody else (I7); pairs are
+//! pairs (I1, I9); and what a listener mirrors is true, or it was told (I13, I14).
 //!
 //! A failure prints the smallest script that fails; it goes into [`scripts_that_failed_once`].
 #![cfg(feature = "mmu-notifier")]
@@ -14,219 +18,65 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "mm_model/listener.rs"]
+mod listener;
 #[path = "mm_model/model.rs"]
 mod model;
 #[path = "mm_model/script.rs"]
 mod script;
+#[path = "mm_model/space.rs"]
+mod space;
 
-use common::{Machine, READ, RW, TestFile, Vcpu, pages};
-use model::{Content, Model, Result};
+use common::RW;
 use proptest::prelude::*;
-use script::{FILE_PAGES, HEAP, Op, What, Where, hva, op, page_of};
-use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
-use shadow_mmu::mm::{Advice, Backing, FaultError, MapFlags, MmError, Object, RemapFlags, VmaFlags};
+use script::{Child, Death, Op, SPACES, What, Where, op};
+use shadow_mmu::mm::{Advice, MapFlags, RemapFlags};
 use shadow_mmu::shadow::FaultAroundPolicy;
-use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress, guest_memory::Error};
+use space::Space;
 
-/// The machine and its model, in step.
-struct Pair {
-    machine: Machine,
-    file: Arc<Object>,
-    vcpu: Vcpu,
-    model: Model,
-    /// Memory may run out.
-    short: bool,
+/// A family of spaces, and the one that the script is in.
+struct World {
+    spaces: Vec<Space>,
+    current: usize,
 }
 
-impl Pair {
+impl World {
     fn new(frames: u64, policy: FaultAroundPolicy, short: bool) -> Self {
-        let machine = Machine::new(frames);
-        let file = Object::file(&machine.pool, TestFile::new(pages(FILE_PAGES) - PAGE_SIZE / 2));
-        let start = hva(page_of(HEAP));
-        machine.mm.set_brk_start(start);
-        let vcpu = machine.vcpu(0, policy);
-        Self { machine, file, vcpu, model: Model { brk: start.0, ..Model::default() }, short }
-    }
-
-    /// A result that must be the model's, unless memory ran out. Whether it did. `late` are errors that are found
-    /// only after memory was needed.
-    fn agree<T: PartialEq + std::fmt::Debug, E: PartialEq + std::fmt::Debug>(
-        &self,
-        real: Result<T, E>,
-        model: Result<T, E>,
-        out_of_memory: E,
-        late: &[E],
-    ) -> bool {
-        let in_time = model.as_ref().err().is_some_and(|error| !late.contains(error));
-        let ran_out = self.short && real == Err(out_of_memory) && !in_time;
-        assert!(ran_out || real == model, "the call returned {real:?}, the model {model:?}");
-        ran_out
+        Self { spaces: vec![Space::new(frames, policy, short)], current: 0 }
     }
 
     fn step(&mut self, op: Op) {
-        let mm = Arc::clone(&self.machine.mm);
-        let before = self.model.clone();
-        let to_page = |at: Hva| at.page();
         match op {
-            Op::Map(place, len, prot, what, mut flags) => {
-                let (spot, fixed) = match place {
-                    Where::Anywhere => (None, MapFlags::empty()),
-                    Where::Hint(spot) => (Some(spot), MapFlags::empty()),
-                    Where::Fixed(spot) => (Some(spot), MapFlags::FIXED),
-                    Where::NoReplace(spot) => (Some(spot), MapFlags::FIXED_NOREPLACE),
-                };
-                flags |= fixed;
-                let backing = match what {
-                    What::File { from } => {
-                        Backing::Object { object: Arc::clone(&self.file), offset: pages(from) }
+            Op::Fork(child) if self.spaces.len() < SPACES => {
+                if let Some(mut new) = self.spaces[self.current].fork() {
+                    if child == Child::HasRead {
+                        new.step(Op::ReadAll);
                     }
-                    What::Private | What::Shared => Backing::Anonymous,
-                };
-                flags |= if matches!(what, What::Shared) { MapFlags::SHARED } else { MapFlags::PRIVATE };
-                let at = spot.map_or(Hva(0), |spot| hva(page_of(spot)));
-                let real = mm.mmap(at, pages(len), prot, flags, backing).map(to_page);
-                let model = self.model.map(place, len, prot, what);
-                assert_eq!(real, model);
-            }
-            Op::Unmap(spot, len) => {
-                mm.munmap(hva(page_of(spot)), pages(len)).unwrap();
-                self.model.unmap(page_of(spot), len);
-            }
-            Op::Protect(spot, len, prot) => {
-                let at = page_of(spot);
-                let model = self.model.each(at..at + len, |page| {
-                    page.prot = prot;
-                    Ok(())
-                });
-                assert_eq!(mm.mprotect(hva(at), pages(len), prot), model);
-            }
-            Op::Remap { old, old_len, new_len, flags, to } => {
-                let (old, to) = (page_of(old), page_of(to));
-                let real = mm.mremap(hva(old), pages(old_len), pages(new_len), flags, hva(to)).map(to_page);
-                let model = self.model.remap(old, old_len, new_len, flags, to);
-                if self.agree(real, model, MmError::NoMemory, &[]) {
-                    self.model = before;
-                    self.model.remap_clear(old, old_len, new_len, flags, to);
+                    self.spaces.push(new);
                 }
             }
-            Op::Advise(spot, len, advice) => {
-                let at = page_of(spot);
-                let model = self.model.advise(at..at + len, advice);
-                let real = mm.madvise(hva(at), pages(len), advice);
-                self.agree(real, model, MmError::NoMemory, &[MmError::Fault, MmError::Invalid]);
+            Op::Switch(to) => self.current = to % self.spaces.len(),
+            Op::Die(death) if self.spaces.len() > 1 => {
+                self.spaces.remove(self.current).die(death);
+                self.current = 0;
             }
-            Op::Brk { bytes } => {
-                let to = hva(page_of(HEAP)).0 + bytes;
-                assert_eq!(mm.brk(Hva(to)).0, self.model.brk(to));
-            }
-            Op::Read(spot) | Op::HostRead(spot) => self.read(page_of(spot), matches!(op, Op::HostRead(_))),
-            Op::Fetch(spot) => {
-                let model = self.model.access(page_of(spot), Access::EXEC);
-                let real = self.vcpu.fetch(hva(page_of(spot)));
-                self.agree(real, model, FaultError::OutOfMemory, &[FaultError::BusError]);
-            }
-            Op::Write(spot, value) => {
-                let at = page_of(spot);
-                let model = self.model.access(at, Access::WRITE).map(drop);
-                let real = self.vcpu.write(hva(at), value);
-                if !self.agree(real, model, FaultError::OutOfMemory, &[FaultError::BusError]) && model.is_ok()
-                {
-                    self.model.write(at, value);
-                }
-            }
-            Op::HostWrite(spot, value) => {
-                let at = page_of(spot);
-                let model = self.model.access(at, RW).is_ok();
-                let real = self.host(|view, address| view.write_obj(value, address), at).is_some();
-                assert!(real == model || self.short && model, "a host write: {real}, the model: {model}");
-                if real {
-                    self.model.write(at, value);
-                }
-            }
-            Op::ReadAll => {
-                let mapped: Vec<u64> = self.model.pages.keys().copied().collect();
-                mapped.into_iter().for_each(|at| self.read(at, false));
-            }
+            Op::Fork(_) | Op::Die(_) => {}
+            op => self.spaces[self.current].step(op),
         }
-    }
-
-    fn host<T>(
-        &self,
-        call: impl FnOnce(&shadow_mmu::iommu::GuestView, GuestAddress) -> std::result::Result<T, Error>,
-        at: u64,
-    ) -> Option<T> {
-        call(&shadow_mmu::iommu::view(&self.machine.mm).unwrap(), GuestAddress(hva(at).0)).ok()
-    }
-
-    fn read(&mut self, at: u64, by_host: bool) {
-        let model = self.model.access(at, READ);
-        if by_host {
-            let real = self.host(|view, address| view.read_obj::<u64>(address), at);
-            assert!(real == model.ok() || self.short && real.is_none(), "a host read: {real:x?}, {model:x?}");
-        } else {
-            let real = self.vcpu.read(hva(at));
-            self.agree(real, model, FaultError::OutOfMemory, &[FaultError::BusError]);
-        }
-    }
-
-    fn check(&self) {
-        self.machine.check();
-        self.machine.check_tlb(0);
-        let vmas = self.machine.mm.vmas();
-        let shapes: Vec<_> = vmas
-            .iter()
-            .map(|vma| {
-                let flags =
-                    [VmaFlags::SHARED, VmaFlags::HEAP, VmaFlags::RANDOM].map(|f| vma.flags.contains(f));
-                let offset = vma.object_page(vma.range.start).map(|(_, page)| page);
-                (vma.range.page_numbers(), vma.prot, flags, offset)
-            })
-            .collect();
-        let expected: Vec<_> = self
-            .model
-            .runs()
-            .into_iter()
-            .map(|(run, page)| {
-                let offset = match page.content {
-                    Content::Anonymous(_) => None,
-                    Content::File(index, _) | Content::Shared(_, index) => Some(index),
-                };
-                (run, page.prot, [page.is_shared(), page.heap, page.random], offset)
-            })
-            .collect();
-        assert_eq!(shapes, expected, "the mappings differ from the model's");
-        for (&at, page) in &self.model.pages {
-            let (pte, vma) = self.machine.mm.lookup(hva(at)).unwrap();
-            let mut frame = pte.is_present().then(|| pte.pfn());
-            if frame.is_none()
-                && page.is_shared()
-                && let Some((object, index)) = vma.object_page(hva(at))
-            {
-                // No pte, but perhaps a page that other ptes have.
-                frame = object.cached_page(index).inspect(|&pfn| self.machine.pool.put(pfn));
-            }
-            let word =
-                frame.map(|pfn| self.machine.pool.words(pfn)[0].load(std::sync::atomic::Ordering::SeqCst));
-            let lost_nothing = page.fresh(0) == *page && !page.is_shared() || self.model.word(page) == 0;
-            assert!(
-                word.map_or(lost_nothing, |word| word == self.model.word(page)),
-                "page {at:#x} ({pte:?}) begins with {word:x?}, the model's with {:#x}",
-                self.model.word(page)
-            );
-        }
+        // All of them: what is done to one must leave the others as they are.
+        self.spaces.iter().for_each(Space::check);
     }
 
     fn run(mut self, script: &[Op]) {
-        for &op in script {
-            self.step(op);
-            self.check();
+        script.iter().for_each(|&op| self.step(op));
+        for space in 0..self.spaces.len() {
+            self.step(Op::Switch(space));
+            self.step(Op::ReadAll);
         }
-        self.step(Op::ReadAll);
-        self.check();
-        let Self { machine, file, vcpu, .. } = self;
-        drop((vcpu, file));
-        machine.finish();
+        while self.spaces.len() > 1 {
+            self.step(Op::Die(Death::ByExit));
+        }
+        self.spaces.into_iter().for_each(Space::finish);
     }
 }
 
@@ -244,14 +94,14 @@ fn config(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(config(1000))]
+    #![proptest_config(config(1500))]
 
     #[test]
     fn i13_i14_i21_i24_i28_scripts_do_what_the_model_does(
         script in prop::collection::vec(op(), 1..80),
         policy in policy(),
     ) {
-        Pair::new(512, policy, false).run(&script);
+        World::new(512, policy, false).run(&script);
     }
 
     #[test]
@@ -260,7 +110,7 @@ proptest! {
         policy in policy(),
         frames in 41..72u64,
     ) {
-        Pair::new(frames, policy, true).run(&script);
+        World::new(frames, policy, true).run(&script);
     }
 }
 
@@ -274,6 +124,6 @@ fn scripts_that_failed_once() {
     let refused =
         [map(0, 6, What::Private), Op::Write(2, 7), Op::Remap { old: 1, old_len, new_len, flags, to: 0 }];
     for script in [&nothing[..], &refused[..]] {
-        Pair::new(512, FaultAroundPolicy::Off, false).run(script);
+        World::new(512, FaultAroundPolicy::Off, false).run(script);
     }
 }

@@ -3,7 +3,7 @@
 //! and what waits for what (I7, I9, I10, I12; R17–R19, R23).
 //!
 //! R8 (the secondary hears of a new pte before it is stored) cannot be seen from outside: a listener that looked at the pte
-//! in `change_pte` would wait for the page-table lock that its caller holds.
+//! in `change_pte` would wait for the page-table lock that its caller holds. It is tested where it is kept, in `mm/notify.rs`.
 // What a test does not expect may end it.
 #![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
@@ -192,7 +192,7 @@ fn a_nonblocking_pair_that_nobody_refuses_is_a_pair() {
 /// shared and 9 is written; page 12 is read only (the zero frame); 16 to 19 map a file, of which 17 was read.
 #[test]
 fn every_operation_announces_its_range_and_its_reason() {
-    use Event::{Clear, ProtectionVma, Unmap};
+    use Event::{Clear, ProtectionPage, ProtectionVma, Unmap};
     type Row<'a> = (&'a str, &'a dyn Fn(&Mm), &'a [(HvaRange, Event)]);
     let remap = |mm: &Mm, old: u64, old_len: u64, len: u64, flags, to: u64| {
         mm.mremap(page(BASE, old), pages(old_len), pages(len), flags, page(BASE, to)).unwrap();
@@ -228,6 +228,9 @@ fn every_operation_announces_its_range_and_its_reason() {
         ("first write to a file page", &|mm| touch(mm, page(BASE, 18), RW), &[]),
         ("copy of the zero frame", &|mm| touch(mm, page(BASE, 12), RW), &[(span(12, 13), Clear)]),
         ("copy of a file page", &|mm| touch(mm, page(BASE, 17), RW), &[(span(17, 18), Clear)]),
+        ("fork, a pair a mapping with private pages", &|mm| drop(mm.fork().unwrap()), &[(span(0, 8), ProtectionPage)]),
+        ("reap, a pair a private mapping", &|mm| _ = mm.reap().unwrap(), &[(span(0, 8), Unmap), (span(12, 13), Unmap), (span(16, 20), Unmap)]),
+        ("aging", &|mm| _ = mm.pmdp_clear_flush_young_notify(BASE) && mm.ptep_clear_young_notify(BASE), &[]),
         ("brk up", &|mm| assert_eq!(mm.brk(page(BASE, 62)), page(BASE, 62)), &[]),
         ("brk down", &|mm| _ = [62, 61].map(|n| mm.brk(page(BASE, n))), &[(span(61, 62), Unmap)]),
     ];

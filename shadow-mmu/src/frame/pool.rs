@@ -252,11 +252,12 @@ impl FramePool {
         self.put_all(&[pfn]);
     }
 
-    /// [`put`](Self::put) of many frames under one lock.
-    pub fn put_all(&self, frames: &[Pfn]) {
+    /// [`put`](Self::put) of many frames under one lock. Returns how many of them became free.
+    pub fn put_all(&self, frames: &[Pfn]) -> usize {
         let freed: Vec<Pfn> = frames.iter().filter(|pfn| self.frame(**pfn).remove_ref()).copied().collect();
-        if freed.is_empty() {
-            return;
+        let count = freed.len();
+        if count == 0 {
+            return 0;
         }
         for &pfn in &freed {
             debug_assert_eq!(self.frame(pfn).map_count(), 0, "frame {pfn:?} freed while mapped");
@@ -273,6 +274,7 @@ impl FramePool {
         if !punch.is_empty() {
             self.punch(punch);
         }
+        count
     }
 
     /// Gives the pages of `runs` back to the host. Nobody else can see these frames: they are neither held nor free.

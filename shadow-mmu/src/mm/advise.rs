@@ -5,6 +5,7 @@ use super::map::{page_ceil, user_range};
 use super::{Map, Mm, MmError, Vma, VmaFlags};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::Event;
+use crate::sync::{Arc, Weak};
 use crate::table::index;
 
 /// What a program may advise, as far as it has an effect here or none by right.
@@ -14,7 +15,11 @@ pub enum Advice {
     Normal,
     /// Pages are accessed in no order: nothing is brought in ahead.
     Random,
-    /// Accepted and without effect: SEQUENTIAL, WILLNEED, (NO)HUGEPAGE, (DO|DONT)(FORK|DUMP), COLD, PAGEOUT.
+    /// Children do not get these mappings.
+    DontFork,
+    /// Takes [`DontFork`](Self::DontFork) back.
+    DoFork,
+    /// Accepted and without effect: SEQUENTIAL, WILLNEED, (NO)HUGEPAGE, (DO|DONT)DUMP, COLD, PAGEOUT.
     NoEffect,
     /// The pages go; private ones read as at the start again.
     DontNeed,
@@ -34,6 +39,8 @@ impl Advice {
         Some(match advice {
             libc::MADV_NORMAL => Self::Normal,
             libc::MADV_RANDOM => Self::Random,
+            libc::MADV_DONTFORK => Self::DontFork,
+            libc::MADV_DOFORK => Self::DoFork,
             libc::MADV_DONTNEED => Self::DontNeed,
             libc::MADV_FREE => Self::Free,
             libc::MADV_REMOVE => Self::Remove,
@@ -43,8 +50,6 @@ impl Advice {
             | libc::MADV_WILLNEED
             | libc::MADV_HUGEPAGE
             | libc::MADV_NOHUGEPAGE
-            | libc::MADV_DOFORK
-            | libc::MADV_DONTFORK
             | libc::MADV_DODUMP
             | libc::MADV_DONTDUMP
             | libc::MADV_COLD
@@ -75,7 +80,10 @@ impl Mm {
         }
         match advice {
             Advice::NoEffect => self.whole(&self.map.read(), range),
-            Advice::Normal | Advice::Random => self.advise_order(range, advice),
+            Advice::Normal => self.change_flags(range, |flags| flags - VmaFlags::RANDOM),
+            Advice::Random => self.change_flags(range, |flags| flags | VmaFlags::RANDOM),
+            Advice::DontFork => self.change_flags(range, |flags| flags | VmaFlags::DONT_FORK),
+            Advice::DoFork => self.change_flags(range, |flags| flags - VmaFlags::DONT_FORK),
             Advice::DontNeed | Advice::Free => self.discard(range, advice),
             Advice::Remove => self.punch(range),
             Advice::PopulateRead | Advice::PopulateWrite => {
@@ -99,7 +107,7 @@ impl Mm {
         if map.vmas.covers(range) { Ok(()) } else { Err(MmError::NoMemory) }
     }
 
-    fn advise_order(&self, range: HvaRange, advice: Advice) -> Result<(), MmError> {
+    fn change_flags(&self, range: HvaRange, change: fn(VmaFlags) -> VmaFlags) -> Result<(), MmError> {
         let mut map = self.map.write();
         let parts: Vec<HvaRange> =
             map.vmas.overlapping(range).map(|vma| vma.range.intersect(range)).collect();
@@ -108,7 +116,7 @@ impl Mm {
                 return Err(MmError::NoMemory);
             }
             for mut piece in map.vmas.remove(part) {
-                piece.flags.set(VmaFlags::RANDOM, advice == Advice::Random);
+                piece.flags = change(piece.flags);
                 map.vmas.insert(piece);
             }
         }
@@ -126,10 +134,15 @@ impl Mm {
         self.whole(&map, range)
     }
 
-    /// MADV_REMOVE: a hole in shared memory. Every mapping of the object in this space loses the pages first, and until
-    /// the object has lost them too no fault may map one of them again: hence the lock for writing.
+    /// MADV_REMOVE: a hole in shared memory. Every mapping of the object in this space and its family loses the pages first,
+    /// and until the object has lost them too no fault may map one of them again: hence all their locks for writing.
     fn punch(&self, range: HvaRange) -> Result<(), MmError> {
+        let family = self.family.lock();
+        // Declared before their locks, hence dropped after them: it may be the last reference to a space that drops.
+        let others: Vec<Arc<Self>> =
+            family.iter().filter_map(Weak::upgrade).filter(|other| !std::ptr::eq(&**other, self)).collect();
         let map = self.map.write();
+        let other_maps: Vec<_> = others.iter().map(|other| other.map.write()).collect();
         for vma in map.vmas.overlapping(range) {
             let part = vma.range.intersect(range);
             let Some((object, first)) = vma.object_page(part.start) else { return Err(MmError::Invalid) };
@@ -138,9 +151,10 @@ impl Mm {
                 return Err(MmError::Access);
             }
             let pages = first..first + part.page_count();
-            for other in map.vmas.iter() {
-                if let Some(there) = mapped_part(other, object, &pages) {
-                    self.zap(there, Event::Clear);
+            let others = others.iter().map(|other| &**other).zip(other_maps.iter().map(|map| &**map));
+            for (mm, map) in std::iter::once((self, &*map)).chain(others) {
+                for there in map.vmas.iter().filter_map(|vma| mapped_part(vma, object, &pages)) {
+                    mm.zap(there, Event::Clear);
                 }
             }
             object.drop_pages(pages);
@@ -194,13 +208,9 @@ impl Mm {
 }
 
 /// Where `vma` shows a part of `pages` of `object`.
-fn mapped_part(
-    vma: &Vma,
-    object: &crate::sync::Arc<super::Object>,
-    pages: &std::ops::Range<u64>,
-) -> Option<HvaRange> {
+fn mapped_part(vma: &Vma, object: &Arc<super::Object>, pages: &std::ops::Range<u64>) -> Option<HvaRange> {
     let (own, first) = vma.object_page(vma.range.start)?;
-    if !crate::sync::Arc::ptr_eq(own, object) {
+    if !Arc::ptr_eq(own, object) {
         return None;
     }
     let start = pages.start.max(first);

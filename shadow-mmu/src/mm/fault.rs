@@ -65,7 +65,7 @@ pub enum FaultError {
     /// The mapping reaches beyond its object (SIGBUS, `BUS_ADRERR`).
     #[error("the mapping reaches beyond the end of its file")]
     BusError,
-    /// No frame is free (SIGKILL, as from the OOM killer).
+    /// No frame is free, or the space was [reaped](Mm::reap) (SIGKILL, as from the OOM killer).
     #[error("out of memory")]
     OutOfMemory,
 }
@@ -153,6 +153,7 @@ impl Mm {
         if !vma.allows(request.access) {
             return Err(FaultError::NoAccess);
         }
+        self.refuse_reaped(vma)?;
         let mut around = request.around.intersect(vma.range);
         if !around.contains(hva) || vma.flags.contains(VmaFlags::RANDOM) {
             around = HvaRange::page(hva);
@@ -174,6 +175,8 @@ impl Mm {
                 }
             });
         }
+        // Again, so that no page is handed out that is fresh only because the old one was reaped meanwhile.
+        self.refuse_reaped(vma)?;
         Ok(pinned)
     }
 
@@ -242,7 +245,6 @@ impl Mm {
             return Ok(());
         }
         self.pool.copy(pte.pfn(), new);
-        self.pool.put(pte.pfn());
         let replaced = {
             let _pair = self.notifiers.invalidate(HvaRange::page(hva), Event::Clear);
             self.replace_frame(hva, pte, new)
@@ -254,6 +256,9 @@ impl Mm {
         } else {
             self.pool.put(new);
         }
+        // The pin. Held until here, the frame cannot have gone and come back as another page of the same address, of which
+        // `new` would be no copy.
+        self.pool.put(pte.pfn());
         Ok(())
     }
 
@@ -284,8 +289,7 @@ impl Mm {
         Ok(())
     }
 
-    /// Points the pte at `hva` at `new`, writable, if it still is the write-protected `old` but for marks. Inside a pair
-    /// (`ptep_clear_flush_notify`, `set_pte_at_notify`).
+    /// Points the pte at `hva` at `new`, writable, if it still is the write-protected `old` but for marks. Inside a pair.
     fn replace_frame(&self, hva: Hva, old: Pte, new: Pfn) -> bool {
         let at = index(hva.page(), 1);
         let Some(leaf) = self.lock_leaf(hva) else { return false };
@@ -293,13 +297,9 @@ impl Mm {
         if !now.is_present() || now.pfn() != old.pfn() || now.is_writable() {
             return false;
         }
-        let copy = Pte::anonymous(new).writable();
-        leaf.set(at, Pte::NONE);
-        self.notifiers.invalidate_range(HvaRange::page(hva));
-        // Secondary first: the new pte is writable, and what is written through it must not be missed (R8).
-        self.notifiers.change_pte(hva, copy);
+        self.ptep_clear_flush_notify(&leaf, hva);
         self.pool.frame(new).add_map();
-        leaf.set(at, copy);
+        self.set_pte_at_notify(&leaf, hva, Pte::anonymous(new).writable());
         true
     }
 

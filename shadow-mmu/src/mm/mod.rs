@@ -11,25 +11,35 @@
 //! | `remap` | mremap |
 //! | `advise` | madvise, mincore, msync |
 //! | `fault` | demand faults, the zero page, copy-on-write; pinned pages |
+//! | `notify` | a pte changes its frame |
 //! | `zap` | taking ptes out of a range |
+//! | `age` | whether a page was accessed |
+//! | `fork` | children |
+//! | [`reap`](Reaped) | the memory of a guest that is told to die |
 //! | [`object`](Object) | page cache and shared memory |
 //!
 //! # Locks
 //! ```text
-//! mmap_lock (read: faults, madvise; write: everything that changes VMAs)
-//!  ├─ notifier callbacks
-//!  ├─ Object::pages
-//!  └─ page-table lock (one of 64, by leaf table)
-//!      └─ notifier callbacks that may not sleep: change_pte, young ops
+//! family (fork, and holes in shared memory)
+//!  └─ mmap_lock (read: faults, madvise, aging; write: everything that changes VMAs)
+//!      ├─ notifier callbacks
+//!      ├─ Object::pages
+//!      └─ page-table lock (one of 64, by leaf table)
+//!          └─ notifier callbacks that may not sleep: change_pte, young ops
 //! ```
+//! Only a holder of the family lock has the mmap locks of two spaces at once, and then in any order.
 //! Frames are freed after the pair's end, with no page-table lock held. A reader of the mmap lock may add page tables, a
 //! writer may also remove them.
 
 mod advise;
+mod age;
 mod fault;
+mod fork;
 mod map;
+mod notify;
 mod object;
 mod pte;
+mod reap;
 mod remap;
 pub mod vma;
 mod zap;
@@ -39,6 +49,7 @@ pub use fault::{Ahead, FaultError, FaultRequest, Pinned, PinnedPage};
 pub use map::MapFlags;
 pub use object::{FileSource, NoPage, Object};
 pub use pte::Pte;
+pub use reap::Reaped;
 pub use remap::RemapFlags;
 pub use vma::{Backing, Vma, VmaFlags};
 
@@ -49,8 +60,8 @@ use crate::notifier::Notifiers;
 use crate::notifier::interval::{IntervalNotifier, IntervalSubscription};
 #[cfg(feature = "mmu-notifier")]
 use crate::notifier::{Misuse, MmuNotifier, Subscription};
-use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard, Weak};
 use crate::table::{Table, Tables, index};
 use vma::VmaSet;
 
@@ -153,8 +164,15 @@ pub struct Mm {
     tables: Tables,
     page_table_locks: Box<[Mutex<()>]>,
     zero_frame: Pfn,
+    /// This space and all that it was forked from or that were forked from it: those that may share an [`Object`] by
+    /// fork. Locked by whoever adds one and by whoever has to reach all of them.
+    family: Arc<Family>,
+    /// Its pages were taken away; see [`reap`](Self::reap).
+    reaped: AtomicBool,
     stats: MmStats,
 }
+
+type Family = Mutex<Vec<Weak<Mm>>>;
 
 /// A leaf of the page table, locked.
 pub(crate) struct LockedLeaf<'a> {
@@ -177,6 +195,14 @@ impl Mm {
     /// # Errors
     /// [`OutOfFrames`]: two frames are needed.
     pub fn new(pool: Arc<FramePool>) -> Result<Arc<Self>, OutOfFrames> {
+        let family = Arc::<Family>::default();
+        let mm = Self::new_in(pool, Arc::clone(&family))?;
+        family.lock().push(Arc::downgrade(&mm));
+        Ok(mm)
+    }
+
+    /// An empty address space that `family` does not know of yet.
+    fn new_in(pool: Arc<FramePool>, family: Arc<Family>) -> Result<Arc<Self>, OutOfFrames> {
         let tables = Tables::new(Arc::clone(&pool))?;
         let zero_frame = pool.alloc(Fill::Zeros)?;
         Ok(Arc::new(Self {
@@ -185,6 +211,8 @@ impl Mm {
             tables,
             page_table_locks: (0..PAGE_TABLE_LOCKS).map(|_| Mutex::new(())).collect(),
             zero_frame,
+            family,
+            reaped: AtomicBool::new(false),
             stats: MmStats::default(),
             pool,
         }))

@@ -32,7 +32,7 @@ impl Pte {
     /// No page.
     pub const NONE: Self = Self(0);
 
-    /// A page of this address space alone, read-only.
+    /// A private page, read-only. Only address spaces that were forked from each other have one together.
     pub fn anonymous(pfn: Pfn) -> Self {
         Self(pfn.offset() | Self::PRESENT)
     }
@@ -47,6 +47,10 @@ impl Pte {
     /// The same with the marks of an access that is about to happen: young, and dirty if it writes.
     pub fn touched(self, access: Access) -> Self {
         Self(self.0 | Self::YOUNG | if access.contains(Access::WRITE) { Self::DIRTY } else { 0 })
+    }
+    /// The same without the mark of an access.
+    pub fn old(self) -> Self {
+        Self(self.0 & !Self::YOUNG)
     }
     /// The same, writable.
     pub fn writable(self) -> Self {
@@ -76,6 +80,10 @@ impl Pte {
     /// Whether this maps the shared zero frame.
     pub fn is_zero(self) -> bool {
         self.0 & Self::ZERO != 0
+    }
+    /// Whether this maps a private page: a frame that is neither an object's nor the zero frame.
+    pub fn is_anonymous(self) -> bool {
+        self.is_present() && !self.is_zero() && !self.is_object()
     }
     /// Whether the frame belongs to an object.
     pub fn is_object(self) -> bool {

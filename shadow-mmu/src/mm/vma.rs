@@ -27,6 +27,8 @@ bitflags::bitflags! {
         const RANDOM = 16;
         /// Not writable even if asked for later (mapping of something that is read-only).
         const MAY_NOT_WRITE = 32;
+        /// Not for children (`MADV_DONTFORK`).
+        const DONT_FORK = 64;
     }
 }
 

@@ -3,35 +3,38 @@
 
 use super::{Mm, Pte, count};
 use crate::addr::HvaRange;
-use crate::notifier::Event;
+use crate::notifier::{Event, InvalidateGuard};
 
 impl Mm {
     /// Clears every pte of `range` inside one pair and frees what they held. The caller holds the mmap lock.
+    pub(super) fn zap(&self, range: HvaRange, event: Event) {
+        if !range.is_empty() {
+            self.zap_in(range, self.notifiers.invalidate(range, event));
+        }
+    }
+
+    /// Clears every pte of `range`, over which `pair` is open, ends that, and frees what they held. Returns how many frames became free. The
+    /// caller holds the mmap lock.
     ///
     /// The frames go after the end: from the start on no secondary can reach them (I21), and the end may run devices'
     /// flushes that come before the free.
-    pub(super) fn zap(&self, range: HvaRange, event: Event) {
-        if range.is_empty() {
-            return;
-        }
+    pub(super) fn zap_in(&self, range: HvaRange, pair: InvalidateGuard<'_>) -> u64 {
         let mut frames = Vec::new();
         let mut cleared = 0;
-        {
-            let _pair = self.notifiers.invalidate(range, event);
-            self.for_each_leaf(range, |_, leaf, entries| {
-                for at in entries {
-                    let pte = leaf.get(at);
-                    if pte.is_present() {
-                        leaf.set(at, Pte::NONE);
-                        frames.extend(pte.counted_frame());
-                        cleared += 1;
-                    }
+        self.for_each_leaf(range, |_, leaf, entries| {
+            for at in entries {
+                let pte = leaf.get(at);
+                if pte.is_present() {
+                    leaf.set(at, Pte::NONE);
+                    frames.extend(pte.counted_frame());
+                    cleared += 1;
                 }
-            });
-        }
+            }
+        });
+        drop(pair);
         frames.iter().for_each(|&pfn| self.pool.frame(pfn).remove_map());
-        self.pool.put_all(&frames);
         count(&self.stats.zapped_pages, cleared);
+        self.pool.put_all(&frames) as u64
     }
 
     /// Frees page tables without an entry in `range`. The caller holds the mmap lock for writing, so nobody walks them.

@@ -18,8 +18,9 @@ pub struct Zapped {
 
 /// The cached translations of a guest: the CPUs' TLBs and whatever the hypervisor below keeps of our entries.
 ///
-/// Called with `mmu_lock` held for writing, so an implementation must not call into `Mm` or `ShadowMmu`, and must not
-/// wait for a vCPU thread to do more than leave the guest.
+/// Called with `mmu_lock` held: for writing by who removes leaves, for reading by who ages them, so that two calls may run at
+/// once. An implementation must not call into `Mm` or `ShadowMmu`, and must not wait for a vCPU thread to do more than leave
+/// the guest.
 pub trait Tlb: Debug + Send + Sync {
     /// Returns when no vCPU can reach memory through any of `zapped`, nor ever will without a fresh walk. Entries of the
     /// shadow map have been changed before the call.

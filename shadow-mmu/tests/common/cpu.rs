@@ -51,6 +51,10 @@ impl SoftTlb {
             freed_accesses: AtomicU64::new(0),
         }
     }
+    /// Every CPU forgets everything, as a context switch may make it.
+    pub(crate) fn flush_everything(&self) {
+        self.cpus.iter().for_each(|cpu| *cpu.lock() = Caches::default());
+    }
     /// What CPU `cpu` has cached.
     pub(crate) fn cached(&self, cpu: usize) -> Vec<(Gfn, Cached)> {
         self.cpus[cpu].lock().pages.iter().map(|(&gfn, &cached)| (Gfn(gfn), cached)).collect()
@@ -69,7 +73,7 @@ impl Tlb for SoftTlb {
         self.flushed.fetch_add(zapped.len() as u64, Ordering::SeqCst);
     }
     fn flush_all(&self) {
-        self.cpus.iter().for_each(|cpu| *cpu.lock() = Caches::default());
+        self.flush_everything();
     }
 }
 

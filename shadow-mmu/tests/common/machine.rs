@@ -4,8 +4,8 @@
 use super::{ALL_GFNS, Hook, SoftTlb, Vcpu, pages};
 use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
-use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, Pte};
-use shadow_mmu::shadow::{FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
+use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, MmError, Pte};
+use shadow_mmu::shadow::{FaultAroundPolicy, Memslot, ShadowError, ShadowMmu, SlotAccess, Spte};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,23 +25,39 @@ pub(crate) struct Machine {
 impl Machine {
     /// A machine with `frames` frames and one slot for everything.
     pub(crate) fn new(frames: u64) -> Self {
-        let machine = Self::without_slot(frames);
-        let all = Memslot { gfn: Gfn(0), pages: ALL_GFNS, hva: Hva(0), access: SlotAccess::ReadWrite };
-        machine.shadow.add_slot(all).unwrap();
-        machine
+        Self::without_slot(frames).with_slot()
     }
 
     pub(crate) fn without_slot(frames: u64) -> Self {
         super::limit_run_time();
         let pool = Arc::new(FramePool::new(pages(frames), FreedFrames::Poison).unwrap());
-        let mm = Mm::new(Arc::clone(&pool)).unwrap();
+        Self::over(Mm::new(pool).unwrap()).unwrap()
+    }
+
+    /// A machine of its own for a fork of this one's space.
+    ///
+    /// # Errors
+    /// Too few frames, for the space or for the shadow map.
+    pub(crate) fn fork(&self) -> Result<Self, MmError> {
+        Self::over(self.mm.fork()?).map(Self::with_slot).map_err(|_| MmError::NoMemory)
+    }
+
+    fn over(mm: Arc<Mm>) -> Result<Self, ShadowError> {
+        let pool = Arc::clone(mm.pool());
         let tlb = Arc::new(SoftTlb::new(Arc::clone(&pool), 8));
         let (before, after) = (Arc::<Hook>::default(), Arc::<Hook>::default());
         // Newest first: what is registered before the shadow map is called after it.
-        mm.register(after.clone()).unwrap();
-        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb.clone()).unwrap());
+        let subscription = mm.register(after.clone()).unwrap();
+        let shadow = ShadowMmu::new(Arc::clone(&mm), tlb.clone())
+            .inspect_err(|_| mm.unregister(&subscription).unwrap())?;
         mm.register(before.clone()).unwrap();
-        Self { pool, mm, tlb, shadow, before, after }
+        Ok(Self { pool, mm, tlb, shadow: Arc::new(shadow), before, after })
+    }
+
+    fn with_slot(self) -> Self {
+        let all = Memslot { gfn: Gfn(0), pages: ALL_GFNS, hva: Hva(0), access: SlotAccess::ReadWrite };
+        self.shadow.add_slot(all).unwrap();
+        self
     }
 
     pub(crate) fn vcpu(&self, id: usize, policy: FaultAroundPolicy) -> Vcpu {
@@ -119,13 +135,19 @@ impl Machine {
         assert_eq!(self.mm.table_count(), 1, "primary page tables are left");
         let held = 1 + 1 + self.shadow.table_count();
         assert_eq!(self.pool.free_frames() + held, frames, "frames leaked");
+        let pool = self.exit();
+        assert_eq!(pool.check_poison(), 0);
+        assert_eq!(pool.free_frames(), frames, "frames leaked with the machine");
+    }
+
+    /// Ends the machine with all that is mapped, and gives back its pool.
+    pub(crate) fn exit(self) -> Arc<FramePool> {
         [&self.before, &self.after].iter().for_each(|hook| hook.open_all());
         self.mm.release();
         let Self { pool, mm, tlb, shadow, .. } = self;
         drop(shadow);
         mm.notifiers().synchronize().unwrap();
         drop((mm, tlb));
-        assert_eq!(pool.check_poison(), 0);
-        assert_eq!(pool.free_frames(), frames, "frames leaked with the machine");
+        pool
     }
 }

@@ -5,8 +5,10 @@ use super::common::{READ, RW, TestFile};
 use super::script::{FILE_PAGES, HEAP, What, Where, hva, page_of};
 use shadow_mmu::addr::{Access, PAGE_SIZE};
 use shadow_mmu::mm::{Advice, FaultError, MMAP_BASE, MmError, RemapFlags};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::rc::Rc;
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Content {
@@ -22,6 +24,9 @@ pub(super) struct Page {
     pub(super) prot: Access,
     pub(super) heap: bool,
     pub(super) random: bool,
+    pub(super) dont_fork: bool,
+    /// Accessed since it was last aged: it may be young. What was not, must not be.
+    pub(super) touched: bool,
     pub(super) content: Content,
 }
 
@@ -33,7 +38,7 @@ impl Page {
             Content::File(index, _) => Content::File(index + n, None),
             Content::Shared(object, index) => Content::Shared(object, index + n),
         };
-        Self { content, ..self.clone() }
+        Self { content, touched: false, ..self.clone() }
     }
     fn continues_as(&self, next: &Self) -> bool {
         self.fresh(1) == next.fresh(0)
@@ -46,13 +51,16 @@ impl Page {
     }
 }
 
+/// Pages, and the words they begin with.
+pub(super) type SharedMemory = (u64, BTreeMap<u64, u64>);
+
 pub(super) type Result<T, E = MmError> = std::result::Result<T, E>;
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Model {
     pub(super) pages: BTreeMap<u64, Page>,
-    /// Size and words of each shared object.
-    pub(super) objects: Vec<(u64, BTreeMap<u64, u64>)>,
+    /// One list for a family of spaces: clones share it.
+    pub(super) objects: Rc<RefCell<Vec<SharedMemory>>>,
     pub(super) brk: u64,
 }
 
@@ -78,7 +86,9 @@ impl Model {
         match &page.content {
             Content::Anonymous(word) => *word,
             Content::File(index, copy) => copy.unwrap_or(TestFile::tag(*index)),
-            Content::Shared(object, index) => self.objects[*object].1.get(index).copied().unwrap_or(0),
+            Content::Shared(object, index) => {
+                self.objects.borrow()[*object].1.get(index).copied().unwrap_or(0)
+            }
         }
     }
     /// Where the mapping that holds page `at` ends.
@@ -91,15 +101,32 @@ impl Model {
         match page.content {
             _ if !page.allows(access) => Err(FaultError::NoAccess),
             Content::File(index, None) if index >= FILE_PAGES => Err(FaultError::BusError),
-            Content::Shared(object, index) if index >= self.objects[object].0 => Err(FaultError::BusError),
+            Content::Shared(object, index) if index >= self.objects.borrow()[object].0 => {
+                Err(FaultError::BusError)
+            }
             _ => Ok(self.word(page)),
         }
+    }
+    /// Somebody has accessed `range`, or tried to.
+    pub(super) fn touch(&mut self, range: Range<u64>) {
+        self.pages.range_mut(range).for_each(|(_, page)| page.touched = true);
+    }
+    /// The marks of `range` go; whether some page may have been young.
+    pub(super) fn age(&mut self, range: Range<u64>) -> bool {
+        self.pages.range_mut(range).fold(false, |young, (_, page)| std::mem::take(&mut page.touched) | young)
+    }
+    /// What a child begins with.
+    pub(super) fn fork(&self) -> Self {
+        let mut child = self.clone();
+        child.pages.retain(|_, page| !page.dont_fork);
+        child.pages.values_mut().for_each(|page| page.touched = false);
+        child
     }
     pub(super) fn write(&mut self, at: u64, value: u64) {
         match &mut self.pages.get_mut(&at).unwrap().content {
             Content::Anonymous(word) => *word = value,
             Content::File(_, copy) => *copy = Some(value),
-            Content::Shared(object, index) => _ = self.objects[*object].1.insert(*index, value),
+            Content::Shared(object, index) => _ = self.objects.borrow_mut()[*object].1.insert(*index, value),
         }
     }
 
@@ -117,11 +144,12 @@ impl Model {
             What::Private => Content::Anonymous(0),
             What::File { from } => Content::File(from, None),
             What::Shared => {
-                self.objects.push((len, BTreeMap::new()));
-                Content::Shared(self.objects.len() - 1, 0)
+                let mut objects = self.objects.borrow_mut();
+                objects.push((len, BTreeMap::new()));
+                Content::Shared(objects.len() - 1, 0)
             }
         };
-        let first = Page { prot, heap: false, random: false, content };
+        let first = Page { prot, heap: false, random: false, dont_fork: false, touched: false, content };
         self.pages.extend((0..len).map(|n| (at + n, first.fresh(n))));
         Ok(at)
     }
@@ -209,18 +237,23 @@ impl Model {
                 (Advice::Free, Content::Anonymous(_)) | (Advice::DontNeed, _) => {
                     self.pages.insert(at, page.fresh(0));
                 }
-                (Advice::Remove, Content::Shared(object, index)) => _ = self.objects[*object].1.remove(index),
+                (Advice::Remove, Content::Shared(object, index)) => {
+                    self.objects.borrow_mut()[*object].1.remove(index);
+                }
                 (Advice::Remove, Content::File(..)) => return Err(MmError::Access),
                 (Advice::Free | Advice::Remove, _) => return Err(MmError::Invalid),
                 (Advice::Random, _) => self.pages.get_mut(&at).unwrap().random = true,
                 (Advice::Normal, _) => self.pages.get_mut(&at).unwrap().random = false,
                 (Advice::PopulateRead | Advice::PopulateWrite, _) => {
+                    self.touch(at..at + 1);
                     let access = if advice == Advice::PopulateRead { READ } else { RW };
                     self.access(at, access).map_err(|error| match error {
                         FaultError::BusError => MmError::Fault,
                         _ => MmError::Invalid,
                     })?;
                 }
+                (Advice::DontFork, _) => self.pages.get_mut(&at).unwrap().dont_fork = true,
+                (Advice::DoFork, _) => self.pages.get_mut(&at).unwrap().dont_fork = false,
                 (Advice::NoEffect, _) => {}
             }
         }
@@ -235,7 +268,8 @@ impl Model {
             return self.brk;
         }
         self.unmap(new, old.saturating_sub(new));
-        let page = Page { prot: RW, heap: true, random: false, content: Content::Anonymous(0) };
+        let content = Content::Anonymous(0);
+        let page = Page { prot: RW, heap: true, random: false, dont_fork: false, touched: false, content };
         self.pages.extend((old..new).map(|at| (at, page.clone())));
         self.brk = to;
         to

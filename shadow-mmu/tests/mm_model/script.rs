@@ -11,6 +11,8 @@ pub(super) const ARENA: u64 = (0x20_0000_0000 >> 12) - 24;
 pub(super) const ARENA_PAGES: u64 = 64;
 /// Where in the arena the heap starts.
 pub(super) const HEAP: u64 = 48;
+/// Spaces there may be at a time.
+pub(super) const SPACES: usize = 4;
 /// Pages of the file; the last is half.
 pub(super) const FILE_PAGES: u64 = 12;
 
@@ -40,20 +42,66 @@ pub(super) enum What {
     File { from: u64 },
 }
 
+/// What is asked about the age of a page, or of the 2 MiB around it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Age {
+    Test,
+    ClearFlush,
+    Clear,
+    ClearFlushPmd,
+    ClearPmd,
+}
+
+/// What a child begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Child {
+    /// Only what fork gave it.
+    AsForked,
+    /// All of its pages read once.
+    HasRead,
+}
+
+/// How a space ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Death {
+    ByExit,
+    ByReaper,
+}
+
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Op {
     Map(Where, u64, Access, What, MapFlags),
     Unmap(Spot, u64),
     Protect(Spot, u64, Access),
-    Remap { old: Spot, old_len: u64, new_len: u64, flags: RemapFlags, to: Spot },
+    Remap {
+        old: Spot,
+        old_len: u64,
+        new_len: u64,
+        flags: RemapFlags,
+        to: Spot,
+    },
     Advise(Spot, u64, Advice),
-    Brk { bytes: u64 },
+    Brk {
+        bytes: u64,
+    },
     Read(Spot),
     Fetch(Spot),
     Write(Spot, u64),
     HostRead(Spot),
     HostWrite(Spot, u64),
     ReadAll,
+    /// A word of its own to each page.
+    WriteAll(u64),
+    Age(Spot, Age),
+    /// A child, if there are not too many spaces. The script goes on in the parent.
+    Fork(Child),
+    /// The script goes on in that space.
+    Switch(usize),
+    /// The current space goes, unless it is the last; the script goes on in another one.
+    Die(Death),
+    Register,
+    Unregister(usize),
+    UnregisterNoRelease(usize),
 }
 
 pub(super) fn spot() -> impl Strategy<Value = Spot> {
@@ -92,11 +140,13 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
     let advice = prop_oneof![
         4 => Just(Advice::DontNeed),
         2 => Just(Advice::Free),
-        3 => Just(Advice::Remove),
+        4 => Just(Advice::Remove),
         1 => Just(Advice::PopulateRead),
         1 => Just(Advice::PopulateWrite),
         1 => Just(Advice::Random),
         1 => Just(Advice::Normal),
+        2 => Just(Advice::DontFork),
+        1 => Just(Advice::DoFork),
         1 => Just(Advice::NoEffect),
     ];
     let (fixed, keep) = (RemapFlags::FIXED, RemapFlags::DONTUNMAP);
@@ -111,6 +161,13 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
     // Half of the time the length stays, as moving needs it.
     let lengths = (0..12u64, 0..12u64, any::<bool>()).prop_map(|(a, b, same)| (a, if same { a } else { b }));
     let word = 1..u64::MAX;
+    let age = prop_oneof![
+        2 => Just(Age::Test),
+        1 => Just(Age::ClearFlush),
+        1 => Just(Age::Clear),
+        1 => Just(Age::ClearFlushPmd),
+        1 => Just(Age::ClearPmd),
+    ];
     prop_oneof![
         8 => (place, len(), prot(), what, extra).prop_map(|(at, n, prot, what, extra)| Op::Map(at, n, prot, what, extra)),
         3 => (spot(), len()).prop_map(|(at, n)| Op::Unmap(at, n)),
@@ -123,7 +180,15 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         1 => spot().prop_map(Op::Fetch),
         12 => (spot(), word.clone()).prop_map(|(at, word)| Op::Write(at, word)),
         2 => spot().prop_map(Op::HostRead),
-        4 => (spot(), word).prop_map(|(at, word)| Op::HostWrite(at, word)),
+        4 => (spot(), word.clone()).prop_map(|(at, word)| Op::HostWrite(at, word)),
         1 => Just(Op::ReadAll),
+        2 => word.prop_map(Op::WriteAll),
+        6 => (spot(), age).prop_map(|(at, age)| Op::Age(at, age)),
+        3 => prop_oneof![Just(Child::AsForked), Just(Child::HasRead)].prop_map(Op::Fork),
+        3 => (0..SPACES).prop_map(Op::Switch),
+        1 => prop_oneof![Just(Death::ByExit), Just(Death::ByReaper)].prop_map(Op::Die),
+        2 => Just(Op::Register),
+        1 => (0..4usize).prop_map(Op::Unregister),
+        1 => (0..4usize).prop_map(Op::UnregisterNoRelease),
     ]
 }
