@@ -119,7 +119,7 @@ impl Mm {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "mmu-notifier"))]
 mod tests {
     use super::*;
     use crate::frame::{FramePool, FreedFrames};

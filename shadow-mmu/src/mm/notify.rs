@@ -34,7 +34,7 @@ impl Mm {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "mmu-notifier"))]
 mod tests {
     use super::*;
     use crate::addr::{Access, PAGE_SIZE};
