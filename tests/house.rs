@@ -71,3 +71,34 @@ fn links_between_documents_lead_somewhere() {
         }
     }
 }
+
+/// The last column of each table whose last heading is "tests" names tests that exist; and every race is in the table.
+#[test]
+fn the_contract_is_tied_to_tests_that_exist() {
+    let text = fs::read_to_string(root().join("docs/contract.md")).unwrap();
+    let sources: String =
+        with_extensions(&["rs"]).iter().map(|path| fs::read_to_string(path).unwrap()).collect();
+    let mut in_table = false;
+    let mut named = 0;
+    for line in text.lines() {
+        let Some(row) = line.strip_prefix('|') else {
+            in_table = false;
+            continue;
+        };
+        let last = row.trim_end().trim_end_matches('|').rsplit('|').next().unwrap().trim();
+        in_table |= last == "tests";
+        if !in_table {
+            continue;
+        }
+        for test in last.split('`').skip(1).step_by(2) {
+            let is_there = sources.contains(&format!("#[test]\nfn {test}()"))
+                || sources.contains(&format!("#[test]\n    fn {test}()"));
+            assert!(is_there, "docs/contract.md names {test}, which is no test");
+            named += 1;
+        }
+    }
+    assert!(named > 50, "only {named} tests are named");
+    for race in 1..=33 {
+        assert!(text.contains(&format!("| R{race} |")), "R{race} is missing");
+    }
+}

@@ -565,3 +565,49 @@ fn when_a_pair_ends_the_ptes_have_changed_already() {
     assert!(seen[0].is_writable() && !seen[0].is_zero(), "{seen:?}");
     assert!(!seen[1].is_present(), "{seen:?}");
 }
+
+/// What `__mmu_notifier_register` is for: a listener that copies what is there and registers under one hold of the mmap lock
+/// misses no change, though another thread changes all the time.
+#[test]
+fn i9_a_listener_under_the_lock_begins_with_what_is_there() {
+    /// A copy of one pte, which a start takes away.
+    #[derive(Debug, Default)]
+    struct Copy(Mutex<Option<shadow_mmu::mm::Pte>>);
+    impl MmuNotifier for Copy {
+        fn invalidate_range_start(&self, _: &Invalidation) -> Result<(), WouldBlock> {
+            *self.0.lock().unwrap() = None;
+            Ok(())
+        }
+    }
+
+    let mm = space(64);
+    map(&mm, BASE, 1, RW, MapFlags::PRIVATE, Backing::Anonymous);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                touch(&mm, BASE, RW);
+                mm.madvise(BASE, PAGE_SIZE, Advice::DontNeed).unwrap();
+            }
+        });
+        let mut copied = 0;
+        while copied < 200 {
+            let listener = Arc::<Copy>::default();
+            let lock = mm.mmap_write_lock();
+            assert_eq!(lock.vmas().count(), 1);
+            let pte = lock.pte(BASE);
+            *listener.0.lock().unwrap() = Some(pte).filter(|pte| pte.is_present());
+            copied += u32::from(pte.is_present());
+            let subscription = lock.register(Arc::clone(&listener) as _).unwrap();
+            drop(lock);
+            std::thread::yield_now();
+            let lock = mm.mmap_write_lock();
+            if let Some(copy) = *listener.0.lock().unwrap() {
+                assert_eq!(lock.pte(BASE).pfn(), copy.pfn(), "a change was missed");
+            }
+            drop(lock);
+            mm.unregister(&subscription).unwrap();
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+}
