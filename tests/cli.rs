@@ -310,3 +310,29 @@ fn benchmarks_have_the_promised_shape() {
         report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
     assert!(names.starts_with(&["umbra", "umbra-no-fault-around", "kvm-demand-paging"]), "{names:?}");
 }
+
+#[test]
+fn the_notifier_benchmark_needs_no_kvm_and_has_the_promised_shape() {
+    let output = finish(
+        umbra()
+            .args(["bench", "notifier", "--window", "1ms", "--runs", "1", "--json"])
+            .env("UMBRA_KVM_DEVICE", "/nonexistent/kvm"),
+        b"",
+        LIMIT,
+    );
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["bench"], "notifier");
+    let rows = report["rows"].as_array().unwrap();
+    for name in ["umbra.0", "rwlock.1", "arc-swap.4", "umbra.4.threads"] {
+        let row = rows.iter().find(|row| row["name"] == name).expect(name);
+        assert!(
+            row["median"].as_f64().unwrap() > 0.0 && row["unit"] == "ns/pair" && row["runs"] == 1,
+            "{row}"
+        );
+    }
+    assert!(rows.iter().any(|row| row["name"] == "umbra.1.threads.throughput" && row["unit"] == "pairs/s"));
+    for ratio in ["rwlock.1/umbra.1", "arc-swap.4.threads/umbra.4.threads", "umbra.1.threads.speedup"] {
+        assert!(report["ratios"][ratio].as_f64().unwrap() > 0.0, "{ratio}");
+    }
+}

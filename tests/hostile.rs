@@ -303,7 +303,7 @@ fn a_death_is_explained() {
         "mapping: none",
         "level 4",
         "rsp",
-        "invalidate_range_start",
+        "invalidate ",
         "Unmap",
     ] {
         assert!(said.contains(word), "no `{word}` in:\n{said}");

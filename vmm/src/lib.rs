@@ -7,6 +7,7 @@
 //! | [`guest`] | what a program sees: ELF loading and the Linux system calls |
 //! | [`vm`] | one guest, put together: pool, address space, shadow map, engine, threads |
 //! | [`reactor`] | the event loop around it |
+//! | [`trace`] | notifier events, to be read |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
 //! | [`mod@bench`], [`cli`] | the commands |
 
@@ -17,4 +18,5 @@ pub mod guest;
 pub mod reactor;
 pub mod recorder;
 pub mod report;
+pub mod trace;
 pub mod vm;

@@ -186,8 +186,8 @@ fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt:
     }
     let events = machine.recorder().events();
     writeln!(out, "last notifier events{}", if events.is_empty() { ": none" } else { "" })?;
-    for (when, event) in events {
-        writeln!(out, "  {:>12.6} s  {event}", when.as_secs_f64())?;
+    for event in events {
+        writeln!(out, "  {event}")?;
     }
     Ok(())
 }

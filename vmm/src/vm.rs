@@ -15,10 +15,12 @@ use crate::guest::{
     self, Arguments, Death, ExitStatus, Fault, FaultHandler, Files, Host, Process, Setup, Thread,
 };
 use crate::recorder::Recorder;
+use crate::trace::{Observer, set_guest_thread};
 use anyhow::{Context, Result};
 use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{FaultError, Mm};
+use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{
     AuditReport, FaultAround, FaultAroundPolicy, Memslot, Prefaulted, ShadowMmu, SlotAccess, Tlb, Zapped,
 };
@@ -53,6 +55,8 @@ pub struct VmConfig {
     pub freed: FreedFrames,
     /// How the window is filled.
     pub window: WindowFill,
+    /// Further listeners, which hear of everything from before the program is loaded.
+    pub listeners: Vec<Arc<dyn MmuNotifier>>,
 }
 
 /// What a machine runs.
@@ -72,7 +76,7 @@ pub struct Machine {
     mm: Arc<Mm>,
     shadow: Arc<ShadowMmu>,
     kvm: Arc<KvmVm>,
-    recorder: Arc<Recorder>,
+    recorder: Arc<Observer<Recorder>>,
     exited: EventFd,
     threads: Mutex<Vec<JoinHandle<()>>>,
     death: Mutex<Option<Death>>,
@@ -111,13 +115,17 @@ impl Machine {
         let kvm = KvmVm::new(&config.kvm_device, Arc::clone(&pool)).context("cannot use KVM")?;
         kvm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
         let mm = Mm::new(Arc::clone(&pool))?;
-        let recorder = Arc::new(Recorder::default());
-        mm.register(Arc::clone(&recorder) as _)?;
         let tlb = match config.window {
             WindowFill::Ahead => kvm.tlb(),
             WindowFill::OnDemand | WindowFill::Userfaultfd => Arc::new(OnDemand(kvm.tlb())),
         };
         let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb)?);
+        // Behind the shadow map, hence called before it: what they see of a pair includes its zap and flush.
+        let recorder = Arc::<Observer<Recorder>>::default();
+        mm.register(Arc::clone(&recorder) as _)?;
+        for listener in &config.listeners {
+            mm.register(Arc::clone(listener))?;
+        }
         if !kvm.facts().kvm_backend.is_two_dimensional() {
             // Nobody reads A and D of this guest, and KVM shadows its tables.
             shadow.set_prefaulted(Prefaulted::Young);
@@ -170,7 +178,7 @@ impl Machine {
     }
     /// The last notifier events.
     pub fn recorder(&self) -> &Recorder {
-        &self.recorder
+        &self.recorder.0
     }
     /// How the guest died, if a signal ended it.
     pub fn death(&self) -> Option<Death> {
@@ -189,6 +197,7 @@ impl Machine {
         }
         let machine = Arc::clone(&self);
         let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
+            set_guest_thread(thread.tid());
             let mut faults = VcpuFaults {
                 shadow: Arc::clone(&machine.shadow),
                 around: FaultAround::new(machine.config.fault_around),

@@ -78,6 +78,7 @@ impl Mm {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
     use super::*;
 
     #[test]

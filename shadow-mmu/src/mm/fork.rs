@@ -121,6 +121,7 @@ impl Mm {
 
 #[cfg(all(test, feature = "mmu-notifier"))]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
     use super::*;
     use crate::frame::{FramePool, FreedFrames};
     use crate::mm::{FaultRequest, MapFlags};

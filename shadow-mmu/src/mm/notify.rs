@@ -36,6 +36,7 @@ impl Mm {
 
 #[cfg(all(test, feature = "mmu-notifier"))]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
     use super::*;
     use crate::addr::{Access, PAGE_SIZE};
     use crate::frame::{FramePool, FreedFrames};

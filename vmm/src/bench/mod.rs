@@ -7,6 +7,7 @@
 
 mod cpu;
 mod fault;
+mod notifier;
 mod start;
 mod userfault;
 
@@ -21,6 +22,7 @@ use std::process::Command;
 
 pub use cpu::bench_cpu;
 pub use fault::bench_fault;
+pub use notifier::bench_notifier;
 pub use start::bench_start;
 
 /// What the figures were measured on.
@@ -83,7 +85,7 @@ pub struct Report {
     pub host: Host,
     /// The figures.
     pub rows: Vec<Row>,
-    /// Medians, one over another: `a/b`.
+    /// Medians, one over another: `a/b`. And what a benchmark gives a name of its own.
     pub ratios: BTreeMap<String, f64>,
     /// What could not be measured, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -99,7 +101,11 @@ impl Report {
         out +=
             &format!("{:<width$} {:>10} {:>10} {:>10} {:>5}  unit\n", "row", "min", "median", "max", "runs");
         for Row { name, unit, min, median, max, runs } in &self.rows {
-            out += &format!("{name:<width$} {min:>10.3} {median:>10.3} {max:>10.3} {runs:>5}  {unit}\n");
+            // Millions of something need no fractions, and no wider columns.
+            let digits = if *max < 1e5 { 3 } else { 0 };
+            out += &format!(
+                "{name:<width$} {min:>10.digits$} {median:>10.digits$} {max:>10.digits$} {runs:>5}  {unit}\n"
+            );
         }
         for (name, ratio) in &self.ratios {
             out += &format!("{name}: {ratio:.3}\n");

@@ -9,6 +9,7 @@ mod doctor;
 mod images;
 mod parse;
 mod run;
+mod trace;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;

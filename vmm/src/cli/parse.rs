@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Values on the command line: sizes, durations, fault-around, environment.
+//! Values on the command line: sizes, durations, fault-around, environment, what to trace.
 
+use super::Format;
+use super::trace::Traced;
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::time::Duration;
@@ -79,6 +81,26 @@ pub(super) fn environment(text: &str) -> Result<String, String> {
     }
 }
 
+/// `notifier` or `notifier=json`, and with commas whatever else can be traced one day.
+pub(super) fn traced(text: &str) -> Result<Traced, String> {
+    let mut traced = Traced::default();
+    for word in text.split(',') {
+        let format = match word {
+            "notifier" | "notifier=text" => Format::Text,
+            "notifier=json" => Format::Json,
+            _ => {
+                return Err(format!(
+                    "`{word}` cannot be traced; what can: notifier, notifier=json (one object a line)"
+                ));
+            }
+        };
+        if traced.notifier.replace(format).is_some() {
+            return Err("`notifier` is named twice".into());
+        }
+    }
+    Ok(traced)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,5 +137,15 @@ mod tests {
         assert_eq!(environment("A=b=c"), Ok("A=b=c".into()));
         assert!(environment("=x").is_err());
         assert!(environment("UMBRA_SURELY_NOT_SET").is_err());
+    }
+
+    #[test]
+    fn what_to_trace_is_a_list() {
+        assert_eq!(traced("notifier"), Ok(Traced { notifier: Some(Format::Text) }));
+        assert_eq!(traced("notifier=json"), Ok(Traced { notifier: Some(Format::Json) }));
+        for bad in ["", "nonsense", "notifier=xml", "notifier,", "json"] {
+            assert!(traced(bad).is_err_and(|why| why.contains("notifier=json")), "{bad}");
+        }
+        assert!(traced("notifier,notifier=json").is_err());
     }
 }

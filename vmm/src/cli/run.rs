@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra run`.
 
-use super::{Format, kvm_device, parse};
+use super::{Format, kvm_device, parse, trace};
 use crate::guest::{Arguments, ExitStatus};
 use crate::reactor::{Event, Reactor, block_signals};
 use crate::report::{Stats, death_report, exit_code, signal_name};
+use crate::trace::Tracer;
 use crate::vm::{Machine, Program, Vm, VmConfig, WindowFill};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -33,6 +34,8 @@ pub(super) struct RunArgs {
     /// Print what the run cost, to stderr, at the end.
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     stats: Option<Format>,
+    #[command(flatten)]
+    trace: trace::TraceArgs,
     /// Set NAME to VALUE for the guest, or pass on umbra's own NAME. The guest's environment is empty otherwise.
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse::environment)]
     env: Vec<String>,
@@ -72,6 +75,8 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     }
     // Before the first thread, so that all inherit it.
     block_signals()?;
+    // Before the VM, so that it lives longer on every way out.
+    let tracer = args.trace.start()?;
     let config = VmConfig {
         kvm_device: kvm_device(),
         memory: args.memory,
@@ -82,6 +87,7 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
             WindowArg::OnDemand => WindowFill::OnDemand,
             WindowArg::Userfaultfd => WindowFill::Userfaultfd,
         },
+        listeners: tracer.iter().map(Tracer::listener).collect(),
     };
     let (vm, entry) = Vm::new(config, program(args.program, args.env)?)?;
     let mut reactor = Reactor::new(vm.exited()?, args.timeout)?;
@@ -120,6 +126,9 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     if let Some(checker) = checker {
         checker.finish()?;
     }
+    // The end of the address space is the trace's last event.
+    drop(vm);
+    trace::finish(tracer);
     Ok(ExitCode::from(exit_code(status)))
 }
 

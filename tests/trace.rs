@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `umbra run --trace`: what a known guest makes its address space tell, and that the guest does not notice.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use common::{STATIC, cc, code, finish, folder, kvm, run, stderr, umbra};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
+use std::sync::mpsc;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn objects(trace: &str) -> Vec<Value> {
+    trace
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}")))
+        .collect()
+}
+
+/// Whether an event is about part of `[start, end)`.
+fn within(event: &Value, start: u64, end: u64) -> bool {
+    event["start"].as_u64().is_some_and(|first| first < end) && event["end"].as_u64().unwrap() > start
+}
+
+#[test]
+fn a_guest_runs_as_without_and_every_event_is_one_object() {
+    if !kvm() {
+        return;
+    }
+    let plain = finish(&mut run(&[], &["hello"]), b"", LIMIT);
+    let traced = finish(&mut run(&["--trace", "notifier=json"], &["hello"]), b"", LIMIT);
+    assert_eq!(traced.stdout, plain.stdout);
+    assert_eq!(code(traced.status), 0);
+    let events = objects(&stderr(&traced));
+    for event in &events {
+        assert!(event["time_ns"].is_u64(), "{event}");
+        assert_eq!(event["duration_ns"].is_u64(), event["op"] == "invalidate", "{event}");
+        assert_eq!(event["blockable"].is_boolean(), event["op"] == "invalidate", "{event}");
+        assert_eq!(event["pte"].is_object(), event["op"] == "change_pte", "{event}");
+        if event["op"] != "release" {
+            let bytes = event["end"].as_u64().unwrap() - event["start"].as_u64().unwrap();
+            assert_eq!(event["pages"].as_u64().unwrap() * 4096, bytes, "{event}");
+        }
+    }
+    // It maps and unmaps three pages.
+    assert!(events.iter().any(|it| it["reason"] == "Unmap" && it["pages"] == 3 && it["tid"].is_i64()));
+    let last = events.last().unwrap();
+    assert!(last["op"] == "release" && last["tid"].is_null(), "{last}");
+}
+
+#[test]
+fn reasons_and_ranges_are_those_of_the_guests_calls() {
+    if !kvm() {
+        return;
+    }
+    // Each page is touched between two calls, so that there is something to take away.
+    let source = r#"
+        #define _GNU_SOURCE
+        #include <stdio.h>
+        #include <sys/mman.h>
+        #include <unistd.h>
+        int main() {
+            volatile char *p = mmap(0, 8 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            for (int i = 0; i < 8; i++) p[i * 4096] = i;
+            mprotect((void *)p, 8 * 4096, PROT_READ);
+            madvise((void *)(p + 4096), 2 * 4096, MADV_DONTNEED);
+            munmap((void *)(p + 3 * 4096), 5 * 4096);
+            // What is at the new place goes first.
+            mremap((void *)p, 2 * 4096, 2 * 4096, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)(p + 2 * 4096));
+            printf("%lu %d\n", (unsigned long)p, getpid());
+            return 7;
+        }"#;
+    let program = cc(&folder("trace-calls"), "calls", source, STATIC);
+    let output = finish(&mut run(&["--trace", "notifier=json"], &[program]), b"", LIMIT);
+    assert_eq!(code(output.status), 7);
+    let said = String::from_utf8(output.stdout.clone()).unwrap();
+    let (at, pid) = said.trim().split_once(' ').unwrap();
+    let (at, pid): (u64, i64) = (at.parse().unwrap(), pid.parse().unwrap());
+    let pairs: Vec<_> = objects(&stderr(&output))
+        .into_iter()
+        .filter(|event| event["op"] == "invalidate" && within(event, at, at + 8 * 4096))
+        .map(|event| {
+            assert_eq!(event["tid"], pid, "{event}");
+            let page = (event["start"].as_u64().unwrap() - at) / 4096;
+            (event["reason"].as_str().unwrap().to_owned(), page, event["pages"].as_u64().unwrap())
+        })
+        .collect();
+    let pair = |reason: &str, page, pages| (reason.to_owned(), page, pages);
+    assert_eq!(
+        pairs,
+        [
+            pair("ProtectionVma", 0, 8),
+            pair("Clear", 1, 2),
+            pair("Unmap", 3, 5),
+            pair("Unmap", 2, 2),
+            pair("Unmap", 0, 2)
+        ]
+    );
+}
+
+#[test]
+fn text_has_its_columns() {
+    if !kvm() {
+        return;
+    }
+    let output = finish(&mut run(&["--trace", "notifier"], &["hello"]), b"", LIMIT);
+    let said = stderr(&output);
+    let range_column = said.lines().next().unwrap().find('[').unwrap();
+    for line in said.lines() {
+        assert_eq!(&line[12..14], " s", "{line}");
+        assert_eq!(line.trim_end(), line, "{line}");
+        let words: Vec<_> = line.split_whitespace().collect();
+        words[0].parse::<f64>().unwrap();
+        if line.contains(" release ") {
+            assert_eq!(words[2..], ["umbra", "release", "-", "-"], "{line}");
+            continue;
+        }
+        assert_eq!(words[2], "tid", "{line}");
+        assert_eq!(line.find('['), Some(range_column), "{line}");
+        if words[4] == "invalidate" {
+            assert!(["Unmap", "Clear"].contains(&words[5]) && line.ends_with(" us"), "{line}");
+        } else {
+            assert_eq!(words[5], "-", "{line}");
+        }
+    }
+    let lines = |op: &str| said.lines().filter(|line| line.contains(op)).count();
+    assert!(lines(" invalidate ") > 0 && lines(" change_pte ") > 0, "{said}");
+    assert!(
+        lines(" invalidate_range ") >= lines(" invalidate "),
+        "every pair's end tells of its range:\n{said}"
+    );
+}
+
+#[test]
+fn a_trace_is_whole_when_the_guest_dies_and_says_what_the_report_says() {
+    if !kvm() {
+        return;
+    }
+    let source = r#"
+        #include <sys/mman.h>
+        int main() {
+            volatile char *p = mmap(0, 5 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            p[0] = 1;
+            munmap((void *)p, 5 * 4096);
+            return p[0];
+        }"#;
+    let folder = folder("trace-death");
+    let program = cc(&folder, "death", source, STATIC);
+    let path = folder.join("trace");
+    std::fs::write(&path, "an older trace\n").unwrap();
+    let options = ["--trace", "notifier", "--trace-file", path.to_str().unwrap()];
+    let output = finish(&mut run(&options, &[program]), b"", LIMIT);
+    assert_eq!(code(output.status), 128 + libc::SIGSEGV);
+    let (said, trace) = (stderr(&output), std::fs::read_to_string(&path).unwrap());
+    assert!(!trace.contains("an older trace"));
+    assert!(trace.lines().last().unwrap().contains(" release "), "{trace}");
+    assert!(!said.contains(" release "), "the trace goes to the file only:\n{said}");
+    // But for times, which two listeners see a little apart, the report's lines are lines of the trace.
+    let what = |line: &str| line[line.find(" s  ").unwrap()..].rsplit_once("  ").unwrap().0.to_owned();
+    let traced: Vec<_> = trace.lines().map(what).collect();
+    let reported: Vec<_> =
+        said.lines().skip_while(|line| !line.contains("last notifier events")).skip(1).collect();
+    assert!(reported.iter().any(|line| line.contains("Unmap") && line.contains("5 pages")), "{said}");
+    for line in reported {
+        assert!(traced.contains(&what(line)), "{line}\nis not in\n{trace}");
+    }
+}
+
+#[test]
+fn a_guest_does_not_wait_for_its_trace() {
+    if !kvm() {
+        return;
+    }
+    let mut command = run(&["--trace", "notifier=json"], &["torture", "1", "--ops", "3000"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (mut stdout, mut trace) = (BufReader::new(child.stdout.take().unwrap()), String::new());
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let _ = tell.send(stdout.read_line(&mut line).map(|_| line));
+    });
+    // Nobody reads the trace, and it is larger than a pipe, but the guest comes to its last line.
+    let Ok(line) = told.recv_timeout(LIMIT) else {
+        child.kill().unwrap();
+        panic!("the guest waits for its trace");
+    };
+    let line = line.unwrap();
+    assert!(line.starts_with("torture seed 1: 3000 ops"), "{line}");
+    child.stderr.take().unwrap().read_to_string(&mut trace).unwrap();
+    assert!(trace.len() > 1 << 16, "{} bytes: too few to fill a pipe", trace.len());
+    assert_eq!(objects(&trace).last().unwrap()["op"], "release");
+    assert_eq!(code(child.wait().unwrap()), 0);
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_told_and_the_status_is_the_guests() {
+    if !kvm() || !std::path::Path::new("/dev/full").exists() {
+        return;
+    }
+    let options = ["--trace", "notifier", "--trace-file", "/dev/full"];
+    let output = finish(&mut run(&options, &["hello"]), b"", LIMIT);
+    assert_eq!(code(output.status), 0);
+    assert!(stderr(&output).starts_with("umbra: the trace is not complete: "), "{}", stderr(&output));
+}
+
+#[test]
+fn bad_options_are_explained() {
+    for (options, words) in [
+        (&["--trace", "nonsense"][..], &["`nonsense`", "notifier", "notifier=json"][..]),
+        (&["--trace", "notifier,nonsense"], &["`nonsense`", "notifier=json"]),
+        (&["--trace", "notifier,notifier"], &["twice"]),
+        (&["--trace", "notifier=xml"], &["`notifier=xml`", "notifier=json"]),
+        (&["--trace-file", "trace"], &["--trace <LIST>"]),
+    ] {
+        let output = finish(&mut run(options, &["hello"]), b"", LIMIT);
+        assert_eq!(code(output.status), 2, "{options:?}");
+        for word in words {
+            assert!(stderr(&output).contains(word), "no `{word}` in: {}", stderr(&output));
+        }
+    }
+    let options = ["--trace", "notifier", "--trace-file", "/nonexistent/folder/trace"];
+    let output = finish(&mut run(&options, &["hello"]), b"", LIMIT);
+    assert_eq!(code(output.status), 125);
+    assert!(stderr(&output).contains("/nonexistent/folder/trace"), "{}", stderr(&output));
+}
+
+#[test]
+fn help_names_every_field_of_the_json() {
+    let output = umbra().args(["run", "--help"]).output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    for word in
+        ["time_ns", "tid", "op", "reason", "start", "end", "pages", "blockable", "duration_ns", "pte", "lost"]
+    {
+        assert!(help.contains(word), "no `{word}` in:\n{help}");
+    }
+}
