@@ -68,6 +68,12 @@ impl Iommu for MmIommu {
                 .mm
                 .fault(&FaultRequest::one_page(page, wanted))
                 .map_err(|error| fail(format!("{error} at {page}")))?;
+            if !pinned.pool().contains(pinned.required().pfn) {
+                // As `get_user_pages` refuses VM_PFNMAP: the page cannot be pinned, so no device may hold on to it.
+                return Err(fail(format!(
+                    "{page} is an adopted mapping of the host, which no device can reach"
+                )));
+            }
             let target = GuestAddress(pinned.required().pfn.offset());
             iotlb.set_mapping(GuestAddress(page.0), target, PAGE_SIZE as usize, access)?;
             pins.push(pinned);

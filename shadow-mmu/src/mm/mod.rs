@@ -11,6 +11,7 @@
 //! | `remap` | mremap |
 //! | `advise` | madvise, mincore, msync |
 //! | `fault` | demand faults, the zero page, copy-on-write; pinned pages |
+//! | [`watch`] | mappings of this very process, and what others do to them |
 //! | `zap` | taking ptes out of a range |
 //! | [`object`](Object) | page cache and shared memory |
 //!
@@ -32,6 +33,7 @@ mod object;
 mod pte;
 mod remap;
 pub mod vma;
+pub mod watch;
 mod zap;
 
 pub use advise::Advice;
@@ -45,7 +47,7 @@ pub use vma::{Backing, Vma, VmaFlags};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Fill, FramePool, OutOfFrames};
 use crate::notifier::{Misuse, MmuNotifier, Notifiers, Subscription};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 use crate::table::{Table, Tables, index};
 use vma::VmaSet;
@@ -150,6 +152,8 @@ pub struct Mm {
     page_table_locks: Box<[Mutex<()>]>,
     zero_frame: Pfn,
     stats: MmStats,
+    /// Whether a [`watch::Watch`] is over it.
+    watched: AtomicBool,
 }
 
 /// A leaf of the page table, locked.
@@ -182,6 +186,7 @@ impl Mm {
             page_table_locks: (0..PAGE_TABLE_LOCKS).map(|_| Mutex::new(())).collect(),
             zero_frame,
             stats: MmStats::default(),
+            watched: AtomicBool::new(false),
             pool,
         }))
     }
