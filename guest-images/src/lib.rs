@@ -12,6 +12,7 @@
 //! | `hello`, `hello-pie` | the first run: loading of both ELF types, stack, data, bss, heap and a mapping |
 //! | `touch` | faults in a chosen order, to measure what one costs |
 //! | `threads` | the race for a stale translation, or a freed frame that is still within reach |
+//! | `watcher` | mappings of umbra's own that are shown to a guest (`umbra run --adopt-demo`) |
 //! | `torture` | random memory system calls, each result and each byte read compared with a model |
 //!
 //! ```
@@ -78,7 +79,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 5] = [
+static IMAGES: [Image; 6] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -108,5 +109,11 @@ static IMAGES: [Image; 5] = [
         summary: "makes random memory system calls and compares all it sees with a model",
         usage: usage::TORTURE,
         elf: elf!("torture"),
+    },
+    Image {
+        name: "watcher",
+        summary: "reads memory that changes behind its back, and says what it sees",
+        usage: usage::WATCHER,
+        elf: elf!("watcher"),
     },
 ];

@@ -16,3 +16,6 @@ pub(crate) const THREADS: &str =
 
 /// `torture`.
 pub(crate) const TORTURE: &str = "torture SEED[..LAST] [--ops N] [--pages N] [--trace]";
+
+/// `watcher`.
+pub(crate) const WATCHER: &str = "watcher [--board HEX]";

@@ -110,6 +110,21 @@ fn torture_prints_what_the_seed_decides() {
     );
 }
 
+/// What the guest of `umbra run --adopt-demo` sees of umbra's mappings is what a program sees of its own.
+#[test]
+fn watcher_sees_each_change() {
+    prints(
+        "watcher",
+        "at first: ada0 ada1 ada2 ada3 ada4 ada5 ada6 ada7\n\
+         page 3 written: ada0 ada1 ada2 2e35 ada4 ada5 ada6 ada7\n\
+         pages 1 and 2 discarded: ada0 0 0 2e35 ada4 ada5 ada6 ada7\n\
+         all moved: ada0 0 0 2e35 ada4 ada5 ada6 ada7\n\
+         pages 4 and 5 unmapped: ada0 0 0 2e35 gone gone ada6 ada7\n\
+         pages 6 and 7 moved: ada0 0 0 2e35 gone gone ada6 ada7\n\
+         all unmapped: gone gone gone gone gone gone gone gone\n",
+    );
+}
+
 /// Linux must agree with the model, or the model is wrong.
 #[test]
 fn torture_finds_no_fault_in_linux() {
@@ -160,6 +175,8 @@ fn a_wrong_command_line_ends_with_status_2_and_one_line() {
         "torture --ops 5",
         "torture 1 --pages 63",
         "torture 1 --x",
+        "watcher --board",
+        "watcher x",
         "nonsense",
     ] {
         let run = guest(line);

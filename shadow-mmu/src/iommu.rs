@@ -196,20 +196,35 @@ impl DeviceIotlb {
         &self.cache.stats
     }
 
+    fn pin(&self, hva: Hva, access: Access) -> Result<Pinned<'_>, String> {
+        let pinned = self
+            .mm
+            .fault(&FaultRequest::one_page(hva, access))
+            .map_err(|error| format!("{error} at {hva}"))?;
+        if pinned.pool().contains(pinned.required().pfn) {
+            Ok(pinned)
+        } else {
+            // As get_user_pages refuses VM_PFNMAP: such a page is not the pool's, and cannot be reached through its file.
+            Err(format!("{hva} is an adopted mapping of the host, which no device can reach"))
+        }
+    }
+
     /// Fills in `pages`, unless an invalidation came between: then the caller looks again.
-    fn fill(&self, pages: Range<u64>, access: Permissions) -> Result<(), (Hva, crate::mm::FaultError)> {
+    ///
+    /// # Errors
+    /// Why a page cannot be reached.
+    fn fill(&self, pages: Range<u64>, access: Permissions) -> Result<(), String> {
         let begun = self.cache.seq.snapshot();
         let mut wanted = Access::READ;
         wanted.set(Access::WRITE, access.has_write());
         let pinned = pages
             .clone()
-            .map(|page| Hva(page << PAGE_SHIFT))
-            .map(|hva| self.mm.fault(&FaultRequest::one_page(hva, wanted)).map_err(|error| (hva, error)))
+            .map(|page| self.pin(Hva(page << PAGE_SHIFT), wanted))
             .collect::<Result<Vec<Pinned<'_>>, _>>()?;
         self.cache.stats.fills.fetch_add(pinned.len() as u64, Ordering::Relaxed);
         let mut translations = self.cache.translations.write();
         if translations.windows.is_released() {
-            return Err((Hva(pages.start << PAGE_SHIFT), crate::mm::FaultError::NoMapping));
+            return Err("the address space is gone".into());
         }
         if translations.windows.must_retry(begun, &self.cache.seq, &pages) {
             drop(translations);
@@ -271,7 +286,7 @@ impl Iommu for DeviceIotlb {
             for part in missing {
                 let end = part.base.0 + part.length as u64;
                 let pages = part.base.0 >> PAGE_SHIFT..end.div_ceil(PAGE_SIZE);
-                self.fill(pages, access).map_err(|(hva, error)| fail(format!("{error} at {hva}")))?;
+                self.fill(pages, access).map_err(fail)?;
             }
         }
     }

@@ -12,13 +12,14 @@
 use crate::engine::kvm::{Effort, KvmVm};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{
-    self, Arguments, Death, ExitStatus, Fault, FaultHandler, Files, Host, Process, Setup, Thread,
+    self, Arguments, Death, ExitStatus, Fault, FaultHandler, Files, Host, HostFault, Process, Setup, Thread,
 };
 use crate::recorder::Recorder;
 use crate::trace::{Observer, set_guest_thread};
 use anyhow::{Context, Result};
-use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
+use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, Pfn};
 use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::mm::watch::{Forks, Watch};
 use shadow_mmu::mm::{FaultError, Mm};
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{
@@ -81,6 +82,8 @@ pub struct Machine {
     threads: Mutex<Vec<JoinHandle<()>>>,
     death: Mutex<Option<Death>>,
     lost: Mutex<Option<EngineError>>,
+    /// Over mappings of this process that the guest sees, from the first on.
+    watch: Mutex<Option<Arc<Watch>>>,
     /// Keeps the window's handler while the machine runs.
     _handler: Option<crate::bench::WindowHandler>,
 }
@@ -156,6 +159,7 @@ impl Machine {
             threads: Mutex::default(),
             death: Mutex::default(),
             lost: Mutex::default(),
+            watch: Mutex::default(),
             _handler: handler,
         }))
     }
@@ -175,6 +179,19 @@ impl Machine {
     /// The engine.
     pub fn kvm(&self) -> &KvmVm {
         &self.kvm
+    }
+    /// The watch over what is adopted into the guest, for [`Mm::adopt`]; made when it is first asked for.
+    ///
+    /// # Errors
+    /// The host has no userfaultfd for us.
+    pub fn watch(&self) -> Result<Arc<Watch>> {
+        let mut watch = lock(&self.watch);
+        if let Some(watch) = &*watch {
+            return Ok(Arc::clone(watch));
+        }
+        let made = Arc::new(Watch::with_thread(&self.mm, self.kvm.host_slots(), Forks::Ignore)?);
+        *watch = Some(Arc::clone(&made));
+        Ok(made)
     }
     /// The last notifier events.
     pub fn recorder(&self) -> &Recorder {
@@ -198,10 +215,8 @@ impl Machine {
         let machine = Arc::clone(&self);
         let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
             set_guest_thread(thread.tid());
-            let mut faults = VcpuFaults {
-                shadow: Arc::clone(&machine.shadow),
-                around: FaultAround::new(machine.config.fault_around),
-            };
+            let around = FaultAround::new(machine.config.fault_around);
+            let mut faults = VcpuFaults { machine: Arc::clone(&machine), around, host_faults: 0 };
             if let Err(error) = thread.run(&mut vcpu, &mut faults) {
                 lock(&machine.lost).get_or_insert(error);
             }
@@ -223,19 +238,43 @@ fn max_threads(pool: &FramePool) -> usize {
 /// Resolves the page faults of one vCPU.
 #[derive(Debug)]
 struct VcpuFaults {
-    shadow: Arc<ShadowMmu>,
+    machine: Arc<Machine>,
     around: FaultAround,
+    /// Host faults since the last fault of another kind.
+    host_faults: u32,
 }
 
 impl FaultHandler for VcpuFaults {
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
-        match self.shadow.fault(&mut self.around, addr, access) {
+        self.host_faults = 0;
+        match self.machine.shadow.fault(&mut self.around, addr, access) {
             Ok(_) => Fault::Resolved,
             Err(FaultError::NoMapping) => Fault::NoMapping,
             Err(FaultError::NoAccess) => Fault::NoAccess,
             Err(FaultError::BusError) => Fault::BusError,
             Err(FaultError::OutOfMemory) => Fault::OutOfMemory,
         }
+    }
+
+    /// Most often a change of the mapping is under way, and settling it takes the leaf away: the access faults anew, and finds
+    /// the mapping at its new place or gone. What is there but cannot be reached is tried a few times, for the host may
+    /// be about to give it back.
+    fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault {
+        const TRIES: u32 = 64;
+        self.host_faults += 1;
+        log::debug!("the host has nothing at frame {pfn:x?}, {} in a row", self.host_faults);
+        let watch = lock(&self.machine.watch).clone();
+        if let Some(watch) = watch
+            && let Err(error) = watch.settle()
+        {
+            log::error!("changes of adopted memory cannot be settled: {error}");
+        }
+        if self.host_faults <= TRIES {
+            return HostFault::Retry;
+        }
+        self.host_faults = 0;
+        let at = pfn.and_then(|pfn| self.machine.mm.adopted_at(pfn));
+        HostFault::Unreachable(Gpa(at.unwrap_or_default().0))
     }
 }
 

@@ -177,6 +177,11 @@ impl FramePool {
         &self.file
     }
 
+    /// Whether `pfn` is a frame of this pool. Those beyond belong to [adopted mappings](crate::mm::watch).
+    pub fn contains(&self, pfn: Pfn) -> bool {
+        pfn.index() < self.frames.len()
+    }
+
     /// Metadata of `pfn`.
     ///
     /// # Panics

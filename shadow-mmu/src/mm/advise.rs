@@ -2,7 +2,7 @@
 //! madvise, mincore and msync.
 
 use super::map::{page_ceil, user_range};
-use super::{Map, Mm, MmError, Vma, VmaFlags};
+use super::{Backing, Map, Mm, MmError, Vma, VmaFlags};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::Event;
 use crate::sync::{Arc, Weak};
@@ -80,10 +80,14 @@ impl Mm {
         }
         match advice {
             Advice::NoEffect => self.whole(&self.map.read(), range),
-            Advice::Normal => self.change_flags(range, |flags| flags - VmaFlags::RANDOM),
-            Advice::Random => self.change_flags(range, |flags| flags | VmaFlags::RANDOM),
-            Advice::DontFork => self.change_flags(range, |flags| flags | VmaFlags::DONT_FORK),
-            Advice::DoFork => self.change_flags(range, |flags| flags - VmaFlags::DONT_FORK),
+            Advice::Normal => self.change_flags(range, |vma| Ok(vma.flags - VmaFlags::RANDOM)),
+            Advice::Random => self.change_flags(range, |vma| Ok(vma.flags | VmaFlags::RANDOM)),
+            Advice::DontFork => self.change_flags(range, |vma| Ok(vma.flags | VmaFlags::DONT_FORK)),
+            // Nobody would watch the mapping for the child (as Linux keeps VM_IO from children).
+            Advice::DoFork => self.change_flags(range, |vma| match vma.backing {
+                Backing::Adopted { .. } => Err(MmError::Invalid),
+                Backing::Anonymous | Backing::Object { .. } => Ok(vma.flags - VmaFlags::DONT_FORK),
+            }),
             Advice::DontNeed | Advice::Free => self.discard(range, advice),
             Advice::Remove => self.punch(range),
             Advice::PopulateRead | Advice::PopulateWrite => {
@@ -107,16 +111,21 @@ impl Mm {
         if map.vmas.covers(range) { Ok(()) } else { Err(MmError::NoMemory) }
     }
 
-    fn change_flags(&self, range: HvaRange, change: fn(VmaFlags) -> VmaFlags) -> Result<(), MmError> {
+    fn change_flags(
+        &self,
+        range: HvaRange,
+        change: fn(&Vma) -> Result<VmaFlags, MmError>,
+    ) -> Result<(), MmError> {
         let mut map = self.map.write();
-        let parts: Vec<HvaRange> =
-            map.vmas.overlapping(range).map(|vma| vma.range.intersect(range)).collect();
-        for part in parts {
+        let parts: Vec<_> =
+            map.vmas.overlapping(range).map(|vma| (vma.range.intersect(range), change(vma))).collect();
+        for (part, flags) in parts {
+            let flags = flags?;
             if map.vmas.count() + map.vmas.splits_at(part) > super::vma::MAX_MAP_COUNT {
                 return Err(MmError::NoMemory);
             }
             for mut piece in map.vmas.remove(part) {
-                piece.flags = change(piece.flags);
+                piece.flags = flags;
                 map.vmas.insert(piece);
             }
         }

@@ -112,8 +112,12 @@ impl<'a> Pinned<'a> {
     pub fn around(&self) -> &[PinnedPage] {
         &self.pages[1..]
     }
+    /// A page of an adopted mapping is no frame of the pool and cannot be pinned: it is the host's to take away, and whoever
+    /// got here by such a page learns it from sequence and retry alone.
     fn pin(&mut self, hva: Hva, pte: Pte, vma: &Vma) {
-        self.pool.get(pte.pfn());
+        if !pte.is_adopted() {
+            self.pool.get(pte.pfn());
+        }
         self.pages.push(PinnedPage { hva, pfn: pte.pfn(), rights: rights(vma, pte) });
     }
     /// The pool that the pages belong to.
@@ -124,7 +128,8 @@ impl<'a> Pinned<'a> {
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
-        let frames: Vec<Pfn> = self.pages.iter().map(|page| page.pfn).collect();
+        let pfns = self.pages.iter().map(|page| page.pfn);
+        let frames: Vec<Pfn> = pfns.filter(|&pfn| self.pool.contains(pfn)).collect();
         self.pool.put_all(&frames);
     }
 }
@@ -204,7 +209,10 @@ impl Mm {
                 }
                 pte
             };
-            if pte.is_zero() {
+            if let Some(pfn) = vma.adopted_pfn(hva) {
+                debug_assert!(!pte.is_present(), "{pte:?} at {hva} of adopted {pfn:?} is not good enough");
+                self.map_adopted_pages(vma, ahead)?;
+            } else if pte.is_zero() {
                 self.replace_zero_pages(hva, ahead)?;
             } else if pte.is_present() {
                 self.copy_on_write(hva, pte)?;
@@ -221,7 +229,7 @@ impl Mm {
     /// Whether a write may go to the frame of this write-protected pte as it is (`wp_can_reuse_anon_folio`): shared memory,
     /// or an anonymous page that nobody else has.
     fn reuse(&self, vma: &Vma, pte: Pte) -> bool {
-        if pte.is_object() {
+        if pte.is_object() || pte.is_adopted() {
             return vma.is_shared();
         }
         !pte.is_zero() && self.pool.frame(pte.pfn()).map_count() == 1
@@ -363,6 +371,21 @@ impl Mm {
         }
         self.pool.put_all(&unused);
         result
+    }
+
+    /// Maps every empty page of `ahead`, which lies in a VMA of an adopted mapping. The frames are there already, whatever the
+    /// host has at them; what it has not, KVM finds out when the guest gets there.
+    fn map_adopted_pages(&self, vma: &Vma, ahead: HvaRange) -> Result<(), FaultError> {
+        for page in ahead.page_numbers() {
+            let Some(pfn) = vma.adopted_pfn(Hva(page * PAGE_SIZE)) else { continue };
+            let leaf = self.lock_leaf_or_new(Hva(page * PAGE_SIZE))?;
+            if !leaf.get(index(page, 1)).is_present() {
+                let pte = Pte::adopted(pfn);
+                let writable = vma.allows(Access::WRITE);
+                leaf.set(index(page, 1), if writable { pte.writable() } else { pte });
+            }
+        }
+        Ok(())
     }
 
     /// Calls `visit` for each page of `range` without a pte.

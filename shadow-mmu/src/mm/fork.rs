@@ -35,6 +35,8 @@ type Leaf<'a> = (u64, &'a Table, Range<usize>);
 fn needs_copy(vma: &Vma) -> bool {
     match vma.backing {
         Backing::Anonymous | Backing::Object { .. } => !vma.is_shared(),
+        // Not inherited at all: `adopt` says so with `DONT_FORK`.
+        Backing::Adopted { .. } => false,
     }
 }
 

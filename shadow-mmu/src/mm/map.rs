@@ -50,6 +50,7 @@ pub(super) fn page_ceil(len: u64) -> Option<u64> {
 impl Mm {
     /// Maps `len` bytes of `backing` with rights `prot`, at `addr` if the flags say so, else near it, else anywhere.
     /// Returns where. Without [`MapFlags::SHARED`] writes are private.
+    /// What this process has mapped already is taken in by [`adopt`](Self::adopt) alone.
     ///
     /// # Errors
     /// As mmap(2): [`MmError`].
@@ -63,6 +64,10 @@ impl Mm {
     ) -> Result<Hva, MmError> {
         let both = MapFlags::SHARED | MapFlags::PRIVATE;
         if len == 0 || flags.contains(both) || flags.contains(MapFlags::SHARED | MapFlags::GROWSDOWN) {
+            return Err(MmError::Invalid);
+        }
+        if matches!(backing, Backing::Adopted { .. }) {
+            // Frame numbers of memory that only `adopt` may promise anything of.
             return Err(MmError::Invalid);
         }
         let len = page_ceil(len).ok_or(MmError::NoMemory)?;

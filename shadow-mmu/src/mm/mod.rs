@@ -12,6 +12,7 @@
 //! | `advise` | madvise, mincore, msync |
 //! | `fault` | demand faults, the zero page, copy-on-write; pinned pages |
 //! | `notify` | a pte changes its frame |
+//! | [`watch`] | mappings of this very process, and what others do to them |
 //! | `zap` | taking ptes out of a range |
 //! | `age` | whether a page was accessed |
 //! | `fork` | children |
@@ -42,6 +43,7 @@ mod pte;
 mod reap;
 mod remap;
 pub mod vma;
+pub mod watch;
 mod zap;
 
 pub use advise::Advice;
@@ -170,6 +172,8 @@ pub struct Mm {
     /// Its pages were taken away; see [`reap`](Self::reap).
     reaped: AtomicBool,
     stats: MmStats,
+    /// Whether a [`watch::Watch`] is over it.
+    watched: AtomicBool,
 }
 
 type Family = Mutex<Vec<Weak<Mm>>>;
@@ -214,6 +218,7 @@ impl Mm {
             family,
             reaped: AtomicBool::new(false),
             stats: MmStats::default(),
+            watched: AtomicBool::new(false),
             pool,
         }))
     }

@@ -9,7 +9,11 @@
 //! | 6 | dirty |
 //! | 9 | the shared zero frame; no reference is held for it |
 //! | 10 | the frame belongs to an [`Object`](super::Object) (page cache or shared memory) |
+//! | 11 | a page of an [adopted mapping](super::watch) of the host: no frame of the pool |
 //! | 12–51 | pfn |
+//!
+//! The pfn of an adopted page lies beyond the pool's frames: there is no reference to hold, no map count, nothing to copy or
+//! to pin, as for the ptes of Linux's `VM_PFNMAP` mappings.
 //!
 //! Execute is a right of the VMA, not of the pte. A page of a VMA without any right keeps its pte; the VMA refuses.
 
@@ -27,6 +31,7 @@ impl Pte {
     const DIRTY: u64 = 1 << 6;
     const ZERO: u64 = 1 << 9;
     const OBJECT: u64 = 1 << 10;
+    const ADOPTED: u64 = 1 << 11;
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
 
     /// No page.
@@ -43,6 +48,10 @@ impl Pte {
     /// The shared zero frame. Never writable.
     pub fn zero(pfn: Pfn) -> Self {
         Self(pfn.offset() | Self::PRESENT | Self::ZERO)
+    }
+    /// A page of an adopted mapping, read-only. See [`watch`](super::watch).
+    pub fn adopted(pfn: Pfn) -> Self {
+        Self(pfn.offset() | Self::PRESENT | Self::ADOPTED)
     }
     /// The same with the marks of an access that is about to happen: young, and dirty if it writes.
     pub fn touched(self, access: Access) -> Self {
@@ -81,21 +90,25 @@ impl Pte {
     pub fn is_zero(self) -> bool {
         self.0 & Self::ZERO != 0
     }
-    /// Whether this maps a private page: a frame that is neither an object's nor the zero frame.
+    /// Whether this maps a private page: a frame of the pool that is neither an object's nor the zero frame.
     pub fn is_anonymous(self) -> bool {
-        self.is_present() && !self.is_zero() && !self.is_object()
+        self.is_present() && !self.is_zero() && !self.is_object() && !self.is_adopted()
     }
     /// Whether the frame belongs to an object.
     pub fn is_object(self) -> bool {
         self.0 & Self::OBJECT != 0
     }
+    /// Whether this maps a page of an adopted mapping.
+    pub fn is_adopted(self) -> bool {
+        self.0 & Self::ADOPTED != 0
+    }
     /// The frame.
     pub fn pfn(self) -> Pfn {
         Pfn(((self.0 & Self::PFN_MASK) >> PAGE_SHIFT) as u32)
     }
-    /// The frame, if this pte holds a reference to it.
+    /// The frame of the pool, if this pte holds a reference to it.
     pub fn counted_frame(self) -> Option<Pfn> {
-        (self.is_present() && !self.is_zero()).then(|| self.pfn())
+        (self.is_present() && !self.is_zero() && !self.is_adopted()).then(|| self.pfn())
     }
 }
 
@@ -104,10 +117,11 @@ impl fmt::Debug for Pte {
         if !self.is_present() {
             return write!(f, "none");
         }
-        let kind = match (self.is_zero(), self.is_object()) {
-            (true, _) => "zero",
-            (_, true) => "object",
-            _ => "anonymous",
+        let kind = match () {
+            () if self.is_zero() => "zero",
+            () if self.is_object() => "object",
+            () if self.is_adopted() => "adopted",
+            () => "anonymous",
         };
         let flag = |set, letter| if set { letter } else { '-' };
         write!(

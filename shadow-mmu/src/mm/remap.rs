@@ -89,12 +89,7 @@ impl Mm {
             let added =
                 HvaRange { start: source.end, end: old.checked_add(new_len).ok_or(MmError::NoMemory)? };
             if added.end.0 <= TASK_SIZE && map.vmas.is_free(added) {
-                let backing = match &vma.backing {
-                    Backing::Anonymous => Backing::Anonymous,
-                    Backing::Object { object, offset } => {
-                        Backing::Object { object: object.clone(), offset: offset + vma.range.len() }
-                    }
-                };
+                let backing = vma.backing.advanced(vma.range.len());
                 map.vmas.insert(Vma { range: added, backing, ..vma });
                 return Ok(old);
             }
@@ -139,6 +134,10 @@ impl Mm {
         if old_len > vma.range.end.0 - old.0 {
             return Err(MmError::Fault);
         }
+        if new_len > old_len && matches!(vma.backing, Backing::Adopted { .. }) {
+            // As VM_DONTEXPAND and VM_PFNMAP: behind an adopted mapping there is nothing to grow into.
+            return Err(MmError::Fault);
+        }
         if vma.is_accounted() && new_len > old_len {
             self.check_overcommit((new_len - old_len) / PAGE_SIZE)?;
         }
@@ -158,13 +157,7 @@ impl Mm {
         if map.vmas.count() + 3 > MAX_MAP_COUNT {
             return Err(MmError::NoMemory);
         }
-        let backing = match &vma.backing {
-            Backing::Anonymous => Backing::Anonymous,
-            Backing::Object { object, offset } => Backing::Object {
-                object: object.clone(),
-                offset: offset + (source.start.0 - vma.range.start.0),
-            },
-        };
+        let backing = vma.backing.advanced(source.start.0 - vma.range.start.0);
         if !source.is_empty() {
             if let Err(OutOfFrames) = self.move_ptes(source, target.start) {
                 // What was moved goes back; the tables it goes back to are still there.

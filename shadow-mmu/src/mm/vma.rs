@@ -2,7 +2,7 @@
 //! Virtual memory areas: which addresses are mapped, to what, with which rights. Everything here is under the mmap lock.
 
 use super::object::Object;
-use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE, TASK_SIZE};
+use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::sync::Arc;
 use std::collections::BTreeMap;
 
@@ -44,15 +44,23 @@ pub enum Backing {
         /// Where in it the VMA starts.
         offset: u64,
     },
+    /// An adopted mapping of the host (see [`watch`](super::watch)).
+    Adopted {
+        /// The frame number, beyond the pool's, of the VMA's first page.
+        first: Pfn,
+    },
 }
 
 impl Backing {
     /// The backing of an address `bytes` further on.
-    fn advanced(&self, bytes: u64) -> Self {
+    pub(super) fn advanced(&self, bytes: u64) -> Self {
         match self {
             Self::Anonymous => Self::Anonymous,
             Self::Object { object, offset } => {
                 Self::Object { object: Arc::clone(object), offset: offset.wrapping_add(bytes) }
+            }
+            Self::Adopted { first } => {
+                Self::Adopted { first: Pfn(first.0.wrapping_add((bytes / PAGE_SIZE) as u32)) }
             }
         }
     }
@@ -62,6 +70,10 @@ impl Backing {
             (Self::Anonymous, Self::Anonymous) => true,
             (Self::Object { object: a, offset: at }, Self::Object { object: b, offset: then }) => {
                 Arc::ptr_eq(a, b) && at.wrapping_add(len) == *then
+            }
+            // Two mappings may be neighbours by number and by address. One VMA that shows both is as good as two.
+            (Self::Adopted { first }, Self::Adopted { first: then }) => {
+                u64::from(first.0) + len / PAGE_SIZE == u64::from(then.0)
             }
             _ => false,
         }
@@ -87,13 +99,23 @@ impl Vma {
         Self { range, backing: self.backing.advanced(range.start.0 - self.range.start.0), ..self.clone() }
     }
 
-    /// Which page of its object is at `hva`; `None` for anonymous memory.
+    /// Which page of its object is at `hva`; `None` for anonymous and for adopted memory.
     pub fn object_page(&self, hva: Hva) -> Option<(&Arc<Object>, u64)> {
         match &self.backing {
-            Backing::Anonymous => None,
+            Backing::Anonymous | Backing::Adopted { .. } => None,
             Backing::Object { object, offset } => {
                 Some((object, (offset + (hva.page_floor().0 - self.range.start.0)) / PAGE_SIZE))
             }
+        }
+    }
+
+    /// The frame number of the page at `hva`, if the VMA shows an adopted mapping.
+    pub fn adopted_pfn(&self, hva: Hva) -> Option<Pfn> {
+        match self.backing {
+            Backing::Adopted { first } => {
+                Some(Pfn(first.0 + ((hva.0 - self.range.start.0) / PAGE_SIZE) as u32))
+            }
+            _ => None,
         }
     }
 
@@ -129,6 +151,7 @@ impl Vma {
             (_, flags) if flags.contains(VmaFlags::STACK) => "[stack]",
             (_, flags) if flags.contains(VmaFlags::HEAP) => "[heap]",
             (Backing::Object { object, .. }, _) => object.name(),
+            (Backing::Adopted { .. }, _) => "[adopted]",
             _ => "",
         }
     }

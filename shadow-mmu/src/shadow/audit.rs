@@ -72,7 +72,7 @@ impl ShadowMmu {
                 if !spte.is_leaf() || !spte.is_legal() {
                     breaks(16, "not a legal state of a leaf".into());
                 }
-                if core.pool.frame(spte.pfn()).ref_count() == 0 {
+                if core.pool.contains(spte.pfn()) && core.pool.frame(spte.pfn()).ref_count() == 0 {
                     breaks(21, "the frame is free".into());
                 }
                 if windows.contains(&(gfn.0..gfn.0 + 1)) {
@@ -124,5 +124,5 @@ impl ShadowMmu {
 
 /// Whether writing to the frame of `pte` would be seen by somebody who does not share memory on purpose.
 fn is_shared_frame(mm: &Mm, pte: Pte) -> bool {
-    pte.is_zero() || !pte.is_object() && mm.pool().frame(pte.pfn()).map_count() > 1
+    pte.is_zero() || !pte.is_object() && !pte.is_adopted() && mm.pool().frame(pte.pfn()).map_count() > 1
 }

@@ -129,6 +129,8 @@ impl ShadowMmu {
                     core.stats.pf_fixed.fetch_add(1, Ordering::Relaxed);
                     if fresh.len() > 1 {
                         core.stats.around_installed.fetch_add(fresh.len() as u64 - 1, Ordering::Relaxed);
+                        // Pages of adopted mappings are not in the engine's window.
+                        fresh.retain(|&pfn| core.pool.contains(pfn));
                         core.tlb.prefault(&fresh);
                     }
                     return Ok(FaultOutcome::Fixed);

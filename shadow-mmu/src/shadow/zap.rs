@@ -40,6 +40,10 @@ impl Core {
 
     /// Tells the frame what the CPU noted in a leaf that is lost.
     fn hand_over_marks(&self, old: Spte) {
+        if !self.pool.contains(old.pfn()) {
+            // Of an adopted mapping: the host's kernel keeps marks of its own for it.
+            return;
+        }
         let mut flags = FrameFlags::empty();
         flags.set(FrameFlags::ACCESSED, old.is_accessed());
         flags.set(FrameFlags::DIRTY, old.is_dirty());

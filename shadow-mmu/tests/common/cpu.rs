@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A CPU in software that walks the sptes, and the TLBs that a flush empties.
 
-use super::Gate;
+use super::{Gate, SoftHost};
 use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::FramePool;
 use shadow_mmu::mm::FaultError;
@@ -38,6 +38,8 @@ pub(crate) struct SoftTlb {
     pub(crate) flushed: AtomicU64,
     /// Accesses and walks that reached a frame which was free (I21, I22, I31).
     pub(crate) freed_accesses: AtomicU64,
+    /// What is behind frame numbers beyond the pool's.
+    pub(crate) host: Arc<SoftHost>,
 }
 
 impl SoftTlb {
@@ -49,6 +51,7 @@ impl SoftTlb {
             flush: Gate::default(),
             flushed: AtomicU64::new(0),
             freed_accesses: AtomicU64::new(0),
+            host: Arc::default(),
         }
     }
     /// Every CPU forgets everything, as a context switch may make it.
@@ -79,8 +82,13 @@ impl Tlb for SoftTlb {
 
 const NO_EXEC: u64 = 1 << 63;
 
-/// The CPU cannot go on: a page fault.
-struct PageFault;
+/// The CPU cannot go on.
+enum Stopped {
+    PageFault,
+    /// The host has nothing at the address that a slot points at: KVM_RUN fails with EFAULT.
+    HostFault,
+}
+use Stopped::PageFault;
 
 /// A CPU that walks the shadow map.
 #[derive(Debug)]
@@ -128,11 +136,20 @@ impl Vcpu {
         access: Access,
         operation: impl Fn(&AtomicU64) -> u64,
     ) -> Result<u64, FaultError> {
+        let mut host_faults = 0;
         for _ in 0..100_000 {
-            if let Ok(value) = self.try_access(at, access, &operation) {
-                return Ok(value);
+            match self.try_access(at, access, &operation) {
+                Ok(value) => return Ok(value),
+                Err(PageFault) => {
+                    host_faults = 0;
+                    self.fault(at, access)?;
+                }
+                Err(Stopped::HostFault) if host_faults < 8 => {
+                    host_faults += 1;
+                    self.tlb.host.settle();
+                }
+                Err(Stopped::HostFault) => return Err(FaultError::BusError),
             }
-            self.fault(at, access)?;
         }
         panic!("vCPU {} faults at {at} for {access} forever", self.id);
     }
@@ -147,7 +164,7 @@ impl Vcpu {
         at: Hva,
         access: Access,
         operation: impl Fn(&AtomicU64) -> u64,
-    ) -> Result<u64, PageFault> {
+    ) -> Result<u64, Stopped> {
         let gfn = at.page();
         // Held to the end: the CPU is in the guest.
         let mut caches = self.tlb.cpus[self.id].lock();
@@ -162,6 +179,10 @@ impl Vcpu {
                 entry
             }
         };
+        if !self.tlb.pool.contains(entry.pfn) {
+            let value = self.tlb.host.access(entry.pfn, at.0 % PAGE_SIZE, access, operation);
+            return value.ok_or(Stopped::HostFault);
+        }
         let word = &self.tlb.pool.words(entry.pfn)[(at.0 % PAGE_SIZE / 8) as usize];
         self.check_held(entry.pfn);
         let value = operation(word);
@@ -176,7 +197,7 @@ impl Vcpu {
 
     /// The page walk of the Intel manual, volume 3, 4.5, for an access at CPL 3 with CR0.WP and EFER.NXE set. It begins at
     /// the leaf table if the CPU remembers where that is (4.10.3); a fault makes it forget (4.10.4.1).
-    fn walk(&self, tables: &mut HashMap<u64, Pfn>, gfn: u64, access: Access) -> Result<Cached, PageFault> {
+    fn walk(&self, tables: &mut HashMap<u64, Pfn>, gfn: u64, access: Access) -> Result<Cached, Stopped> {
         if let Some(&table) = tables.get(&(gfn >> 9)) {
             if let Ok(cached) = self.leaf(table, gfn, access) {
                 return Ok(cached);
@@ -198,7 +219,7 @@ impl Vcpu {
         Ok(cached)
     }
 
-    fn leaf(&self, table: Pfn, gfn: u64, access: Access) -> Result<Cached, PageFault> {
+    fn leaf(&self, table: Pfn, gfn: u64, access: Access) -> Result<Cached, Stopped> {
         const PRESENT_USER: u64 = 0b101;
         const WRITE: u64 = 1 << 1;
         const ACCESSED: u64 = 1 << 5;

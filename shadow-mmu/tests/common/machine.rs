@@ -108,6 +108,7 @@ impl Machine {
             "a vCPU reached a free frame (I21, I22)"
         );
         assert_eq!(self.pool.check_poison(), 0, "a frame was written after it was freed (I22)");
+        assert_eq!(self.tlb.host.lost_accesses(), 0, "a vCPU reached an adopted frame without a slot");
     }
 
     /// I28, where nothing runs: each cached translation is backed by a leaf with the same frame and at least its rights.

@@ -9,6 +9,7 @@
 //! * [`Gate`] stops whoever passes it while it is shut. Gates sit in [`Hook`] (before or after the shadow map's own
 //!   notifier ops), in [`TestFile`] (inside a fault) and in [`SoftTlb`] (inside a flush, with `mmu_lock` held): together
 //!   they force the interleavings of the contract's races without touching the code under test.
+//! * [`SoftHost`] stands for KVM's memslots of adopted memory.
 //!
 //! A gate gives up after [`PATIENCE`], and [`limit_run_time`] after all patience: a broken protocol makes a test fail, not
 //! hang.
@@ -17,10 +18,12 @@
 
 mod cpu;
 mod gate;
+mod host;
 mod machine;
 
 pub(crate) use cpu::{Cached, SoftTlb, Vcpu};
 pub(crate) use gate::{Gate, Hook, TestFile};
+pub(crate) use host::{SlotCall, SoftHost};
 pub(crate) use machine::Machine;
 
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};

@@ -4,6 +4,7 @@
 //! Exit status: the guest's own for `run` (128 + signal when one ended it); 2 for a command line that makes no sense; 125 when
 //! umbra itself could not do what it was asked, as `env(1)` and container tools have it.
 
+mod adopt_demo;
 mod bench;
 mod doctor;
 mod images;
@@ -32,6 +33,7 @@ const EXAMPLES: &str = "\
 Examples:
   umbra run hello                         a bundled guest; `umbra images` lists them
   umbra run --stats ./my-static-program   any static x86-64 ELF, with numbers at the end
+  umbra run --adopt-demo                  what a guest sees of memory that umbra takes away
   umbra doctor                            what this host offers, and what to do about the rest
   umbra bench fault --json                what a page fault costs here
 

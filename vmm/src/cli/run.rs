@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra run`.
 
-use super::{Format, kvm_device, parse, trace};
+use super::{Format, adopt_demo, kvm_device, parse, trace};
 use crate::guest::{Arguments, ExitStatus};
 use crate::reactor::{Event, Reactor, block_signals};
 use crate::report::{Stats, death_report, exit_code, signal_name};
@@ -46,12 +46,16 @@ pub(super) struct RunArgs {
     /// address space ten times a second and at the end. Exits with 125 if anything is wrong.
     #[arg(long)]
     check: bool,
+    /// Instead of a program, show a guest memory of umbra's own, and unmap, move and discard it behind the guest's back;
+    /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must.
+    #[arg(long, conflicts_with_all = ["program", "stats", "env"])]
+    adopt_demo: bool,
     /// How KVM's view of the frames is filled; for benchmarks.
     #[arg(long, value_name = "HOW", default_value = "ahead", hide = true)]
     window: WindowArg,
     /// The program, and what it is to be given.
     #[arg(
-        required = true,
+        required_unless_present = "adopt_demo",
         trailing_var_arg = true,
         allow_hyphen_values = true,
         value_name = "PROGRAM|IMAGE> [ARGS]..."
@@ -89,6 +93,9 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
         },
         listeners: tracer.iter().map(Tracer::listener).collect(),
     };
+    if args.adopt_demo {
+        return adopt_demo::run(config, args.timeout);
+    }
     let (vm, entry) = Vm::new(config, program(args.program, args.env)?)?;
     let mut reactor = Reactor::new(vm.exited()?, args.timeout)?;
     let checker = args.check.then(|| Checker::new(vm.machine()));

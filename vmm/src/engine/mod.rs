@@ -4,7 +4,7 @@
 //! An engine is small on purpose. It does not know what a system call means or why a page is missing; it says *that* one
 //! was made and *which* access failed, and goes on when told.
 
-use shadow_mmu::addr::{Access, Gpa};
+use shadow_mmu::addr::{Access, Gpa, Pfn};
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -48,6 +48,12 @@ pub enum Exit {
         addr: Gpa,
         /// What the instruction wanted of it.
         access: Access,
+    },
+    /// The host has nothing to show for a frame of an adopted mapping, at least not now
+    /// (see [`watch`](shadow_mmu::mm::watch)). rip is at the instruction, which runs again on the next entry.
+    HostFault {
+        /// The frame, where the host says which.
+        pfn: Option<Pfn>,
     },
     /// Any other exception. rip is where the CPU says it is for that vector.
     Exception {

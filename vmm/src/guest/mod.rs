@@ -49,7 +49,7 @@ pub use process::{Death, Host, Process, Setup};
 pub use stack::{Arguments, ArgumentsError};
 pub use thread::Thread;
 
-use shadow_mmu::addr::{Access, Gpa};
+use shadow_mmu::addr::{Access, Gpa, Pfn};
 use std::fmt::Debug;
 
 /// What came of a page fault.
@@ -67,8 +67,20 @@ pub enum Fault {
     OutOfMemory,
 }
 
+/// What is to be done where the host has nothing to show for an adopted mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostFault {
+    /// Look again: the mapping has changed, or was just changing.
+    Retry,
+    /// The page at this address (0 where the host does not say) cannot be had: SIGBUS, `BUS_ADRERR`.
+    Unreachable(Gpa),
+}
+
 /// Resolves page faults of one vCPU; the VM's part.
 pub trait FaultHandler: Debug + Send {
     /// Makes `addr` reachable for `access`, or says why it is not.
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault;
+
+    /// The host could not reach frame `pfn` of an adopted mapping for the guest.
+    fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault;
 }

@@ -190,6 +190,9 @@ impl FaultHandler for FakeFaults {
             Some(_) => Fault::Resolved,
         }
     }
+    fn host_fault(&mut self, _: Option<Pfn>) -> HostFault {
+        HostFault::Unreachable(Gpa(0))
+    }
 }
 
 /// A pipe: (read end, write end).

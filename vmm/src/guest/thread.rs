@@ -13,11 +13,17 @@ use super::signal::deliver::{Cause, Flow, Forced, Interrupted};
 use super::signal::{AltStack, SigInfo, SigSet, Signal, Trap};
 use super::syscall;
 use super::waker::{Parked, Waker};
-use super::{Fault, FaultHandler};
+use super::{Fault, FaultHandler, HostFault};
 use crate::engine::{EngineError, Exit, Vcpu};
-use shadow_mmu::addr::{Access, Gpa};
+use shadow_mmu::addr::{Access, Gpa, Pfn};
 use std::sync::Arc;
 use std::time::Instant;
+
+const SEGV_MAPERR: i32 = 1;
+const SEGV_ACCERR: i32 = 2;
+const BUS_ADRERR: i32 = 2;
+/// The vector of a page fault.
+const PAGE_FAULT: u8 = 14;
 
 /// A thread of the guest, before and while it runs. Dropping it takes it out of its process.
 #[derive(Debug)]
@@ -94,6 +100,7 @@ impl Thread {
                     Exit::Kicked => Flow::Enter,
                     Exit::Syscall => syscall::handle(self, vcpu)?,
                     Exit::PageFault { addr, access } => self.page_fault(vcpu, faults, addr, access)?,
+                    Exit::HostFault { pfn } => self.host_fault(vcpu, faults, pfn)?,
                     Exit::Exception { vector, error_code } => self.exception(vcpu, vector, error_code)?,
                 };
             }
@@ -110,20 +117,26 @@ impl Thread {
         addr: Gpa,
         access: Access,
     ) -> Result<Flow, EngineError> {
-        const SEGV_MAPERR: i32 = 1;
-        const SEGV_ACCERR: i32 = 2;
-        const BUS_ADRERR: i32 = 2;
-        const PAGE_FAULT: u8 = 14;
-        let (signal, code) = match faults.fault(addr, access) {
-            Fault::Resolved => return Ok(Flow::Enter),
-            Fault::NoMapping => (Signal::SEGV, SEGV_MAPERR),
-            Fault::NoAccess => (Signal::SEGV, SEGV_ACCERR),
-            Fault::BusError => (Signal::BUS, BUS_ADRERR),
+        match faults.fault(addr, access) {
+            Fault::Resolved => Ok(Flow::Enter),
+            Fault::NoMapping => self.refuse(vcpu, addr, access, (Signal::SEGV, SEGV_MAPERR)),
+            Fault::NoAccess => self.refuse(vcpu, addr, access, (Signal::SEGV, SEGV_ACCERR)),
+            Fault::BusError => self.refuse(vcpu, addr, access, (Signal::BUS, BUS_ADRERR)),
             Fault::OutOfMemory => {
                 let cause = Cause { vector: PAGE_FAULT, access: Some((addr, access)) };
-                return self.out_of_memory(vcpu, Some(cause));
+                self.out_of_memory(vcpu, Some(cause))
             }
-        };
+        }
+    }
+
+    /// The signal for an access that cannot be made possible.
+    fn refuse(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        addr: Gpa,
+        access: Access,
+        (signal, code): (Signal, i32),
+    ) -> Result<Flow, EngineError> {
         // The error code as the CPU gives it: present, write, user, instruction fetch.
         let error_code = u64::from(signal == Signal::SEGV && code == SEGV_ACCERR)
             | u64::from(access.contains(Access::WRITE)) << 1
@@ -133,6 +146,19 @@ impl Thread {
         let info = SigInfo::fault(signal, code, addr.0);
         let cause = Cause { vector: PAGE_FAULT, access: Some((addr, access)) };
         self.fault(vcpu, Forced { signal, info, trap, cause: Some(cause) })
+    }
+
+    fn host_fault(
+        &mut self,
+        vcpu: &mut dyn Vcpu,
+        faults: &mut dyn FaultHandler,
+        pfn: Option<Pfn>,
+    ) -> Result<Flow, EngineError> {
+        match faults.host_fault(pfn) {
+            HostFault::Retry => Ok(Flow::Enter),
+            // Whether it was a load or a store the host does not say.
+            HostFault::Unreachable(addr) => self.refuse(vcpu, addr, Access::READ, (Signal::BUS, BUS_ADRERR)),
+        }
     }
 
     /// `arch/x86/kernel/traps.c`, as far as ring 3 can cause it.

@@ -19,6 +19,8 @@ pub(super) enum Outcome {
     Interrupted,
     /// The instruction at rip is one that KVM has to emulate and cannot.
     NotEmulated,
+    /// KVM could not reach the memory behind this guest physical address (where it says which), or not for this access.
+    Unreachable(Option<u64>, EngineError),
     /// Anything else.
     Failed(EngineError),
 }
@@ -53,8 +55,10 @@ pub(super) fn enter(raw: &mut RawVcpu) -> Outcome {
         Ok(VcpuExit::IoOut(port, _)) => return Outcome::Port(port),
         Ok(VcpuExit::Intr) => return Outcome::Interrupted,
         Ok(VcpuExit::InternalError) => return internal_error(raw),
+        Ok(VcpuExit::MemoryFault { gpa, .. }) => return unreachable(raw, Some(gpa)),
         Ok(exit) => format!("{exit:?}"),
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Outcome::Interrupted,
+        Err(error) if error.errno() == libc::EFAULT => return unreachable(raw, None),
         Err(error) => {
             let facts = facts(raw);
             return Outcome::Failed(lost(format!("KVM_RUN {facts}"), error.into()));
@@ -65,6 +69,12 @@ pub(super) fn enter(raw: &mut RawVcpu) -> Outcome {
         format!("the vCPU stopped for no reason of the guest's {facts}"),
         io::Error::other(what),
     ))
+}
+
+fn unreachable(raw: &mut RawVcpu, gpa: Option<u64>) -> Outcome {
+    let facts = facts(raw);
+    let source = io::Error::from_raw_os_error(libc::EFAULT);
+    Outcome::Unreachable(gpa, lost(format!("KVM_RUN at guest physical address {gpa:x?} {facts}"), source))
 }
 
 fn internal_error(raw: &mut RawVcpu) -> Outcome {

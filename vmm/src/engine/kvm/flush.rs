@@ -309,6 +309,11 @@ pub(super) struct KvmTlb {
 impl Tlb for KvmTlb {
     fn flush(&self, zapped: &[Zapped]) {
         use FlushMethod::{AlternateRoot, DummySlot, ProcessMadvise, WindowMadvise};
+        if zapped.iter().any(|zap| zap.old.pfn().offset() >= self.vm.flusher.window.bytes()) {
+            // A page of an adopted mapping. Discarding it where KVM looks at it would be a flush, too, but it would be the
+            // end of private memory. What drops everything drops that.
+            return self.flush_all();
+        }
         let frames =
             |zap: &Zapped| Run::new(zap.old.pfn(), 1 << (9 * u32::from(zap.level.saturating_sub(1))));
         let runs = Run::coalesce(zapped.iter().map(frames).collect());

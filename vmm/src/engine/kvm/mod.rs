@@ -5,11 +5,12 @@
 //! KvmVm ─┬─ VM fd, one memslot: the frame pool's file through the window      window.rs
 //!        ├─ the monitor: stubs, IDT, GDT, a TSS and a stack page a vCPU       monitor.rs
 //!        ├─ flush methods, and which of them work here                        flush.rs, probe.rs
+//!        ├─ memslots of adopted mappings                                      host_slots.rs
 //!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
 //! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, kick.rs
 //! ```
 //!
-//! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the monitor's list of
+//! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the monitor's list of
 //! frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
 
 mod error;
@@ -17,6 +18,7 @@ mod exit;
 mod flush;
 mod fpu;
 mod host;
+mod host_slots;
 mod kick;
 mod monitor;
 mod opcode;
@@ -45,12 +47,14 @@ pub use vcpu::KvmVcpu;
 
 use flush::{Flusher, KvmTlb};
 use fpu::FpuLayout;
+use host_slots::{AdoptedSlots, KvmHostSlots};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use monitor::Monitor;
 use raw_vcpu::{CpuModel, RawVcpu};
 use shadow_mmu::addr::Pfn;
 use shadow_mmu::frame::FramePool;
+use shadow_mmu::mm::watch::HostSlots;
 use shadow_mmu::shadow::Tlb;
 use shadow_mmu::sync::{Arc, Mutex};
 use std::path::Path;
@@ -77,6 +81,7 @@ pub struct KvmVm {
     fpu: OnceLock<FpuLayout>,
     vm: VmFd,
     flusher: Flusher,
+    adopted: AdoptedSlots,
     monitor: Monitor,
     facts: HostFacts,
 }
@@ -125,6 +130,7 @@ impl KvmVm {
             fpu: OnceLock::new(),
             vm,
             flusher,
+            adopted: AdoptedSlots::default(),
             monitor,
             facts,
         }))
@@ -178,6 +184,11 @@ impl KvmVm {
     /// The VM's flush strategy, for its shadow map.
     pub fn tlb(self: &Arc<Self>) -> Arc<dyn Tlb> {
         Arc::new(KvmTlb { vm: Arc::clone(self) })
+    }
+
+    /// The VM's memslots for adopted mappings, for the watch over its address space.
+    pub fn host_slots(self: &Arc<Self>) -> Arc<dyn HostSlots> {
+        Arc::new(KvmHostSlots { vm: Arc::clone(self) })
     }
 
     /// The most vCPUs that can be in use at once.

@@ -20,6 +20,8 @@
 //!   (KVM holds an exception that it has not delivered yet; rip is LSTAR's), the vCPU runs on before the kick is
 //!   reported: the way leads straight to a stub, while registers changed under a pending exception (a signal frame)
 //!   would get it on top. Signals that nobody asked a kick with do not end `run`.
+//! * EFAULT: KVM finds nothing, or not the right to it, behind a frame of an adopted mapping. Registers are those before the
+//!   instruction.
 //!
 //! # Cost
 //!
@@ -36,7 +38,7 @@ use super::raw_vcpu::RawVcpu;
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::SyncReg;
-use shadow_mmu::addr::{Access, Gpa, Pfn};
+use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
 use std::io;
 use std::sync::Arc;
 
@@ -203,6 +205,15 @@ impl KvmVcpu {
                 Outcome::NotEmulated => {
                     store(&mut self.regs, raw);
                     return Ok(Exit::Exception { vector: INVALID_OPCODE, error_code: 0 });
+                }
+                Outcome::Unreachable(gpa, error) => {
+                    // Of the pool's memory all is always there; an adopted mapping is the host's to take away.
+                    let adopted = self.vm.may_be_adopted(gpa);
+                    if !adopted || !in_ring3(raw) {
+                        return Err(error);
+                    }
+                    store(&mut self.regs, raw);
+                    return Ok(Exit::HostFault { pfn: gpa.map(|gpa| Pfn((gpa / PAGE_SIZE) as u32)) });
                 }
                 Outcome::Failed(error) => return Err(error),
             };
