@@ -35,7 +35,7 @@ fn with_extensions(extensions: &[&str]) -> Vec<PathBuf> {
 #[test]
 fn every_source_file_names_its_licence() {
     let mut paths = with_extensions(&["rs", "toml", "md"]);
-    paths.extend([root().join(".ci/run"), root().join("scripts/npt")]);
+    paths.extend([root().join(".ci/run"), root().join("scripts/npt"), root().join("scripts/soak")]);
     for path in paths {
         // Tools read these two without a comment, and a README shows it.
         if ["rustfmt.toml", "clippy.toml", "README.md"].contains(&path.file_name().unwrap().to_str().unwrap())

@@ -218,21 +218,22 @@ impl Tables {
         unlinked
     }
 
-    /// Returns whether `table` is empty afterwards.
+    /// Returns whether `table` is empty afterwards. Only a CPU may walk the tree meanwhile, and that is flushed before the
+    /// tables are freed; so no order is needed.
     fn unlink_below(&self, table: Pfn, level: u8, base: u64, pages: &Range<u64>, out: &mut Vec<Pfn>) -> bool {
         let words = self.pool.words(table);
         if level > 1 {
             for at in entries_in(pages, base, level) {
-                let entry = Link(words[at].load(Ordering::Acquire));
+                let entry = Link(words[at].load(Ordering::Relaxed));
                 if entry.is_present()
                     && self.unlink_below(entry.pfn(), level - 1, base + at as u64 * span(level), pages, out)
                 {
-                    words[at].store(0, Ordering::Release);
+                    words[at].store(0, Ordering::Relaxed);
                     out.push(entry.pfn());
                 }
             }
         }
-        words.iter().all(|word| word.load(Ordering::Acquire) == 0)
+        words.iter().all(|word| word.load(Ordering::Relaxed) == 0)
     }
 
     /// Frees tables that [`unlink_empty`](Self::unlink_empty) took out.
@@ -246,7 +247,7 @@ impl Tables {
             // Of the root only the lower half is ours.
             let entries = if level == TOP { ENTRIES / 2 } else { ENTRIES } as usize;
             for word in &self.pool.words(table)[..entries] {
-                let entry = Link(word.load(Ordering::Acquire));
+                let entry = Link(word.load(Ordering::Relaxed));
                 if entry.is_present() {
                     self.collect_tables(entry.pfn(), level - 1, out);
                 }

@@ -3,9 +3,8 @@
 //! reading: nothing else of the entry can be lost (I48: lost W or D are never tolerated, a lost A is).
 
 use super::gather::Gather;
-use super::{Core, Spte};
+use super::{Core, entry};
 use crate::addr::{Gfn, Hva, HvaRange};
-use crate::sync::atomic::Ordering;
 
 /// What follows the clearing of A bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,13 +21,11 @@ impl Core {
         let slots = self.slots.read().clone();
         let _stable = self.windows.read();
         let mut gather = Gather::new(self.tlb.as_ref());
-        let accessed = Spte::NONE.touched(crate::addr::Access::READ).0;
         let mut young = false;
         for gfns in slots.gfns_of(range) {
             self.tables.for_each_leaf_table(gfns, |base, table, entries| {
                 for at in entries {
-                    if Spte(table[at].load(Ordering::Relaxed)).is_accessed() {
-                        let old = Spte(table[at].fetch_and(!accessed, Ordering::AcqRel));
+                    if let Some(old) = entry::clear_accessed(&table[at]) {
                         young = true;
                         if after == AfterClear::Flush {
                             gather.add(Gfn(base + at as u64), 1, old);

@@ -2,6 +2,7 @@
 //! The fault path: from "the CPU could not" to a leaf that it can use. The order of steps is at the top of the
 //! [module](super); here they are in code. After `kvm_tdp_page_fault` and `kvm_faultin_pfn`.
 
+use super::entry::{self, Installed};
 use super::gather::Gather;
 use super::{Core, FaultAround, ShadowMmu, SlotAccess, Spte};
 use crate::addr::{Access, Gfn, Gpa, HvaRange, Pfn};
@@ -18,16 +19,6 @@ pub enum FaultOutcome {
     Fixed,
     /// The leaf was good already: another vCPU was faster, or the CPU had cached what was true before.
     Spurious,
-}
-
-/// What became of one leaf.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Installed {
-    New,
-    Upgraded,
-    Already,
-    /// The leaf maps another frame than the primary does.
-    Stale,
 }
 
 impl ShadowMmu {
@@ -171,31 +162,11 @@ impl Core {
     /// Installs `new` for `gfn`, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for reading and has
     /// checked sequence and windows under it.
     fn install(&self, gfn: Gfn, new: Spte) -> Result<Installed, OutOfFrames> {
-        let entry = &self.tables.leaf_table_or_new(gfn.0)?[index(gfn.0, 1)];
-        let mut old = Spte(entry.load(Ordering::Acquire));
-        loop {
-            let (next, installed) = if !old.is_leaf() {
-                (new, Installed::New)
-            } else if old.pfn() != new.pfn() {
-                return Ok(Installed::Stale);
-            } else if old.rights().contains(new.rights()) {
-                return Ok(Installed::Already);
-            } else {
-                // More rights for the same frame, and never less: what the old leaf allows was allowed when it was made,
-                // and a right that is taken away takes the leaf with it.
-                (new.with_marks_of(old), Installed::Upgraded)
-            };
-            // Compare-exchange: the CPU may set A or D in the old leaf, another vCPU may install (R11).
-            match entry.compare_exchange(old.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => {
-                    if installed == Installed::New {
-                        self.stats.pages_4k.fetch_add(1, Ordering::Relaxed);
-                    }
-                    return Ok(installed);
-                }
-                Err(now) => old = Spte(now),
-            }
+        let installed = entry::install(&self.tables.leaf_table_or_new(gfn.0)?[index(gfn.0, 1)], new);
+        if installed == Installed::New {
+            self.stats.pages_4k.fetch_add(1, Ordering::Relaxed);
         }
+        Ok(installed)
     }
 
     /// A present leaf must never map another frame than the primary does (I17): somebody did not notify. Reported, and

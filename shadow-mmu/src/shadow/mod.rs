@@ -7,7 +7,8 @@
 //!
 //! | file | what | kernel |
 //! | --- | --- | --- |
-//! | [`spte`](Spte) | the entry | `arch/x86/kvm/mmu/spte.h` |
+//! | [`spte`](Spte) | the entry, by value | `arch/x86/kvm/mmu/spte.h` |
+//! | `entry` | the entry in its table, which the CPU changes too | `tdp_iter.h` |
 //! | [`slots`](Memslot) | gfn ↔ hva | `kvm_main.c` |
 //! | `invalidate` | sequence, windows, retry; the notifier ops | `kvm_main.c` |
 //! | `fault` | the fault path | `mmu.c`, `tdp_mmu.c` |
@@ -32,6 +33,7 @@
 mod age;
 mod around;
 mod audit;
+mod entry;
 mod fault;
 mod gather;
 mod invalidate;

@@ -7,7 +7,7 @@
 //! tables as were left the last time, and then one full flush pays for all of them.
 
 use super::gather::Gather;
-use super::{Core, Spte};
+use super::{Core, Spte, entry};
 use crate::addr::Gfn;
 use crate::frame::FrameFlags;
 use crate::sync::atomic::Ordering;
@@ -24,11 +24,10 @@ impl Core {
         let mut zapped = 0;
         self.tables.for_each_leaf_table(gfns, |base, table, entries| {
             for at in entries {
-                if table[at].load(Ordering::Relaxed) == 0 {
+                let old = entry::take(&table[at]);
+                if old == Spte::NONE {
                     continue;
                 }
-                // Exchange, not load and store: the CPU may set A or D at any moment until the flush (R11).
-                let old = Spte(table[at].swap(0, Ordering::AcqRel));
                 self.hand_over_marks(old);
                 gather.add(Gfn(base + at as u64), 1, old);
                 zapped += 1;

@@ -101,11 +101,10 @@ use super::{Backing, Mm};
 use crate::addr::PAGE_SIZE;
 use crate::notifier::Event;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, thread};
 use slots::{Anonymous, State};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::thread::JoinHandle;
 use uffd::{Features, Mode, Uffd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -157,7 +156,7 @@ pub enum WatchError {
 #[derive(Debug)]
 pub struct Watch {
     watcher: Arc<Watcher>,
-    thread: Option<(EventFd, JoinHandle<()>)>,
+    thread: Option<(EventFd, thread::JoinHandle<()>)>,
 }
 
 /// What the watch and its thread share.
@@ -224,7 +223,7 @@ impl Watch {
         let stop = EventFd::new(libc::EFD_CLOEXEC).map_err(host("make an eventfd"))?;
         let stopped = stop.try_clone().map_err(host("duplicate an eventfd"))?;
         let watcher = Arc::clone(&watch.watcher);
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("watch".into())
             .spawn(move || watcher.run(&stopped))
             .map_err(host("start a thread"))?;

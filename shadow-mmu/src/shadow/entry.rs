@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A leaf entry in its table. The CPU that walks the table changes it too: it sets A and D, in a leaf that is present, at any
+//! moment and without any lock, until a flush has taken the leaf from it.
+//!
+//! So none of these reads an entry and then stores to it (R11): each is one atomic operation, or a compare-exchange that is
+//! tried again. Which lock the caller holds is at each; the locks order us among ourselves, never us and the CPU.
+
+use super::Spte;
+use crate::addr::Access;
+use crate::sync::atomic::{AtomicU64, Ordering};
+
+/// What became of an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Installed {
+    /// There was no leaf, now there is.
+    New,
+    /// The leaf has more rights now.
+    Upgraded,
+    /// The leaf was good already.
+    Already,
+    /// The leaf maps another frame, and was left alone.
+    Stale,
+}
+
+/// Puts the leaf `new` where there is none, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for
+/// reading: others may install at the same time, nobody removes.
+pub(crate) fn install(entry: &AtomicU64, new: Spte) -> Installed {
+    let mut old = Spte(entry.load(Ordering::Acquire));
+    loop {
+        let (next, installed) = if !old.is_leaf() {
+            (new, Installed::New)
+        } else if old.pfn() != new.pfn() {
+            return Installed::Stale;
+        } else if old.rights().contains(new.rights()) {
+            return Installed::Already;
+        } else {
+            // More rights for the same frame, and never less: what the old leaf allows was allowed when it was made, and a
+            // right that is taken away takes the leaf with it.
+            (new.with_marks_of(old), Installed::Upgraded)
+        };
+        match entry.compare_exchange(old.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return installed,
+            Err(now) => old = Spte(now),
+        }
+    }
+}
+
+/// Removes the leaf and returns it, with the marks that the CPU had set by then; [`Spte::NONE`] where there was none. The
+/// caller holds `mmu_lock` for writing, and flushes before it lets go.
+pub(crate) fn take(entry: &AtomicU64) -> Spte {
+    // Most entries of a range are empty, and a look costs less than an exchange. Nobody installs meanwhile.
+    if entry.load(Ordering::Relaxed) == 0 {
+        return Spte::NONE;
+    }
+    Spte(entry.swap(0, Ordering::AcqRel))
+}
+
+/// Clears A, and returns the leaf as it was if A was set. Nothing else of it can be lost (I48: a lost W or D is never tolerated,
+/// a lost A is). The caller holds `mmu_lock` for reading.
+pub(crate) fn clear_accessed(entry: &AtomicU64) -> Option<Spte> {
+    let accessed = Spte::NONE.touched(Access::READ).0;
+    if !Spte(entry.load(Ordering::Relaxed)).is_accessed() {
+        return None;
+    }
+    Some(Spte(entry.fetch_and(!accessed, Ordering::AcqRel)))
+}

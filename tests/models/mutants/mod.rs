@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The mutants: changes that break one rule of the protocol each. A checker that does not find every one of them proves
+//! nothing about the code without them.
+//!
+//! | file | what is broken |
+//! | --- | --- |
+//! | `shadow` | the shadow map and the device IOTLB |
+//! | `notifier` | the notifier layer |
+//! | `mm` | the primary, in what it tells the layer |
+
+mod mm;
+mod notifier;
+mod shadow;
+
+/// One change to one file of shadow-mmu.
+pub(crate) struct Mutant {
+    /// Its name: a variant of `crate::mutant::M`.
+    pub(crate) name: &'static str,
+    /// The rule that it breaks, with its number in the contract.
+    pub(crate) breaks: &'static str,
+    /// Path below `shadow-mmu/src`.
+    pub(crate) file: &'static str,
+    /// A text that occurs once in the file; the original is the first behind it. Empty where the original occurs once.
+    pub(crate) behind: &'static str,
+    /// The text that is replaced: whole statements, or one expression.
+    pub(crate) original: &'static str,
+    /// What stands in its place when the mutant is chosen; of the same type, if it is an expression.
+    pub(crate) replacement: &'static str,
+}
+
+/// Changes that every copy has, so that a mutant can be written: file, text, what takes its place.
+pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[(
+    "shadow/invalidate.rs",
+    "fn change_pte(&self, hva: Hva, _: Pte)",
+    "fn change_pte(&self, hva: Hva, pte: Pte)",
+)];
+
+/// All of them. One that changes several places has an entry for each.
+pub(crate) fn all() -> impl Iterator<Item = &'static Mutant> {
+    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS].into_iter().flatten()
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! CPUs in software: they walk the sptes word by word, set A and D by compare-exchange, and go on using what they have cached
+//! until a flush takes it from them.
+//!
+//! An access happens with the CPU's lock held, and a flush takes that lock: as when KVM kicks a vCPU, a flush returns when no
+//! CPU is in the middle of an access. Every step of a walk and every access is a scheduling point.
+//!
+//! Each page is written with values that carry its page number ([`tagged`]). A CPU that reads another page's value, or reaches
+//! a frame that is free, notes it; the machine's check fails then.
+
+use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE, Pfn};
+use crate::frame::FramePool;
+use crate::machine::Machine;
+use crate::mm::FaultError;
+use crate::shadow::{FaultAround, FaultAroundPolicy, Spte, Tlb, Zapped};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::table::index;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// CPUs of a machine.
+pub(crate) const CPUS: usize = 3;
+/// Faults that one access may take. A CPU that needs more is in a livelock.
+const MOST_FAULTS: usize = 500;
+
+/// The `n`-th value for the page at `at`.
+pub(crate) fn tagged(at: Hva, n: u64) -> u64 {
+    at.page() << 16 | n
+}
+
+/// A translation as a CPU has cached it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cached {
+    pub(crate) pfn: Pfn,
+    pub(crate) rights: Access,
+    dirty: bool,
+}
+
+/// What one CPU has cached: pages, and where leaf tables are.
+#[derive(Debug, Default)]
+struct Caches {
+    pages: BTreeMap<u64, Cached>,
+    tables: BTreeMap<u64, Pfn>,
+}
+
+/// The TLBs of all CPUs.
+#[derive(Debug)]
+pub(crate) struct SoftTlb {
+    pool: Arc<FramePool>,
+    cpus: [Mutex<Caches>; CPUS],
+    /// The first thing that a CPU saw and should not have.
+    wrong: std::sync::Mutex<Option<String>>,
+}
+
+impl SoftTlb {
+    pub(crate) fn new(pool: &Arc<FramePool>) -> Self {
+        Self { pool: Arc::clone(pool), cpus: Default::default(), wrong: std::sync::Mutex::default() }
+    }
+
+    /// Notes that something went wrong.
+    pub(crate) fn note(&self, what: impl FnOnce() -> String) {
+        self.wrong.lock().unwrap().get_or_insert_with(what);
+    }
+
+    /// What was noted first.
+    pub(crate) fn wrong(&self) -> Option<String> {
+        self.wrong.lock().unwrap().clone()
+    }
+
+    /// What CPU `cpu` has cached.
+    pub(crate) fn cached(&self, cpu: usize) -> Vec<(Gfn, Cached)> {
+        self.cpus[cpu].lock().pages.iter().map(|(&gfn, &cached)| (Gfn(gfn), cached)).collect()
+    }
+
+    fn check_held(&self, pfn: Pfn, what: &str) {
+        if self.pool.frame(pfn).ref_count() == 0 {
+            self.note(|| format!("a CPU reached frame {:#x}, {what}, which is free (I21, I22)", pfn.0));
+        }
+    }
+}
+
+impl Tlb for SoftTlb {
+    fn flush(&self, zapped: &[Zapped]) {
+        for cpu in &self.cpus {
+            let mut caches = cpu.lock();
+            for one in zapped {
+                caches.pages.remove(&one.gfn.0);
+            }
+        }
+    }
+    fn flush_all(&self) {
+        self.cpus.iter().for_each(|cpu| *cpu.lock() = Caches::default());
+    }
+}
+
+/// The CPU cannot go on: a page fault.
+struct PageFault;
+
+/// A CPU, and the task that runs it.
+#[derive(Debug)]
+pub(crate) struct Vcpu<'a> {
+    id: usize,
+    machine: &'a Machine,
+    around: FaultAround,
+}
+
+impl<'a> Vcpu<'a> {
+    pub(crate) fn new(machine: &'a Machine, id: usize, policy: FaultAroundPolicy) -> Self {
+        Self { id, machine, around: FaultAround::new(policy) }
+    }
+
+    /// Loads the first word of the page at `at`. It must be zero or one of the page's values.
+    pub(crate) fn read(&mut self, at: Hva) -> Result<u64, FaultError> {
+        let value = self.access(at, Access::READ, |word| word.load(Ordering::SeqCst))?;
+        if value != 0 && value >> 16 != at.page() {
+            self.machine
+                .tlb
+                .note(|| format!("a CPU read {value:#x} at {at}, which is no value of that page (I24)"));
+        }
+        Ok(value)
+    }
+
+    /// Stores the `n`-th value of the page at `at` to its first word.
+    pub(crate) fn write(&mut self, at: Hva, n: u64) -> Result<(), FaultError> {
+        self.access(at, Access::WRITE, |word| {
+            word.store(tagged(at, n), Ordering::SeqCst);
+            0
+        })
+        .map(drop)
+    }
+
+    /// Does `access` at `at`, with as many faults as it takes.
+    pub(crate) fn access(
+        &mut self,
+        at: Hva,
+        access: Access,
+        operation: impl Fn(&AtomicU64) -> u64,
+    ) -> Result<u64, FaultError> {
+        for _ in 0..MOST_FAULTS {
+            if let Ok(value) = self.try_access(at, access, &operation) {
+                return Ok(value);
+            }
+            self.machine.shadow().fault(&mut self.around, Gpa(at.0), access)?;
+        }
+        panic!("CPU {} faults at {at} for {access} forever", self.id);
+    }
+
+    fn try_access(
+        &self,
+        at: Hva,
+        access: Access,
+        operation: impl Fn(&AtomicU64) -> u64,
+    ) -> Result<u64, PageFault> {
+        let tlb = &self.machine.tlb;
+        let gfn = at.page();
+        // Held to the end: the CPU is in the guest.
+        let mut caches = tlb.cpus[self.id].lock();
+        let good = |one: &Cached| one.rights.contains(access) && (one.dirty || access != Access::WRITE);
+        let entry = match caches.pages.get(&gfn) {
+            Some(entry) if good(entry) => *entry,
+            _ => {
+                // A fault drops what is cached for its page, and a first write walks again to set D.
+                caches.pages.remove(&gfn);
+                let entry = self.walk(&mut caches.tables, gfn, access)?;
+                caches.pages.insert(gfn, entry);
+                entry
+            }
+        };
+        tlb.check_held(entry.pfn, "a page");
+        let value = operation(&tlb.pool.words(entry.pfn)[(at.0 % PAGE_SIZE / 8) as usize]);
+        tlb.check_held(entry.pfn, "a page");
+        Ok(value)
+    }
+
+    /// The page walk of the Intel manual, volume 3, 4.5, at CPL 3. It begins at the leaf table if the CPU remembers where that
+    /// is (4.10.3); a fault makes it forget (4.10.4.1).
+    fn walk(&self, tables: &mut BTreeMap<u64, Pfn>, gfn: u64, access: Access) -> Result<Cached, PageFault> {
+        if let Some(&table) = tables.get(&(gfn >> 9)) {
+            if let Ok(cached) = self.leaf(table, gfn, access) {
+                return Ok(cached);
+            }
+            tables.remove(&(gfn >> 9));
+        }
+        let mut table = self.machine.shadow().root();
+        for level in (2..=4).rev() {
+            // Present, writable, user: rights are the leaf's business.
+            const ALL: u64 = 0b111;
+            let entry = self.machine.tlb.pool.words(table)[index(gfn, level)].load(Ordering::SeqCst);
+            if entry & ALL != ALL {
+                return Err(PageFault);
+            }
+            table = Spte(entry).pfn();
+        }
+        let cached = self.leaf(table, gfn, access)?;
+        tables.insert(gfn >> 9, table);
+        Ok(cached)
+    }
+
+    fn leaf(&self, table: Pfn, gfn: u64, access: Access) -> Result<Cached, PageFault> {
+        let tlb = &self.machine.tlb;
+        tlb.check_held(table, "a page table");
+        let entry = &tlb.pool.words(table)[index(gfn, 1)];
+        loop {
+            let old = Spte(entry.load(Ordering::SeqCst));
+            if !old.rights().contains(access) {
+                return Err(PageFault);
+            }
+            let new = old.touched(access);
+            if entry.compare_exchange(old.0, new.0, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                return Ok(Cached { pfn: old.pfn(), rights: old.rights(), dirty: new.is_dirty() });
+            }
+        }
+    }
+}

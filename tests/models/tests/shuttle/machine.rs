@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a scenario races on: a small pool, an address space, a shadow map over all of it (gpa = hva), and CPUs.
+//!
+//! [`Machine::race`] runs tasks with scheduling points at every atomic; before and after it only one task is alive and points
+//! are off. [`Machine::finish`] checks everything that must hold at the end of any scenario: what CPUs noted, the audit, the
+//! poison of free frames, that each cached translation has its leaf (I28), and that no frame is lost.
+
+use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
+use crate::cpu::{CPUS, SoftTlb, Vcpu};
+use crate::frame::{FramePool, FreedFrames};
+use crate::mm::{Backing, FaultRequest, MapFlags, Mm};
+use crate::shadow::{FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Points, points};
+use std::sync::OnceLock;
+
+pub(crate) const READ: Access = Access::READ;
+pub(crate) const RW: Access = Access::READ.union(Access::WRITE);
+/// Guest frames of the slot that covers everything.
+const ALL_GFNS: u64 = 1 << 35;
+/// Frames of a machine.
+const FRAMES: u64 = 40;
+
+/// A task of a race.
+pub(crate) type Task<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+/// Makes a task.
+pub(crate) fn task<'a>(run: impl FnOnce() + Send + 'a) -> Task<'a> {
+    Box::new(run)
+}
+
+/// The `n`-th page from `base` on.
+pub(crate) fn page(base: Hva, n: u64) -> Hva {
+    Hva(base.0 + n * PAGE_SIZE)
+}
+
+/// See the top of the file.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) pool: Arc<FramePool>,
+    pub(crate) mm: Arc<Mm>,
+    pub(crate) tlb: Arc<SoftTlb>,
+    /// Made by the scenario itself where that is part of the race.
+    shadow: OnceLock<ShadowMmu>,
+}
+
+impl Machine {
+    /// A machine with nothing mapped.
+    pub(crate) fn new() -> Self {
+        let machine = Self::without_shadow();
+        machine.make_shadow();
+        machine
+    }
+
+    /// One whose shadow map is still to be made.
+    pub(crate) fn without_shadow() -> Self {
+        let pool = Arc::new(FramePool::new(FRAMES * PAGE_SIZE, FreedFrames::Poison).unwrap());
+        let mm = Mm::new(Arc::clone(&pool)).unwrap();
+        let tlb = Arc::new(SoftTlb::new(&pool));
+        Self { pool, mm, tlb, shadow: OnceLock::new() }
+    }
+
+    /// Makes the shadow map.
+    pub(crate) fn make_shadow(&self) {
+        let shadow = ShadowMmu::new(Arc::clone(&self.mm), self.tlb.clone()).unwrap();
+        shadow.add_slot(Self::slot()).unwrap();
+        assert!(self.shadow.set(shadow).is_ok(), "a machine has one shadow map");
+    }
+
+    /// The slot that a machine begins with.
+    pub(crate) fn slot() -> Memslot {
+        Memslot { gfn: Gfn(0), pages: ALL_GFNS, hva: Hva(0), access: SlotAccess::ReadWrite }
+    }
+
+    pub(crate) fn shadow(&self) -> &ShadowMmu {
+        self.shadow.get().expect("the scenario has made its shadow map")
+    }
+
+    /// CPU `id`, whose faults bring nothing along.
+    pub(crate) fn vcpu(&self, id: usize) -> Vcpu<'_> {
+        Vcpu::new(self, id, FaultAroundPolicy::Off)
+    }
+
+    /// Maps `count` pages of private memory.
+    pub(crate) fn map(&self, count: u64, prot: Access) -> Hva {
+        self.mm.mmap(Hva(0), count * PAGE_SIZE, prot, MapFlags::PRIVATE, Backing::Anonymous).unwrap()
+    }
+
+    /// Maps `count` pages of private memory at `at`.
+    pub(crate) fn map_at(&self, at: Hva, count: u64, prot: Access) -> Hva {
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED;
+        self.mm.mmap(at, count * PAGE_SIZE, prot, flags, Backing::Anonymous).unwrap()
+    }
+
+    /// Maps `count` pages of shared memory.
+    pub(crate) fn map_shared(&self, count: u64, prot: Access) -> Hva {
+        self.mm.mmap(Hva(0), count * PAGE_SIZE, prot, MapFlags::SHARED, Backing::Anonymous).unwrap()
+    }
+
+    /// The leaf of the page at `at`.
+    pub(crate) fn spte(&self, at: Hva) -> Spte {
+        self.shadow().spte(Gpa(at.0).gfn())
+    }
+
+    /// The first word of the page at `at`, as the host reads it. `None` where the primary refuses.
+    pub(crate) fn peek(&self, at: Hva) -> Option<u64> {
+        let pinned = self.mm.fault(&FaultRequest::one_page(at, READ)).ok()?;
+        Some(self.pool.words(pinned.required().pfn)[0].load(Ordering::SeqCst))
+    }
+
+    /// Writes the first word of the page at `at`, as the host does. Whether the primary allowed it.
+    pub(crate) fn poke(&self, at: Hva, value: u64) -> bool {
+        let Ok(pinned) = self.mm.fault(&FaultRequest::one_page(at, RW)) else { return false };
+        self.pool.words(pinned.required().pfn)[0].store(value, Ordering::SeqCst);
+        true
+    }
+
+    /// Notes a broken promise.
+    pub(crate) fn must(&self, holds: bool, what: impl FnOnce() -> String) {
+        if !holds {
+            self.tlb.note(what);
+        }
+    }
+
+    /// Runs the tasks at the same time, and returns when all are done.
+    pub(crate) fn race<const N: usize>(&self, tasks: [Task<'_>; N]) {
+        points(Points::On);
+        shuttle::thread::scope(|scope| {
+            for task in tasks {
+                scope.spawn(task);
+            }
+        });
+        points(Points::Off);
+    }
+
+    /// What must hold whenever no task runs.
+    fn check(&self) -> Result<(), String> {
+        if let Some(wrong) = self.tlb.wrong() {
+            return Err(wrong);
+        }
+        let report = self.shadow().audit(&self.mm);
+        if let Some(violation) = report.violations.first() {
+            return Err(violation.to_string());
+        }
+        for (cpu, (gfn, cached)) in
+            (0..CPUS).flat_map(|cpu| self.tlb.cached(cpu).into_iter().map(move |it| (cpu, it)))
+        {
+            let spte = self.shadow().spte(gfn);
+            if !spte.is_leaf() || spte.pfn() != cached.pfn || !spte.rights().contains(cached.rights) {
+                return Err(format!(
+                    "CPU {cpu} has {cached:x?} cached for {gfn:x?}, but the leaf is {spte:?} (I28)"
+                ));
+            }
+        }
+        match self.pool.check_poison() {
+            0 => Ok(()),
+            frames => Err(format!("{frames} frames were written after they were freed (I22)")),
+        }
+    }
+
+    /// Checks the machine, takes it apart, and checks that nothing is left.
+    pub(crate) fn finish(self) {
+        if let Err(wrong) = self.check().and_then(|()| self.unmap_all()) {
+            // Taking a broken machine apart could fail in ways that say less.
+            std::mem::forget(self);
+            panic!("{wrong}");
+        }
+        let Self { pool, mm, tlb, shadow } = self;
+        drop(shadow);
+        mm.notifiers().synchronize().unwrap();
+        drop((mm, tlb));
+        assert_eq!(pool.free_frames(), pool.frame_count(), "frames are lost");
+    }
+
+    fn unmap_all(&self) -> Result<(), String> {
+        for vma in self.mm.vmas() {
+            self.mm.munmap(vma.range.start, vma.range.len()).map_err(|error| error.to_string())?;
+        }
+        self.check()?;
+        // A shadow map that went keeps its frames until no list of listeners holds it.
+        self.mm.notifiers().synchronize().map_err(|error| error.to_string())?;
+        // The zero frame, the primary's root, and the shadow map's tables, which stay.
+        let held = 2 + self.shadow().table_count();
+        match self.pool.frame_count() - self.pool.free_frames() {
+            used if used == held => Ok(()),
+            used => Err(format!("{used} frames are in use with nothing mapped, not {held}")),
+        }
+    }
+}
