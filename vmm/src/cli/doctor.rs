@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::mm::watch::{Watchable, watchable};
 use std::fmt::Write as _;
 use std::io::Write;
 use std::process::ExitCode;
@@ -34,6 +35,8 @@ struct Report {
     device: String,
     host: HostFacts,
     flush: Option<FlushReport>,
+    /// Which mappings of umbra's own process could be shown to a guest (userfaultfd).
+    adoptable: Option<&'static str>,
     /// What keeps guests from running, or would make them slow, and what to do about it.
     advice: Vec<String>,
     ready: bool,
@@ -42,8 +45,19 @@ struct Report {
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let device = kvm_device();
     let host = host_facts(&device);
-    let mut report =
-        Report { device: device.display().to_string(), host, flush: None, advice: Vec::new(), ready: false };
+    let mut report = Report {
+        device: device.display().to_string(),
+        host,
+        flush: None,
+        adoptable: None,
+        advice: Vec::new(),
+        ready: false,
+    };
+    match watchable() {
+        Ok(Watchable::EveryKind) => report.adoptable = Some("every kind"),
+        Ok(Watchable::NoFiles) => report.adoptable = Some("anonymous and shared memory, no files"),
+        Err(error) => report.advice.push(format!("mappings of the host cannot be adopted: {error}")),
+    }
     if let Some(obstacle) = &report.host.obstacle {
         report.advice.push(obstacle.clone());
     } else {
@@ -119,6 +133,9 @@ fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
             "accessed bit: the CPU sets it again {}",
             if flush.a_bit_needs_flush { "only after a flush" } else { "without a flush" }
         )?;
+    }
+    if let Some(kinds) = report.adoptable {
+        writeln!(out, "adoption  mappings of {kinds} can be watched (userfaultfd)")?;
     }
     for line in &report.advice {
         writeln!(out, "advice    {line}")?;

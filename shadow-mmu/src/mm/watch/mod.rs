@@ -175,15 +175,15 @@ struct Watcher {
     events: AtomicU64,
 }
 
-fn open_uffd(forks: Forks) -> io::Result<(Uffd, Forks)> {
+/// A descriptor with as much as there is to be had of what `forks` asks for, and what that is.
+fn open_uffd(forks: Forks) -> io::Result<(Uffd, Features)> {
     let least = Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
     let fork = if forks == Forks::Report { Features::EVENT_FORK } else { Features::empty() };
     let mut first = None;
     for features in [least | Features::WP_ASYNC | fork, least | Features::WP_ASYNC, least | fork, least] {
         for open in [Uffd::new, Uffd::user_mode_only] {
             match open(features) {
-                Ok(uffd) if features.contains(Features::EVENT_FORK) => return Ok((uffd, Forks::Report)),
-                Ok(uffd) => return Ok((uffd, Forks::Ignore)),
+                Ok(uffd) => return Ok((uffd, features)),
                 Err(error) => {
                     first.get_or_insert(error);
                 }
@@ -191,6 +191,25 @@ fn open_uffd(forks: Forks) -> io::Result<(Uffd, Forks)> {
         }
     }
     Err(first.unwrap_or_else(|| io::Error::from_raw_os_error(libc::ENOSYS)))
+}
+
+/// Which mappings this host lets us watch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Watchable {
+    /// All of them: files too (Linux 6.7).
+    EveryKind,
+    /// Anonymous memory and shared memory.
+    NoFiles,
+}
+
+/// What a [`Watch`] could do here.
+///
+/// # Errors
+/// [`WatchError::Userfaultfd`].
+pub fn watchable() -> Result<Watchable, WatchError> {
+    let (_, features) = open_uffd(Forks::Ignore).map_err(WatchError::Userfaultfd)?;
+    let every = features.contains(Features::WP_ASYNC);
+    Ok(if every { Watchable::EveryKind } else { Watchable::NoFiles })
 }
 
 impl Watch {
@@ -202,7 +221,8 @@ impl Watch {
     pub fn new(mm: &Arc<Mm>, engine: Arc<dyn HostSlots>, forks: Forks) -> Result<Self, WatchError> {
         // Dropped after the descriptor, here as in the watcher: unmapping it is an event for nobody then.
         let scratch = Anonymous::page().map_err(|source| WatchError::Host { what: "map a page", source })?;
-        let (uffd, forks) = open_uffd(forks).map_err(WatchError::Userfaultfd)?;
+        let (uffd, features) = open_uffd(forks).map_err(WatchError::Userfaultfd)?;
+        let forks = if features.contains(Features::EVENT_FORK) { Forks::Report } else { Forks::Ignore };
         uffd.register(&scratch.range(), Mode::WriteProtect).map_err(WatchError::Userfaultfd)?;
         if mm.watched.swap(true, Ordering::AcqRel) {
             return Err(WatchError::Watched);
