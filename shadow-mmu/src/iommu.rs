@@ -11,9 +11,9 @@
 //! when no access is left that uses what they removed. A miss is filled without the lock, under the rule of sequence and retry.
 //! No frame is pinned beyond the fill (I23). The lock is a leaf: nothing is waited for under it but the copy.
 //!
-//! Therefore *an access must be short, and must not reach back*: while the slices of one are alive, no other access of a view
-//! by the same thread (it is refused), no call that changes the address space, no wait for one. Data of a slow file goes
-//! through a buffer. And a slice must not outlive the iterator that it came from: vm-memory's types would allow it.
+//! Therefore *an access must be short, and must not reach back*: while the slices of one are alive, no other access of any view
+//! by the same thread (it is refused), no call that changes an address space, no wait for one. Nor is there an access inside a
+//! pair or a callback (refused too). Data of a slow file goes through a buffer. And a slice must not outlive the iterator that it came from: vm-memory's types would allow it.
 //!
 //! # Aging
 //! A translation is there because an access needed it since the last aging, so being there is being young. Clearing young
@@ -23,8 +23,9 @@ use crate::addr::{Access, Hva, HvaRange, PAGE_SHIFT, PAGE_SIZE};
 use crate::mm::{FaultRequest, Mm, Pinned, Pte};
 use crate::notifier::windows::{Sequence, Windows};
 use crate::notifier::{self, Invalidation, Misuse, MmuNotifier, Shared, WouldBlock};
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, PerThread, RwLock, RwLockReadGuard, thread};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, RwLock, RwLockReadGuard, thread, thread_local};
+use std::cell::Cell;
 use std::fmt;
 use std::ops::{Deref, Range};
 use vm_memory::iommu::{Error, IotlbFails, IotlbIterator, IovaRange};
@@ -32,6 +33,13 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permis
 
 /// Pages that the IOTLB holds before it starts anew: 64 MiB of memory, a few hundred KiB of translations.
 const CAPACITY: u64 = 16384;
+/// Pages of one access at most, so that what one fill brings in is there together, and pins no more than that.
+const LONGEST: u64 = CAPACITY / 4;
+
+thread_local! {
+    /// Whether this thread is in an access, of any address space: two spaces may have one lock order or another.
+    static ACCESSING: Cell<bool> = const { Cell::new(false) };
+}
 
 /// vm-memory's view of an address space: `Bytes<GuestAddress>` over its addresses.
 pub type GuestView = IommuMemory<GuestMemoryMmap, DeviceIotlb>;
@@ -77,15 +85,12 @@ struct Translations {
 struct Cache {
     translations: RwLock<Translations>,
     seq: Sequence,
-    /// Whether the thread is in an access.
-    accessing: PerThread<AtomicBool>,
     stats: IotlbStats,
 }
 
 /// The translations of one access. While it lives they stay true.
 pub struct AccessGuard<'a> {
     translations: RwLockReadGuard<'a, Translations>,
-    accessing: &'a AtomicBool,
 }
 
 impl fmt::Debug for AccessGuard<'_> {
@@ -103,7 +108,7 @@ impl Deref for AccessGuard<'_> {
 
 impl Drop for AccessGuard<'_> {
     fn drop(&mut self) {
-        self.accessing.store(false, Ordering::Relaxed);
+        ACCESSING.with(|accessing| accessing.set(false));
     }
 }
 
@@ -119,20 +124,39 @@ impl Cache {
         length: usize,
         access: Permissions,
     ) -> Result<IotlbIterator<AccessGuard<'_>>, IotlbFails> {
-        let accessing = self.accessing.get();
         let translations = self.translations.read();
-        accessing.store(true, Ordering::Relaxed);
-        Iotlb::lookup(AccessGuard { translations, accessing }, iova, length, access)
+        ACCESSING.with(|accessing| accessing.set(true));
+        Iotlb::lookup(AccessGuard { translations }, iova, length, access)
     }
 
-    /// Drops the translations of `range`, outside of any pair. Whether there were any.
-    fn remove(&self, range: HvaRange) -> bool {
+    /// The translations of `range` are out of date, and so is what is being looked up. Outside of any pair.
+    fn remove(&self, range: HvaRange) {
+        let mut translations = self.translations.write();
+        forget(&mut translations.iotlb, range);
+        self.seq.removed();
+    }
+
+    /// Drops the translations of `range`; whether there were any. What is being looked up stays good.
+    fn age(&self, range: HvaRange) -> bool {
+        // Most of what is aged no device has touched.
+        if !has_any(&self.translations.read().iotlb, range) {
+            return false;
+        }
         let mut translations = self.translations.write();
         let had = has_any(&translations.iotlb, range);
-        let (base, length) = bytes(range);
-        translations.iotlb.invalidate_mapping(base, length);
-        self.seq.removed();
+        forget(&mut translations.iotlb, range);
+        if had {
+            self.seq.removed();
+        }
         had
+    }
+}
+
+fn forget(iotlb: &mut Iotlb, range: HvaRange) {
+    let (base, length) = bytes(range);
+    // vm-memory's map does not take empty ranges.
+    if length > 0 {
+        iotlb.invalidate_mapping(base, length);
     }
 }
 
@@ -140,7 +164,7 @@ impl Cache {
 fn has_any(iotlb: &Iotlb, range: HvaRange) -> bool {
     let (base, length) = bytes(range);
     match Iotlb::lookup(iotlb, base, length, Permissions::No) {
-        Ok(_) => true,
+        Ok(_) => length > 0,
         Err(fails) => fails.misses.iter().map(|miss| miss.length).sum::<usize>() < length,
     }
 }
@@ -155,9 +179,8 @@ impl MmuNotifier for Cache {
     fn invalidate_range_start(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
         // Waits for accesses, which are short; so also where it may not sleep for long.
         let mut translations = self.translations.write();
-        let (base, length) = bytes(invalidation.range);
         translations.windows.open(invalidation.range.page_numbers());
-        translations.iotlb.invalidate_mapping(base, length);
+        forget(&mut translations.iotlb, invalidation.range);
         Ok(())
     }
 
@@ -178,11 +201,11 @@ impl MmuNotifier for Cache {
     }
 
     fn clear_flush_young(&self, range: HvaRange) -> bool {
-        self.remove(range)
+        self.age(range)
     }
 
     fn clear_young(&self, range: HvaRange) -> bool {
-        self.remove(range)
+        self.age(range)
     }
 
     fn test_young(&self, hva: Hva) -> bool {
@@ -194,6 +217,11 @@ impl DeviceIotlb {
     /// Counters.
     pub fn stats(&self) -> &IotlbStats {
         &self.cache.stats
+    }
+
+    fn retry(&self) {
+        self.cache.stats.retries.fetch_add(1, Ordering::Relaxed);
+        thread::yield_now();
     }
 
     fn pin(&self, hva: Hva, access: Access) -> Result<Pinned<'_>, String> {
@@ -215,6 +243,11 @@ impl DeviceIotlb {
     /// Why a page cannot be reached.
     fn fill(&self, pages: Range<u64>, access: Permissions) -> Result<(), String> {
         let begun = self.cache.seq.snapshot();
+        if self.cache.translations.read().windows.contains(&pages) {
+            // As a guest's fault: it would fetch the pages in vain, and hold what the pair needs to get on (R31).
+            self.retry();
+            return Ok(());
+        }
         let mut wanted = Access::READ;
         wanted.set(Access::WRITE, access.has_write());
         let pinned = pages
@@ -228,8 +261,7 @@ impl DeviceIotlb {
         }
         if translations.windows.must_retry(begun, &self.cache.seq, &pages) {
             drop(translations);
-            self.cache.stats.retries.fetch_add(1, Ordering::Relaxed);
-            thread::yield_now();
+            self.retry();
             return Ok(());
         }
         if translations.filled + pinned.len() as u64 > CAPACITY {
@@ -258,7 +290,8 @@ impl Iommu for DeviceIotlb {
     type IotlbGuard<'a> = AccessGuard<'a>;
 
     /// # Errors
-    /// [`Error::CannotResolve`]: not mapped, not allowed, out of memory, or inside another access of this thread.
+    /// [`Error::CannotResolve`]: not mapped, not allowed, out of memory, too long, or inside another access or a pair of this
+    /// thread.
     fn translate(
         &self,
         iova: GuestAddress,
@@ -270,11 +303,19 @@ impl Iommu for DeviceIotlb {
         if iova.0.checked_add(length as u64).is_none() {
             return Err(fail("wraps around".into()));
         }
+        if length as u64 > LONGEST * PAGE_SIZE {
+            return Err(fail(format!("longer than {LONGEST} pages: make it in pieces")));
+        }
         // The lock would be taken twice, with a writer perhaps waiting in between; or a fill would wait for a pair that
         // waits for us.
-        if self.cache.accessing.get().load(Ordering::Relaxed) {
+        if ACCESSING.with(Cell::get) {
             return Err(fail("inside another access of this thread".into()));
         }
+        if self.mm.notifiers().inside() {
+            return Err(fail("inside a pair or a callback of this thread".into()));
+        }
+        // No byte needs no right, and no translation.
+        let access = if length == 0 { Permissions::No } else { access };
         loop {
             let missing = match self.cache.look_up(iova, length, access) {
                 Ok(found) => {
@@ -395,14 +436,38 @@ mod tests {
     }
 
     #[test]
-    fn an_access_inside_an_access_is_refused() {
-        let (mm, view) = space();
-        let at = map(&mm, 1, RW);
+    fn an_access_that_would_wait_for_its_own_thread_is_refused() {
+        let ((mm, view), (other_mm, other)) = (space(), space());
+        let (at, elsewhere) = (map(&mm, 1, RW), map(&other_mm, 1, RW));
         let address = GuestAddress(at.0);
         let outer = view.get_slices(address, 8, Permissions::Read).unwrap();
         assert!(view.read_obj::<u64>(address).is_err());
+        assert!(other.read_obj::<u64>(GuestAddress(elsewhere.0)).is_err());
         drop(outer);
         assert_eq!(view.read_obj::<u64>(address).unwrap(), 0);
+        assert_eq!(other.read_obj::<u64>(GuestAddress(elsewhere.0)).unwrap(), 0);
+        let pair = mm.notifiers().invalidate(HvaRange::page(at), Event::Clear);
+        assert!(view.read_obj::<u64>(address).is_err());
+        drop(pair);
+        assert_eq!(view.read_obj::<u64>(address).unwrap(), 0);
+    }
+
+    #[test]
+    fn accesses_of_no_byte_and_of_too_many_come_to_an_end() {
+        let (mm, view) = space();
+        let at = map(&mm, 2, Access::READ);
+        let mut both = [0; 2 * PAGE_SIZE as usize];
+        view.read_slice(&mut both, GuestAddress(at.0)).unwrap();
+        // Both pages are there for reading; a write of nothing at the border between them asks for nothing.
+        assert!(view.check_range(GuestAddress(at.0 + PAGE_SIZE), 0, Permissions::Write));
+        assert!(view.check_range(GuestAddress(0), 0, Permissions::Read));
+        let longest = (LONGEST * PAGE_SIZE) as usize;
+        assert!(!view.check_range(GuestAddress(at.0), longest + 1, Permissions::Read));
+        let nothing = HvaRange { start: at, end: at };
+        let notifiers = mm.notifiers();
+        assert!(!notifiers.clear_young(nothing));
+        notifiers.invalidate_page(Hva(u64::MAX));
+        assert!(!notifiers.test_young(Hva(u64::MAX)) && notifiers.test_young(at));
     }
 
     /// A start waits for the access that is on, and what is written meanwhile is in the page that the primary still has.

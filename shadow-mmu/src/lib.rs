@@ -34,15 +34,20 @@
 //! mm: family
 //!  └─ mm: mmap_lock
 //!      ├─ mm: Object::pages
+//!      ├─ mm: watch state, and the engine's memslots below it
+//!      ├─ notifier: table of shared listeners, then writers of the list, then queue of callbacks
 //!      └─ mm: page-table lock
-//!          └─ notifier callbacks (those that may sleep come right below mmap_lock)
+//!          └─ notifier callbacks, which are read sections (those that may sleep come right below mmap_lock)
+//!              ├─ notifier: state of the intervals (never held over a callback)
+//!              ├─ iommu: translations
 //!              └─ shadow: active pairs
 //!                  └─ shadow: slots
 //!                      └─ shadow: mmu_lock
 //!                          ├─ Tlb::flush, the engine's own
 //!                          └─ frame: free list
 //! ```
-//! The fault path never calls into `Mm` with `mmu_lock` held. Every lock comes from [`sync`].
+//! The fault path never calls into `Mm` with `mmu_lock` held. Who is in a read section (an op, a pair) waits for no mmap_lock, for
+//! `Mm::release` holds that while it waits for sections to end. Every lock comes from [`sync`].
 //!
 //! # Example
 //! See [`shadow::ShadowMmu`] for a map that loses a page because its address space did.

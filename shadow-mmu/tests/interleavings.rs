@@ -280,7 +280,7 @@ fn r17_i8_a_fault_installs_nothing_after_release() {
     std::thread::scope(|scope| {
         let held = Held::new(scope, &machine, 3, READ, 3);
         // Not through the space, whose lock the fault holds; its listeners alone are told.
-        let release = scope.spawn(|| machine.mm.notifiers().release());
+        let release = scope.spawn(|| machine.mm.notifiers().release().unwrap());
         wait_until("the shadow map was released", || machine.after.released.load(Ordering::SeqCst) == 1);
         assert_eq!(held.release(), Err(FaultError::NoMapping));
         release.join().unwrap();

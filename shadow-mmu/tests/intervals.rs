@@ -65,7 +65,7 @@ impl Mirror {
     /// Mirrors one page (`dmirror_range_fault`). Returns how often it had to begin again.
     fn fault(&self, mm: &Mm, subscription: &IntervalSubscription, hva: Hva) -> usize {
         for attempt in 0.. {
-            let begun = subscription.read_begin();
+            let begun = subscription.read_begin().unwrap();
             let pfn = mm.fault(&FaultRequest::one_page(hva, RW)).unwrap().required().pfn;
             let mut frames = self.frames.lock().unwrap();
             if !subscription.read_retry(begun) {
@@ -121,13 +121,13 @@ fn i13_a_mirrored_page_goes_when_the_primary_changes() {
 fn r1_what_was_looked_up_before_an_invalidation_is_refused_after_it() {
     let mm = space();
     let (_mirror, subscription) = subscribe(&mm, span(0, 4));
-    let begun = subscription.read_begin();
+    let begun = subscription.read_begin().unwrap();
     assert!(!subscription.read_retry(begun));
     let pair = mm.notifiers().invalidate(span(0, 1), Event::Clear);
     assert!(subscription.read_retry(begun));
     drop(pair);
     assert!(subscription.read_retry(begun));
-    let begun = subscription.read_begin();
+    let begun = subscription.read_begin().unwrap();
     drop(mm.notifiers().invalidate(span(8, 9), Event::Clear));
     assert!(!subscription.read_retry(begun), "another range does not collide");
     drop(mm.notifiers().invalidate(span(3, 9), Event::Clear));
@@ -141,7 +141,7 @@ fn a_look_up_begins_after_the_invalidation_of_its_range() {
     let (_other_mirror, other) = subscribe(&mm, span(8, 12));
     let (mirror, subscription) = subscribe(&mm, span(0, 4));
     let pair = mm.notifiers().invalidate(span(0, 1), Event::Clear);
-    assert!(!other.read_retry(other.read_begin()), "the other range is free");
+    assert!(!other.read_retry(other.read_begin().unwrap()), "the other range is free");
     let reader = {
         let (mm, mirror) = (Arc::clone(&mm), Arc::clone(&mirror));
         std::thread::spawn(move || mirror.fault(&mm, &subscription, BASE))
@@ -227,7 +227,7 @@ fn i10_r23_a_subscriber_that_would_block_refuses_the_pair_before_the_list_is_ask
     assert!(mm.notifiers().invalidate_nonblock(span(0, 1), Event::Unmap).is_err());
     assert_eq!((balance.0.load(Ordering::SeqCst), balance.1.load(Ordering::SeqCst)), (0, 0));
     // No window was left open: neither a look-up nor a removal waits.
-    assert!(!subscription.read_retry(subscription.read_begin()));
+    assert!(!subscription.read_retry(subscription.read_begin().unwrap()));
     mirror.refuses.store(false, Ordering::SeqCst);
     drop(mm.notifiers().invalidate_nonblock(span(0, 1), Event::Unmap).unwrap());
     assert_eq!((balance.0.load(Ordering::SeqCst), balance.1.load(Ordering::SeqCst)), (1, 1));
@@ -239,10 +239,11 @@ fn i8_the_end_of_the_space_empties_the_mirror_and_lets_its_readers_go() {
     let mm = space();
     let (mirror, subscription) = subscribe(&mm, span(0, 16));
     mirror.fault(&mm, &subscription, BASE);
-    let begun = subscription.read_begin();
+    let begun = subscription.read_begin().unwrap();
     mm.release();
     assert_eq!(mirror.get(BASE), None);
     assert!(subscription.read_retry(begun));
+    assert_eq!(subscription.read_begin(), Err(Misuse::Released), "nobody would tell of what changes now");
     let late = mm.insert_interval(span(0, 1), Arc::<Mirror>::default());
     assert_eq!(late.err(), Some(Misuse::Released));
     drop((mm, subscription));

@@ -398,7 +398,7 @@ fn unregistering_inside_an_op_is_refused() {
     assert_eq!(mm.unregister(&subscription), Ok(()));
     assert_eq!(*listener.result.lock().unwrap(), [Err(Misuse::InsideCallback); 2]);
     let (listener, _) = Suicidal::register(&mm, false);
-    mm.notifiers().release();
+    mm.notifiers().release().unwrap();
     assert_eq!(*listener.result.lock().unwrap(), [Err(Misuse::InsideCallback)]);
 }
 
@@ -433,7 +433,7 @@ impl MmuNotifier for OnceReleased {
 /// not return before the work is done: it goes on to free what the work still uses.
 #[test]
 fn r18_the_end_of_the_space_and_unregister_wait_for_each_other() {
-    let release: fn(&Notifiers, &Subscription) = |notifiers, _| notifiers.release();
+    let release: fn(&Notifiers, &Subscription) = |notifiers, _| notifiers.release().unwrap();
     let unregister: fn(&Notifiers, &Subscription) =
         |notifiers, subscription| _ = notifiers.unregister(subscription);
     for (what, first, second) in [("unregister", release, unregister), ("release", unregister, release)] {
@@ -610,4 +610,25 @@ fn i9_a_listener_under_the_lock_begins_with_what_is_there() {
         }
         over.store(true, Ordering::Relaxed);
     });
+}
+
+/// As a driver that lets go of the address space where it frees itself (`mmdrop` in the kernel).
+#[test]
+fn the_last_owner_of_a_space_may_be_a_callback() {
+    let mm = space(16);
+    let pool = Arc::clone(mm.pool());
+    let whole = pool.frame_count();
+    mm.register(Recorder::new(1, &Log::default())).unwrap();
+    let ((go, wait), (sender, done)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let last = Arc::clone(&mm);
+    mm.notifiers().call_srcu(move || {
+        wait.recv().unwrap();
+        assert_eq!(last.notifiers().synchronize(), Err(Misuse::InsideCallback));
+        drop(last);
+        sender.send(()).unwrap();
+    });
+    drop(mm);
+    go.send(()).unwrap();
+    done.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+    assert_eq!(pool.free_frames(), whole);
 }

@@ -23,7 +23,11 @@ use weave::Changes;
 /// Changes to shuttle's copy beside the mutants. A list of listeners that is freed is freed for good, and with some mutants
 /// too early: so the copy knows who walks which list, and fails instead of reaching freed memory (`shuttle/quarantine.rs`).
 const SHUTTLE_CHANGES: Changes = &[
-    ("notifier/list.rs", "drop(old)", "crate::quarantine::free(old)"),
+    (
+        "notifier/list.rs",
+        "drop(unsafe { Box::from_raw(self.0) });",
+        "crate::quarantine::free(unsafe { Box::from_raw(self.0) });",
+    ),
     (
         "notifier/list.rs",
         "    _section: Section<'a>,",
@@ -71,7 +75,7 @@ const LOOM_MODULES: &[(&str, &str)] = &[
 const LOOM_CHANGES: Changes = &[
     // The worker that frees old lists waits in a loop, and two threads that do are unfair to a third, which loom follows
     // without end. So old lists are leaked; callbacks have a model of their own.
-    ("notifier/list.rs", "self.srcu.call(move || drop(old));", "Box::leak(old);"),
+    ("notifier/list.rs", "self.srcu.call(move || old.free());", "std::mem::forget(old);"),
     // This needs an `Mm`.
     ("notifier/mod.rs", "#[cfg(feature = \"mmu-notifier\")]\nmod get;\n", ""),
     ("notifier/mod.rs", "#[cfg(feature = \"mmu-notifier\")]\npub use get::{Shared, get};\n", ""),

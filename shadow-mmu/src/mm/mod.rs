@@ -315,9 +315,15 @@ impl Mm {
 
     /// The end of the address space (`exit_mmap`): every listener lets go first, then every page is freed. The space
     /// stays usable, empty and without listeners.
+    ///
+    /// # Panics
+    /// Inside an op or a pair of this space: it would wait for itself.
     pub fn release(&self) {
+        // Before the lock, which such a caller may hold.
+        assert!(!self.notifiers.inside(), "an address space was released inside one of its pairs");
         let mut map = self.map.write();
-        self.notifiers.release();
+        let released = self.notifiers.release();
+        debug_assert!(released.is_ok(), "{released:?}");
         let everything = HvaRange { start: Hva(0), end: Hva(TASK_SIZE) };
         self.zap(everything, crate::notifier::Event::Release);
         map.vmas.remove(everything);
@@ -401,7 +407,7 @@ impl Mm {
                 self.notifiers.intervals_locked()?
             }
         };
-        Ok(intervals.insert(range, notifier))
+        intervals.insert(range, notifier)
     }
 }
 

@@ -19,7 +19,7 @@
 //! Locks: `State` is a leaf, and never held over a callback. `read_begin` and removal sleep until ends of pairs; they may not be
 //! called with a lock that an invalidation needs, nor from a callback.
 
-use super::{Blockable, Event, Invalidation, WouldBlock};
+use super::{Blockable, Event, Invalidation, Misuse, WouldBlock};
 use crate::addr::{Hva, HvaRange, TASK_SIZE};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex};
@@ -83,6 +83,8 @@ struct State {
     /// Few, and walked once a pair: a vector, not a tree.
     nodes: Vec<Arc<Node>>,
     deferred: Vec<Change>,
+    /// The address space is gone: nobody will be told anything any more, so nobody may begin to look up.
+    released: bool,
 }
 
 impl State {
@@ -100,7 +102,7 @@ pub(crate) struct Intervals {
 
 impl Default for Intervals {
     fn default() -> Self {
-        let state = State { seq: 2, active: 0, nodes: Vec::new(), deferred: Vec::new() };
+        let state = State { seq: 2, active: 0, nodes: Vec::new(), deferred: Vec::new(), released: false };
         Self { state: Mutex::new(state), over: Condvar::new() }
     }
 }
@@ -155,6 +157,7 @@ impl Intervals {
 
     /// `mn_itree_release`: the address space goes.
     pub(super) fn release(&self) {
+        self.state.lock().released = true;
         let range = HvaRange { start: Hva(0), end: Hva(TASK_SIZE) };
         let everything = Invalidation { range, event: Event::Release, blockable: Blockable::Yes };
         if self.start(&everything).is_ok() {
@@ -167,8 +170,11 @@ impl Intervals {
         self: &Arc<Self>,
         range: HvaRange,
         notifier: Arc<dyn IntervalNotifier>,
-    ) -> IntervalSubscription {
+    ) -> Result<IntervalSubscription, Misuse> {
         let mut state = self.state.lock();
+        if state.released {
+            return Err(Misuse::Released);
+        }
         let node = Arc::new(Node { range, seq: AtomicU64::new(0), notifier });
         if state.active == 0 {
             node.seq.store(state.seq - 1, Ordering::Relaxed);
@@ -184,7 +190,7 @@ impl Intervals {
             node.seq.store(state.seq, Ordering::Relaxed);
         }
         drop(state);
-        IntervalSubscription { intervals: Arc::clone(self), node }
+        Ok(IntervalSubscription { intervals: Arc::clone(self), node })
     }
 
     /// `mmu_interval_notifier_remove`.
@@ -227,14 +233,17 @@ impl IntervalSubscription {
     }
 
     /// Begins a look-up (`mmu_interval_read_begin`). Sleeps while the interval is being invalidated.
-    pub fn read_begin(&self) -> IntervalSeq {
+    ///
+    /// # Errors
+    /// [`Misuse::Released`]: the address space is gone. (The kernel's caller has to know.)
+    pub fn read_begin(&self) -> Result<IntervalSeq, Misuse> {
         let mut state = self.intervals.state.lock();
         let seq = self.node.seq.load(Ordering::Acquire);
         // Colliding with an invalidation that is still on: wait for its end. Later ones are read_retry's business.
         while state.seq == seq {
             state = self.intervals.over.wait(state);
         }
-        IntervalSeq(seq)
+        if state.released { Err(Misuse::Released) } else { Ok(IntervalSeq(seq)) }
     }
 
     /// Whether what was looked up since `begun` may be gone (`mmu_interval_read_retry`). The caller holds the lock that its

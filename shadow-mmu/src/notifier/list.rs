@@ -81,6 +81,11 @@ impl Notifiers {
         }
     }
 
+    /// Whether this thread is in an op or a pair of this address space: then it must not wait for either to end.
+    pub fn inside(&self) -> bool {
+        self.srcu.inside_read_section()
+    }
+
     /// Whether anybody may be listening (`mm_has_notifiers`).
     #[inline]
     pub fn has_listeners(&self) -> bool {
@@ -139,6 +144,8 @@ impl Notifiers {
         let removed = self.remove(subscription);
         // Also when it was already gone: then somebody else's walk may still be in one of its ops.
         self.srcu.synchronize();
+        // Old lists hold it too. When they are freed, nothing of the layer refers to it any more.
+        self.srcu.barrier();
         removed
     }
 
@@ -159,32 +166,44 @@ impl Notifiers {
     /// Returns when every callback of [`call_srcu`](Self::call_srcu) has run, and nothing else (`mmu_notifier_synchronize`).
     ///
     /// # Errors
-    /// [`Misuse::InsideCallback`]: the callbacks wait for this op, which would wait for them.
+    /// [`Misuse::InsideCallback`]: in such a callback, or in an op that the callbacks wait for.
     pub fn synchronize(&self) -> Result<(), Misuse> {
-        if self.srcu.inside_read_section() {
+        if self.srcu.inside_read_section() || self.srcu.inside_callback() {
             return Err(Misuse::InsideCallback);
         }
         self.srcu.barrier();
         Ok(())
     }
 
-    /// The address space goes: every listener's `release`, then the list is empty for good. Returns when no op runs.
-    pub fn release(&self) {
-        if let Some(walk) = self.walk() {
-            if walk.listeners.intervals {
-                self.intervals.release();
-            }
-            walk.listeners.list.iter().for_each(|listener| listener.release());
+    /// The address space goes: every listener's `release`, then the list is empty for good. Returns when no op runs
+    /// (`__mmu_notifier_release`).
+    ///
+    /// # Errors
+    /// [`Misuse::InsideCallback`]; nothing is done.
+    pub fn release(&self) -> Result<(), Misuse> {
+        if self.inside() {
+            return Err(Misuse::InsideCallback);
+        }
+        {
+            // Before anybody is called: who registers from now on is refused, and so nobody is left out.
+            let _writer = self.writers.lock();
+            self.released.store(true, Ordering::Release);
+        }
+        {
+            let _op = self.srcu.enter();
+            self.intervals.release();
+            let walk = self.walk();
+            all(&walk).for_each(|listener| listener.release());
         }
         {
             let _writer = self.writers.lock();
-            self.released.store(true, Ordering::Release);
             self.publish(|listeners| *listeners = Listeners::default());
         }
         // Their users hold them; nobody else finds them any more.
         let shared = std::mem::take(&mut *self.shared.lock());
         self.srcu.synchronize();
         drop(shared);
+        Ok(())
     }
 
     /// The end of the layer's own state (`mmu_notifier_mm_destroy`), also done by dropping it.
@@ -307,9 +326,8 @@ impl Notifiers {
         };
         self.listeners.store(new, Ordering::Release);
         if !old.is_null() {
-            // SAFETY: the store above took it out of the only place that held it: nobody else will ever free it.
-            let old = unsafe { Box::from_raw(old) };
-            self.srcu.call(move || drop(old));
+            let old = Retired(old);
+            self.srcu.call(move || old.free());
         }
     }
 }
@@ -319,6 +337,20 @@ impl Drop for Notifiers {
         if let Err(misuse) = self.destroy() {
             log::error!("{misuse}");
         }
+    }
+}
+
+/// Listeners that were replaced, and that readers may still see. Not a box yet, which would be the only reference to them.
+struct Retired(*mut Listeners);
+
+// SAFETY: what it points at is `Send`, and whoever has this is the only one to free it.
+unsafe impl Send for Retired {}
+
+impl Retired {
+    /// Frees them. The readers that may have seen them have ended.
+    fn free(self) {
+        // SAFETY: `publish` took it, which came from `Box::into_raw`, out of the only place that held it.
+        drop(unsafe { Box::from_raw(self.0) });
     }
 }
 

@@ -2,7 +2,7 @@
 //! The layer compiled out (`CONFIG_MMU_NOTIFIER=n`): the types and the calls of a primary MMU stay, are empty and cost nothing.
 //! There is no registration, so what listens does not compile without the feature.
 
-use super::{Event, WouldBlock};
+use super::{Event, Misuse, WouldBlock};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
 use std::marker::PhantomData;
@@ -26,9 +26,19 @@ impl Notifiers {
     pub const fn has_listeners(&self) -> bool {
         false
     }
-    /// Nothing.
+    /// False.
     #[inline]
-    pub const fn release(&self) {}
+    pub const fn inside(&self) -> bool {
+        false
+    }
+    /// Nothing.
+    ///
+    /// # Errors
+    /// Never.
+    #[inline]
+    pub const fn release(&self) -> Result<(), Misuse> {
+        Ok(())
+    }
     /// Nothing.
     #[inline]
     pub const fn invalidate(&self, _: HvaRange, _: Event) -> InvalidateGuard<'_> {

@@ -24,7 +24,9 @@
 //! alone. The writer pays: a microsecond or so for the fence on every CPU, and the longest section.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::thread::ThreadId;
 use crate::sync::{Arc, AsymmetricFence, Condvar, Mutex, PerThread, hint, thread};
+use std::collections::VecDeque;
 use std::fmt;
 use std::marker::PhantomData;
 use std::time::Duration;
@@ -46,15 +48,14 @@ type Callback = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
-    callbacks: Vec<Callback>,
-    /// Callbacks taken from the queue that have not run to their end.
-    running: usize,
-    worker: bool,
+    callbacks: VecDeque<Callback>,
+    /// Who runs callbacks, from the first that it takes to the last that it finds; at most one.
+    worker: Option<ThreadId>,
 }
 
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} callbacks queued, {} running", self.callbacks.len(), self.running)
+        write!(f, "{} callbacks queued, worker {:?}", self.callbacks.len(), self.worker)
     }
 }
 
@@ -143,24 +144,56 @@ impl Srcu {
         self.domain.synchronize();
     }
 
-    /// Calls `callback`, on another thread, when every read section that is open now has ended. It must be quick and must
-    /// not wait for this domain.
+    /// Calls `callback`, on another thread, when every read section that is open now has ended. It must be quick, must not
+    /// panic, and must not wait for this domain.
     pub fn call(&self, callback: impl FnOnce() + Send + 'static) {
         let mut queue = self.domain.queue.lock();
-        queue.callbacks.push(Box::new(callback));
-        if !queue.worker {
-            queue.worker = true;
+        queue.callbacks.push_back(Box::new(callback));
+        if queue.worker.is_none() {
             let domain = Arc::clone(&self.domain);
-            thread::spawn(move || domain.run_callbacks());
+            let worker = thread::Builder::new().name("srcu".into()).spawn(move || domain.run_callbacks());
+            match worker {
+                Ok(worker) => queue.worker = Some(worker.thread().id()),
+                // It is done by the next call that gets one, or by a barrier.
+                Err(error) => log::warn!("no thread for callbacks of the notifier layer: {error}"),
+            }
         }
     }
 
-    /// Returns when every callback queued before has run (`srcu_barrier`).
+    /// Returns when every callback queued before has run (`srcu_barrier`). At once inside a callback, which would wait for
+    /// itself.
     pub fn barrier(&self) {
-        let mut queue = self.domain.queue.lock();
-        while !queue.callbacks.is_empty() || queue.running > 0 {
-            queue = self.domain.drained.wait(queue);
+        if self.inside_callback() {
+            return;
         }
+        loop {
+            let mut queue = self.domain.queue.lock();
+            while queue.worker.is_some() {
+                queue = self.domain.drained.wait(queue);
+            }
+            if queue.callbacks.is_empty() {
+                return;
+            }
+            // Nobody got to run them.
+            queue.worker = Some(thread::current().id());
+            drop(queue);
+            self.domain.run_callbacks();
+        }
+    }
+
+    /// Whether this thread runs callbacks of this domain.
+    pub fn inside_callback(&self) -> bool {
+        self.domain.queue.lock().worker == Some(thread::current().id())
+    }
+}
+
+/// A worker at work. One that ends by a panic leaves the rest of the callbacks to the next.
+struct Worker<'a>(&'a Domain);
+
+impl Drop for Worker<'_> {
+    fn drop(&mut self) {
+        self.0.queue.lock().worker = None;
+        self.0.drained.notify_all();
     }
 }
 
@@ -184,21 +217,27 @@ impl Domain {
         });
     }
 
+    /// Runs callbacks until there are none. The caller is, or is about to be, noted as the worker.
     fn run_callbacks(&self) {
+        let worker = Worker(self);
         loop {
-            let callbacks = {
+            let ready = {
                 let mut queue = self.queue.lock();
-                queue.running = 0;
                 if queue.callbacks.is_empty() {
-                    queue.worker = false;
+                    // Under the lock that found none: a call that comes now finds no worker and makes one.
+                    queue.worker = None;
+                    std::mem::forget(worker);
                     self.drained.notify_all();
                     return;
                 }
-                queue.running = queue.callbacks.len();
-                std::mem::take(&mut queue.callbacks)
+                queue.callbacks.len()
             };
             self.synchronize();
-            callbacks.into_iter().for_each(|callback| callback());
+            for _ in 0..ready {
+                // One by one, so that what a panic leaves is still in the queue.
+                let callback = self.queue.lock().callbacks.pop_front();
+                callback.into_iter().for_each(|callback| callback());
+            }
         }
     }
 }
@@ -304,6 +343,35 @@ mod tests {
             Ok(true),
             "the barrier waits for the callback, the callback for the section"
         );
+    }
+
+    #[test]
+    fn a_callback_that_waits_for_callbacks_does_not_wait_for_itself() {
+        let srcu = Arc::new(Srcu::new());
+        let (ran, result) = mpsc::channel();
+        let inner = Arc::clone(&srcu);
+        srcu.call(move || {
+            inner.barrier();
+            ran.send(inner.inside_callback()).unwrap();
+        });
+        assert_eq!(result.recv_timeout(Duration::from_secs(60)), Ok(true));
+        srcu.barrier();
+        assert!(!srcu.inside_callback());
+    }
+
+    #[test]
+    fn a_callback_that_panics_takes_no_other_with_it() {
+        let srcu = Srcu::new();
+        let (ran, result) = mpsc::channel();
+        // One batch: the first waits until the others are queued.
+        let (go, wait) = mpsc::channel::<()>();
+        srcu.call(move || wait.recv().unwrap());
+        srcu.call(|| std::panic::resume_unwind(Box::new("on purpose")));
+        go.send(()).unwrap();
+        srcu.barrier();
+        srcu.call(move || ran.send(()).unwrap());
+        srcu.barrier();
+        assert_eq!(result.try_recv(), Ok(()));
     }
 
     #[test]

@@ -19,7 +19,8 @@
 //! * *Sequence and window change under the lock*, so F3 sees the window still open or the sequence gone on, never neither (I4).
 //! * *Every other removal* steps the sequence in the section of the lock that it removes in (I5, R13).
 //!
-//! Windows are kept exactly, where KVM keeps the hull of all: so a fault retries only for a window that its page is in (R6).
+//! Windows are kept exactly, where KVM keeps the hull of all: so no fault waits for a window that its page is not in (R6). The
+//! sequence is one for all pages, as in KVM: an end makes whatever was being looked up begin again, once.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
 use std::ops::Range;

@@ -230,10 +230,16 @@ impl ShadowMmu {
 impl Drop for ShadowMmu {
     /// Unregisters. The caller has stopped every vCPU that walked the map.
     fn drop(&mut self) {
-        if let Err(error) = self.mm.unregister(&self.subscription)
-            && error != Misuse::NotRegistered
-        {
-            log::error!("a shadow map could not be unregistered: {error}");
+        match self.mm.unregister(&self.subscription) {
+            // Not registered: the address space was released, and the map with it.
+            Ok(()) | Err(Misuse::NotRegistered) => {}
+            Err(error) => {
+                log::error!(
+                    "a shadow map goes inside a pair or a callback, and cannot wait for its end: {error}"
+                );
+                crate::notifier::MmuNotifier::release(&*self.core);
+                let _ = self.mm.notifiers().unregister_no_release(&self.subscription);
+            }
         }
     }
 }

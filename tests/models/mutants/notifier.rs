@@ -57,7 +57,9 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "I7: unregister returns while an op of the listener may run.",
         file: "notifier/list.rs",
         behind: "Also when it was already gone",
-        original: "self.srcu.synchronize();",
+        original: "self.srcu.synchronize();
+        // Old lists hold it too. When they are freed, nothing of the layer refers to it any more.
+        self.srcu.barrier();",
         replacement: "",
     },
     Mutant {
@@ -93,8 +95,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "R19: a list of listeners that was replaced is freed while ops may walk it.",
         file: "notifier/list.rs",
         behind: "",
-        original: "self.srcu.call(move || drop(old));",
-        replacement: "drop(old);",
+        original: "self.srcu.call(move || old.free());",
+        replacement: "old.free();",
     },
     Mutant {
         name: "NonblockIntervalsWithoutEnd",
@@ -157,8 +159,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "a barrier waits for callbacks that are queued, not for those that run.",
         file: "notifier/srcu.rs",
         behind: "",
-        original: "queue.running > 0",
-        replacement: "false",
+        original: "queue.worker.is_some()",
+        replacement: "queue.worker.is_some() && !queue.callbacks.is_empty()",
     },
     Mutant {
         name: "AnySectionEndsAll",

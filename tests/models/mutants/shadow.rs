@@ -178,7 +178,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "I2: a start leaves a device its translations.",
         file: "iommu.rs",
         behind: "translations.windows.open(",
-        original: "translations.iotlb.invalidate_mapping(base, length);",
+        original: "forget(&mut translations.iotlb, invalidation.range);",
         replacement: "",
     },
 ];

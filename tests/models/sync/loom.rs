@@ -24,7 +24,7 @@ pub mod hint {
 
 /// Threads. None has a time: a sleep is a yield.
 pub mod thread {
-    pub use loom::thread::{JoinHandle, spawn, yield_now};
+    pub use loom::thread::{Builder, JoinHandle, ThreadId, current, spawn, yield_now};
 
     /// Lets the others run.
     pub fn sleep(_: std::time::Duration) {

@@ -16,6 +16,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 pub use shuttle::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+pub use shuttle::thread_local;
 use std::sync::TryLockError;
 pub use std::sync::{Arc, Weak};
 

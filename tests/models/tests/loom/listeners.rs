@@ -138,7 +138,7 @@ fn release() {
         // It may have been taken off by then.
         let _ = space.notifiers.unregister(&subscription);
     });
-    space.notifiers.release();
+    space.notifiers.release().unwrap();
     probe.free();
     leaver.join().unwrap();
 }
@@ -166,7 +166,7 @@ impl IntervalNotifier for Device {
 impl Device {
     /// One try of the loop of `read_begin` and `read_retry`.
     fn map(&self, interval: &IntervalSubscription, pte: &Mutex<bool>) {
-        let begun = interval.read_begin();
+        let begun = interval.read_begin().unwrap();
         let present = *pte.lock();
         let mut mapped = self.mapped.lock();
         if present && !interval.read_retry(begun) {
@@ -180,7 +180,7 @@ fn interval() {
     let space = Arc::new(Space::default());
     let pte = Arc::new(Mutex::new(true));
     let device = Arc::new(Device { mapped: Mutex::new(false) });
-    let interval = space.notifiers.intervals_locked().unwrap().insert(RANGE, device.clone());
+    let interval = space.notifiers.intervals_locked().unwrap().insert(RANGE, device.clone()).unwrap();
     let reader = {
         let (device, pte) = (Arc::clone(&device), Arc::clone(&pte));
         loom::thread::spawn(move || {
@@ -216,7 +216,7 @@ fn subscribe() {
     let reader = {
         let (device, pte) = (Arc::clone(&device), Arc::clone(&pte));
         spawn(&space, move |space| {
-            let interval = space.notifiers.intervals().unwrap().insert(RANGE, device.clone());
+            let interval = space.notifiers.intervals().unwrap().insert(RANGE, device.clone()).unwrap();
             device.map(&interval, &pte);
             interval
         })

@@ -37,7 +37,7 @@ impl Device {
     /// Looks the page up and maps it (`dmirror_range_fault` of `lib/test_hmm.c`).
     pub(crate) fn map(&self, machine: &Machine, interval: &IntervalSubscription) {
         loop {
-            let begun = interval.read_begin();
+            let begun = interval.read_begin().unwrap();
             let Ok(pinned) = machine.mm.fault(&FaultRequest::one_page(self.at, RW)) else { return };
             let pfn = pinned.required().pfn;
             drop(pinned);

@@ -88,7 +88,7 @@ fn r17() {
             }
         }),
         task(|| {
-            machine.mm.notifiers().release();
+            machine.mm.notifiers().release().unwrap();
             released.store(true, Ordering::SeqCst);
             drop_pages(&machine, a, 1);
             reuse(&machine, b);
@@ -115,7 +115,7 @@ fn r18() {
             machine.must(matches!(removed, Ok(()) | Err(Misuse::NotRegistered)), || format!("{removed:?}"));
         }),
         task(|| {
-            machine.mm.notifiers().release();
+            machine.mm.notifiers().release().unwrap();
             probe.free();
         }),
     ]);
