@@ -241,7 +241,7 @@ fn a_guest_that_never_stops_reading_survives_a_thousand_changes() {
             }
             if round % 4 != 0 {
                 munmap(at, 0..PAGES);
-                guest.watch.settle().unwrap();
+                guest.watch.settle(Duration::from_secs(60)).unwrap();
                 at = tagged();
                 guest.adopt(whole(at), PLACE, Access::READ);
             }

@@ -22,6 +22,7 @@ use shadow_mmu::shadow::FaultAroundPolicy;
 use shadow_mmu::sync::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Who reads the events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,7 +168,7 @@ fn a_change_by_the_host_has_reached_the_guest_when_the_call_returns() {
             assert!(change.lost.iter().all(|page| !left.contains(page)), "{what}: leaves of {left:?}");
             let cached = machine.tlb.cached(0);
             assert!(cached.is_empty(), "{what}: {cached:x?} cached");
-            watch.settle().unwrap();
+            watch.settle(Duration::from_secs(60)).unwrap();
             assert_eq!(read_all(&mut cpu, at, PAGES), (change.after)(&mapping), "{what}");
             machine.check();
             finish(machine, watch);
@@ -184,7 +185,7 @@ fn a_hole_in_shared_memory_reads_zeros() {
     assert_eq!(read_all(&mut cpu, at, PAGES), mapping.tags());
     mapping.madvise(2..5, libc::MADV_REMOVE);
     assert_eq!(read_all(&mut cpu, at, PAGES)[2..5], [Ok(0); 3]);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert!(watch.events() > 0);
     finish(machine, watch);
 }
@@ -220,26 +221,26 @@ fn slots_come_and_go_with_what_they_are_for() {
     assert_eq!(second.access, READ);
     // Part of a private mapping moves: it gets a slot of its own; the rest keeps the old one.
     private.move_away(2..4);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     let [SlotCall::Add(moved)] = host.calls()[..] else { panic!("one new slot expected") };
     assert_eq!((moved.host, moved.pages), (private.address(2), 2));
     // A shared one moves behind its alias.
     shared.move_away(0..8);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(host.calls(), []);
     // A hole changes nothing; what is left of it does when it goes.
     private.munmap(0..2);
     private.munmap(4..7);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(host.calls(), []);
     private.munmap(7..8);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(host.calls(), [SlotCall::Remove(first.first)]);
     private.munmap(2..4);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(host.calls(), [SlotCall::Remove(moved.first)]);
     shared.munmap(0..8);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(host.calls(), [SlotCall::Remove(second.first)]);
     let mut cpu = machine.vcpu(0, FaultAroundPolicy::Off);
     assert_eq!((cpu.read(at), cpu.read(shared_at)), (GONE, GONE));
@@ -256,7 +257,7 @@ fn a_mapping_that_moves_where_no_slot_is_to_be_had_is_lost_to_the_guest_and_no_m
     cpu.read(at).unwrap();
     machine.tlb.host.full.store(true, Ordering::SeqCst);
     mapping.move_away(2..4);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(read_all(&mut cpu, at, PAGES), tags_without(&mapping, 2..4));
     assert_eq!(mapping.peek(2), Mapping::tag(2));
     finish(machine, watch);
@@ -297,7 +298,7 @@ fn the_guests_own_calls_change_its_view_and_never_the_mapping() {
     assert_eq!(cpu.read(page(new, 1)), Ok(Mapping::tag(5)));
     assert_eq!(cpu.read(page(second, 1)), Ok(Mapping::tag(5)));
     mapping.munmap(5..6);
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!((cpu.read(page(new, 1)), cpu.read(page(second, 1))), (GONE, GONE));
     assert_eq!(cpu.read(page(second, 0)), Ok(Mapping::tag(4)));
     machine.check();
@@ -440,7 +441,7 @@ fn every_listener_hears_what_was_done_and_where() {
         let listener = Arc::<Listener>::default();
         let subscription = machine.mm.register(listener.clone()).unwrap();
         call(&mut mapping);
-        watch.settle().unwrap();
+        watch.settle(Duration::from_secs(60)).unwrap();
         let (whole, part) = (
             HvaRange::pages_from(at, PAGES),
             HvaRange { start: page(at, pages.start), end: page(at, pages.end) },
@@ -455,4 +456,81 @@ fn every_listener_hears_what_was_done_and_where() {
         machine.mm.unregister(&subscription).unwrap();
         finish(machine, watch);
     }
+}
+
+/// One event opens few pairs, however many parts the guest has cut its view into, and they end inside out.
+#[test]
+fn the_pairs_of_an_event_are_few_and_nest() {
+    let Some((machine, watch)) = watched() else { return };
+    let mut first = Mapping::anonymous(PAGES);
+    let second = Mapping::anonymous(64);
+    adopt(&machine, &watch, &first, RW);
+    let many = adopt(&machine, &watch, &second, RW);
+    for cut in [false, true] {
+        for n in (0..64).step_by(2).filter(|_| cut) {
+            machine.mm.mprotect(page(many, n), PAGE_SIZE, Access::READ).unwrap();
+        }
+        let listener = Arc::<Listener>::default();
+        let subscription = machine.mm.register(listener.clone()).unwrap();
+        first.madvise(0..1, libc::MADV_DONTNEED);
+        watch.settle(Duration::from_secs(60)).unwrap();
+        machine.mm.unregister(&subscription).unwrap();
+        let heard = std::mem::take(&mut *listener.0.lock());
+        let mut open = Vec::new();
+        for &(is_start, range, event) in &heard {
+            if is_start {
+                open.push((range, event));
+            } else {
+                assert_eq!(open.pop(), Some((range, event)), "{heard:?}");
+            }
+        }
+        assert!(open.is_empty() && heard.len() <= 2 * 3, "{} ops for one event", heard.len());
+    }
+    finish(machine, watch);
+}
+
+/// Whoever polls for himself must not wait for an event that only he would read.
+#[test]
+fn adopting_waits_for_nobody_but_the_kernel() {
+    for (kind, make) in mapping::KINDS {
+        let Some((machine, watch)) = watched_by(Reader::Nobody, Forks::Ignore) else { return };
+        let mapping = make(PAGES);
+        let at = adopt(&machine, &watch, &mapping, Access::READ);
+        // SAFETY: as in `adopt`.
+        let again = unsafe { machine.mm.adopt(&watch, mapping.range(), Access::READ, None) };
+        assert!(matches!(again, Err(AdoptError::Adopted(_))), "{kind}: {again:?}");
+        machine.mm.munmap(at, PAGES * PAGE_SIZE).unwrap();
+        let at = adopt(&machine, &watch, &mapping, Access::READ);
+        assert_eq!(machine.vcpu(0, FaultAroundPolicy::Off).read(at), Ok(Mapping::tag(0)), "{kind}");
+        finish(machine, watch);
+    }
+}
+
+/// The kernel says only that something is under way, and with enough threads something always is.
+#[test]
+fn settling_comes_to_an_end_while_others_go_on() {
+    let Some((machine, watch)) = watched() else { return };
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            let mut mapping = Mapping::anonymous(1);
+            adopt(&machine, &watch, &mapping, RW);
+            let over = &over;
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    mapping.madvise(0..1, libc::MADV_DONTNEED);
+                }
+                mapping
+            });
+        }
+        for _ in 0..5 {
+            match watch.settle(Duration::from_millis(20)) {
+                Ok(()) => {}
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::TimedOut),
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    watch.settle(Duration::from_secs(60)).unwrap();
+    finish(machine, watch);
 }

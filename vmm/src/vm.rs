@@ -29,6 +29,7 @@ use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 /// How the pages of the window, KVM's view of the frames, come to be.
@@ -261,13 +262,19 @@ impl FaultHandler for VcpuFaults {
     /// be about to give it back.
     fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault {
         const TRIES: u32 = 64;
+        // Short: what the thread is told meanwhile, to end for example, it hears when this returns.
+        const PATIENCE: Duration = Duration::from_millis(20);
         self.host_faults += 1;
         log::debug!("the host has nothing at frame {pfn:x?}, {} in a row", self.host_faults);
         let watch = lock(&self.machine.watch).clone();
-        if let Some(watch) = watch
-            && let Err(error) = watch.settle()
-        {
-            log::error!("changes of adopted memory cannot be settled: {error}");
+        match watch.map(|watch| watch.settle(PATIENCE)) {
+            None | Some(Ok(())) => {}
+            Some(Err(error)) if error.kind() == std::io::ErrorKind::TimedOut => {
+                // Others go on changing what is adopted; this page may be next. Not a try that tells anything.
+                self.host_faults -= 1;
+                return HostFault::Retry;
+            }
+            Some(Err(error)) => log::error!("changes of adopted memory cannot be settled: {error}"),
         }
         if self.host_faults <= TRIES {
             return HostFault::Retry;

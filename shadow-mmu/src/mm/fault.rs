@@ -211,7 +211,7 @@ impl Mm {
             };
             if let Some(pfn) = vma.adopted_pfn(hva) {
                 debug_assert!(!pte.is_present(), "{pte:?} at {hva} of adopted {pfn:?} is not good enough");
-                self.map_adopted_pages(vma, ahead)?;
+                self.map_adopted_pages(vma, hva, ahead)?;
             } else if pte.is_zero() {
                 self.replace_zero_pages(hva, ahead)?;
             } else if pte.is_present() {
@@ -373,12 +373,15 @@ impl Mm {
         result
     }
 
-    /// Maps every empty page of `ahead`, which lies in a VMA of an adopted mapping. The frames are there already, whatever the
-    /// host has at them; what it has not, KVM finds out when the guest gets there.
-    fn map_adopted_pages(&self, vma: &Vma, ahead: HvaRange) -> Result<(), FaultError> {
+    /// Maps every empty page of `ahead`, which holds `hva` and lies in a VMA of an adopted mapping. The frames are there already,
+    /// whatever the host has at them; what it has not, KVM finds out when the guest gets there.
+    fn map_adopted_pages(&self, vma: &Vma, hva: Hva, ahead: HvaRange) -> Result<(), FaultError> {
         for page in ahead.page_numbers() {
             let Some(pfn) = vma.adopted_pfn(Hva(page * PAGE_SIZE)) else { continue };
-            let leaf = self.lock_leaf_or_new(Hva(page * PAGE_SIZE))?;
+            let leaf = match self.lock_leaf_or_new(Hva(page * PAGE_SIZE)) {
+                Err(_) if page != hva.page() => continue,
+                leaf => leaf?,
+            };
             if !leaf.get(index(page, 1)).is_present() {
                 let pte = Pte::adopted(pfn);
                 let writable = vma.allows(Access::WRITE);

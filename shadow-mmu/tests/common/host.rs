@@ -8,6 +8,7 @@ use shadow_mmu::sync::Mutex;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 /// What the watch asked of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +48,7 @@ impl SoftHost {
     pub(super) fn settle(&self) {
         let watch = self.watch.lock().upgrade();
         if let Some(watch) = watch {
-            watch.settle().unwrap();
+            watch.settle(Duration::from_secs(60)).unwrap();
         }
     }
 

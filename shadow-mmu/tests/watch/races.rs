@@ -57,7 +57,7 @@ fn an_access_in_the_gap_waits_for_the_watch() {
             assert_eq!(cpu.read(at), expected, "{name}");
             // mremap has two events.
             wait_until("the call returns", || {
-                watch.settle().unwrap();
+                watch.settle(Duration::from_secs(60)).unwrap();
                 caller.is_finished()
             });
         });
@@ -122,7 +122,7 @@ fn a_storm_of_ten_thousand_events_is_taken() {
         }
     }
     // The last call has returned, but perhaps what was read last is still being applied.
-    watch.settle().unwrap();
+    watch.settle(Duration::from_secs(60)).unwrap();
     assert_eq!(watch.events(), 10_000);
     machine.check();
     finish(machine, watch);
@@ -187,7 +187,7 @@ fn many_threads_change_many_mappings_under_running_cpus() {
                         // When it has returned, no leaf leads there any more, and none will.
                         assert!(leaves(machine, at, PAGES).is_empty(), "worker {id}, round {round}");
                         place.store(0, Ordering::SeqCst);
-                        watch.settle().unwrap();
+                        watch.settle(Duration::from_secs(60)).unwrap();
                     }
                 })
             })
@@ -220,14 +220,14 @@ fn a_fork_is_no_event_unless_asked_for_and_the_guest_stays_with_the_parent() {
         assert_eq!(read_all(&mut cpu, at, PAGES), mapping.tags());
         cpu.write(at, 5).unwrap();
         assert_eq!(mapping.peek(0), 5);
-        watch.settle().unwrap();
+        watch.settle(Duration::from_secs(60)).unwrap();
         assert_eq!(watch.events(), expected, "{forks:?}");
         // The outer pair and the one for the fork itself.
         assert_eq!(machine.after.starts.load(Ordering::SeqCst) - starts, 2 * expected, "{forks:?}");
         // The parent's mapping is watched as before.
         mapping.madvise(0..1, libc::MADV_DONTNEED);
         assert_eq!(cpu.read(at), Ok(0), "{forks:?}");
-        watch.settle().unwrap();
+        watch.settle(Duration::from_secs(60)).unwrap();
         assert_eq!(watch.events(), expected + 1, "{forks:?}");
         finish(machine, watch);
     }
@@ -242,7 +242,7 @@ fn settling_sees_a_change_whose_event_nobody_has_read() {
     std::thread::scope(|scope| {
         scope.spawn(|| mapping.move_away(0..8));
         wait_until("the kernel has moved the mapping", || !mapping::is_mapped(&old));
-        watch.settle().unwrap();
+        watch.settle(Duration::from_secs(60)).unwrap();
     });
     assert_eq!(watch.events(), 2, "REMAP, and UNMAP of the old place");
     let slots = machine.tlb.host.slots();
@@ -269,7 +269,7 @@ fn addresses_of_a_mapping_that_moved_away_can_be_adopted_again_at_once() {
         // SAFETY: as in `adopt`; what is in the place of the old mapping holds the test's own numbers, too.
         let new_at = unsafe { machine.mm.adopt(&watch, old.clone(), RW, None) };
         // Before anything can fail: the caller waits for somebody to read.
-        watch.settle().unwrap();
+        watch.settle(Duration::from_secs(60)).unwrap();
         (new, new_at)
     });
     let new_at = new_at.unwrap();

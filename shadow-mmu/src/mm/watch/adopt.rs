@@ -4,15 +4,16 @@
 //! The alias of a shared mapping is made before the range is registered and before any lock is taken: mremap of registered
 //! memory is an event, and waits for the watch.
 
-use super::slots::{Anonymous, Piece};
+use super::slots::{Anonymous, Piece, State};
 use super::uffd::Mode;
 use super::{Watch, is_page_range, maps};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE, TASK_SIZE};
-use crate::mm::vma::MAX_MAP_COUNT;
+use crate::mm::vma::{MAX_MAP_COUNT, MMAP_MIN_ADDR};
 use crate::mm::{Backing, MMAP_BASE, Map, Mm, MmError, Vma, VmaFlags};
 use crate::sync::Arc;
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 /// Why a mapping cannot be adopted. Nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +70,16 @@ pub enum AdoptError {
     },
 }
 
+/// How long [`Mm::adopt`] waits for others to pause.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+
+impl State {
+    fn check_free(&self, host: &Range<u64>) -> Result<(), AdoptError> {
+        let taken = |piece: &Piece| piece.host.start < host.end && host.start < piece.host.end;
+        if self.pieces.iter().any(taken) { Err(AdoptError::Adopted(host.clone())) } else { Ok(()) }
+    }
+}
+
 impl Mm {
     /// Shows the host's mapping at `host` (addresses of this process) to the guest, at `at` if given, else anywhere, with the
     /// rights `access`. Returns where. `watch` sees to it that the view stays true.
@@ -84,6 +95,8 @@ impl Mm {
     /// unmapped or the watch is dropped.
     /// * Nothing that Rust relies on may lie in it: no references other than to atomics or by volatile access, with
     ///   [`Access::WRITE`] no value that could become invalid; read-only, nothing that the guest must not learn.
+    /// * Nobody moves a private mapping again, or maps anything over its new place, before the call that moved it there has
+    ///   returned: of two threads' events the later may be read first, and the guest would go on seeing the place in between.
     /// * For a private mapping: from its unmapping (or moving, or mapping something over it) by anybody until the
     ///   watch has handled that ([`Watch::settle`]), nothing that the guest must not see or write may be mapped at the same
     ///   addresses.
@@ -103,8 +116,18 @@ impl Mm {
         }
         let failed = |what| move |source| AdoptError::Host { what, source };
         // What was unmapped here before is forgotten, or its late event would be taken for one of the new mapping.
-        watch.settle().map_err(failed("settle the watch"))?;
+        watch
+            .settle(SETTLE_LIMIT)
+            .map_err(failed("wait for a moment in which nobody changes adopted memory"))?;
+        {
+            let map = self.map.write();
+            let mut state = watcher.state.lock();
+            watcher.prune(&map, &mut state);
+            state.check_free(&host)?;
+        }
         let shared = check_mapping(&host, access)?;
+        // What was moved or grown may be registered still, and an alias of registered memory is an event for nobody but us.
+        let _ = watcher.uffd.unregister(&host);
         let alias = if shared {
             let alias = Anonymous::alias(&host).map_err(failed("map the memory a second time"))?;
             // Were the original registered, its copy would be as well, and unmapping it an event.
@@ -121,9 +144,7 @@ impl Mm {
         let mut map = self.map.write();
         let mut state = watcher.state.lock();
         watcher.prune(&map, &mut state);
-        if state.pieces.iter().any(|piece| piece.host.start < host.end && host.start < piece.host.end) {
-            return Err(AdoptError::Adopted(host));
-        }
+        state.check_free(&host)?;
         let range = place(&map, host.end - host.start, at)?;
         let registered = watcher.uffd.register(&host, Mode::WriteProtect);
         registered.map_err(|source| AdoptError::Unwatchable { range: host.clone(), source })?;
@@ -179,7 +200,9 @@ fn place(map: &Map, len: u64, at: Option<Hva>) -> Result<HvaRange, MmError> {
         return Err(MmError::NoMemory);
     }
     let start = match at {
-        Some(at) if !at.is_page_aligned() => return Err(MmError::Invalid),
+        Some(at) if !at.is_page_aligned() || at.0 < MMAP_MIN_ADDR || at.0 >= TASK_SIZE => {
+            return Err(MmError::Invalid);
+        }
         Some(at) => at,
         None => map.vmas.find_free(len, MMAP_BASE).ok_or(MmError::NoMemory)?,
     };

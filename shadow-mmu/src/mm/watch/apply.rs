@@ -13,6 +13,7 @@ use super::{Anonymous, Watcher};
 use crate::addr::{Access, HvaRange, PAGE_SIZE, Pfn};
 use crate::mm::{Backing, Map, Vma};
 use crate::notifier::Event;
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 
@@ -143,12 +144,16 @@ impl Watcher {
 
     /// Removes slots that no VMA shows. No spte leads there: what took the VMA took those, and flushed.
     pub(super) fn prune(&self, map: &Map, state: &mut State) {
-        let unused: Vec<u32> = state
-            .slots
-            .iter()
-            .filter(|&(&first, slot)| showing(map, &(first..first + slot.pages)).is_empty())
-            .map(|(&first, _)| first)
-            .collect();
+        let mut used = BTreeSet::new();
+        for vma in map.vmas.iter() {
+            let Backing::Adopted { first } = vma.backing else { continue };
+            let end = first.0 + vma.range.page_count() as u32;
+            // One VMA may show neighbours by number.
+            let shown =
+                state.slots.range(..end).rev().take_while(|&(&start, slot)| start + slot.pages > first.0);
+            used.extend(shown.map(|(&start, _)| start));
+        }
+        let unused: Vec<u32> = state.slots.keys().filter(|first| !used.contains(first)).copied().collect();
         for first in unused {
             if let Err(error) = self.engine.remove(Pfn(first)) {
                 // It stays in the list: its numbers are not free, and the next look tries again.

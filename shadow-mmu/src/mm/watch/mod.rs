@@ -97,14 +97,15 @@ pub mod uffd;
 pub use adopt::AdoptError;
 pub use slots::{HostSlot, HostSlots};
 
-use super::{Backing, Mm};
-use crate::addr::PAGE_SIZE;
+use super::{Backing, Map, Mm};
+use crate::addr::{HvaRange, PAGE_SIZE};
 use crate::notifier::Event;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, thread};
 use slots::{Anonymous, State};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
 use uffd::{Features, Mode, Uffd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -136,10 +137,10 @@ pub enum WatchError {
     Watched,
     /// The kernel has no such thing, or does not give it to us.
     #[error(
-        "userfaultfd with write protection is refused ({0}): Linux 5.7 or newer is needed, and root or \
-         vm.unprivileged_userfaultfd=1 or a kernel that has UFFD_USER_MODE_ONLY"
+        "userfaultfd with write protection is refused ({0}): Linux 5.7 or newer is needed, no seccomp filter against it (as \
+         containers have), and root or vm.unprivileged_userfaultfd=1 or a kernel that has UFFD_USER_MODE_ONLY"
     )]
-    Userfaultfd(#[source] io::Error),
+    Userfaultfd(io::Error),
     /// Something else that the host refused.
     #[error("cannot {what}: {source}")]
     Host {
@@ -256,21 +257,24 @@ impl Watch {
         self.watcher.uffd.fd()
     }
 
-    /// Handles every event that is there now, and returns how many. Does not wait for more.
+    /// Handles events that are there now, up to 256, and returns how many. Does not wait; polling tells of what is left.
     ///
     /// # Errors
     /// The kernel's. Callers whose events were not read go on waiting, and the descriptor stays readable.
     pub fn handle(&self) -> io::Result<usize> {
-        self.watcher.handle()
+        self.watcher.handle_batch()
     }
 
     /// Returns when every change that was made to adopted memory before this call is one of the `Mm`, too, and its pairs have
     /// ended: also one whose event is not even sent yet. Handles events itself if need be. The addresses may then be reused.
     ///
+    /// The kernel says only whether *any* change is under way, so where others go on changing adopted memory without a pause this
+    /// may take as long as `limit`.
+    ///
     /// # Errors
-    /// The kernel's.
-    pub fn settle(&self) -> io::Result<()> {
-        self.watcher.settle()
+    /// [`io::ErrorKind::TimedOut`], and the kernel's.
+    pub fn settle(&self, limit: Duration) -> io::Result<()> {
+        self.watcher.settle(limit)
     }
 
     /// Whether forks are events: [`Forks::Ignore`] also where the kernel did not let us ask for them.
@@ -319,7 +323,7 @@ impl Watcher {
         loop {
             let mut fds = [pollfd(stop.as_raw_fd()), pollfd(self.uffd.fd().as_raw_fd())];
             let result = readable(&mut fds, -1).and_then(|_| match fds[0].revents {
-                0 => self.handle().map(|_| false),
+                0 => self.handle_batch().map(|_| false),
                 _ => Ok(true),
             });
             match result {
@@ -334,25 +338,18 @@ impl Watcher {
         }
     }
 
-    fn handle(&self) -> io::Result<usize> {
-        let mut handled = 0;
-        while readable(&mut [pollfd(self.uffd.fd().as_raw_fd())], 0)? {
-            let count = self.handle_batch()?;
-            if count == 0 {
-                break;
-            }
-            handled += count;
-        }
-        Ok(handled)
-    }
-
     /// Steps 2 to 5 of the order at the top.
     fn handle_batch(&self) -> io::Result<usize> {
+        if !readable(&mut [pollfd(self.uffd.fd().as_raw_fd())], 0)? {
+            return Ok(0);
+        }
         let mut map = self.mm.map.write();
         let mut state = self.state.lock();
-        let adopted = map.vmas.iter().filter(|vma| matches!(vma.backing, Backing::Adopted { .. }));
-        let pairs: Vec<_> =
-            adopted.map(|vma| self.mm.notifiers.invalidate(vma.range, Event::Clear)).collect();
+        let mut pairs: Vec<_> = self
+            .views(&map)
+            .into_iter()
+            .map(|view| self.mm.notifiers.invalidate(view, Event::Clear))
+            .collect();
         let mut events = Vec::new();
         let mut result = Ok(());
         while events.len() < BATCH {
@@ -371,18 +368,37 @@ impl Watcher {
             self.apply(&mut map, &mut state, event);
         }
         self.prune(&map, &mut state);
-        drop(pairs);
+        // Inside out, as pairs of one thread nest.
+        while pairs.pop().is_some() {}
         self.events.fetch_add(count as u64, Ordering::Relaxed);
         result.map(|()| count)
     }
 
-    fn settle(&self) -> io::Result<()> {
+    /// Ranges that together cover everything adopted: the VMAs one by one, or, where the guest has cut its view into many, what
+    /// lies between the first and the last. It may cut as it likes; what the host's own munmap waits for must not grow with it.
+    fn views(&self, map: &Map) -> Vec<HvaRange> {
+        const MOST: usize = 8;
+        let adopted = map.vmas.iter().filter(|vma| matches!(vma.backing, Backing::Adopted { .. }));
+        let views: Vec<_> = adopted.map(|vma| vma.range).collect();
+        match (views.first(), views.last()) {
+            (Some(first), Some(last)) if views.len() > MOST => {
+                vec![HvaRange { start: first.start, end: last.end }]
+            }
+            _ => views,
+        }
+    }
+
+    fn settle(&self, limit: Duration) -> io::Result<()> {
+        let end = Instant::now() + limit;
         loop {
-            self.handle()?;
+            self.handle_batch()?;
             match self.uffd.lift_write_protection(&self.scratch.range()) {
                 Ok(()) => break,
                 // A change is made and its event is on the way, or read and its caller not awake yet.
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    if Instant::now() >= end {
+                        return Err(io::ErrorKind::TimedOut.into());
+                    }
                     readable(&mut [pollfd(self.uffd.fd().as_raw_fd())], 1)?;
                 }
                 Err(error) => return Err(error),
