@@ -462,7 +462,7 @@ fn every_listener_hears_what_was_done_and_where() {
 #[test]
 fn the_pairs_of_an_event_are_few_and_nest() {
     let Some((machine, watch)) = watched() else { return };
-    let mut first = Mapping::anonymous(PAGES);
+    let first = Mapping::anonymous(PAGES);
     let second = Mapping::anonymous(64);
     adopt(&machine, &watch, &first, RW);
     let many = adopt(&machine, &watch, &second, RW);
@@ -513,7 +513,7 @@ fn settling_comes_to_an_end_while_others_go_on() {
     let over = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         for _ in 0..6 {
-            let mut mapping = Mapping::anonymous(1);
+            let mapping = Mapping::anonymous(1);
             adopt(&machine, &watch, &mapping, RW);
             let over = &over;
             scope.spawn(move || {

@@ -40,8 +40,9 @@
 //! # The order
 //! In all these cases the kernel makes the caller wait until its event was *read*. So for each batch of events the watch
 //! 1. is told by poll that there is an event;
-//! 2. takes the mmap lock of the `Mm` for writing and opens a pair over everything that is adopted: which range it is about
-//!    would be known only after the read. When the starts have returned, no vCPU can reach any adopted page;
+//! 2. takes the mmap lock of the `Mm` for writing and opens pairs over everything that is adopted, one for each VMA or, where
+//!    there are many, one from the first to the last: which range it is about would be known only after the read. When the
+//!    starts have returned, no vCPU can reach any adopted page;
 //! 3. reads the events, which lets their callers go on;
 //! 4. applies them: inner pairs, with the range and the reason of each, around changes of VMAs, ptes and slots;
 //! 5. ends the pairs and lets go of the lock.
@@ -56,7 +57,7 @@
 //!   a *shared* mapping it finds the page, because its slot points at an alias of the watch's own, which nobody unmaps:
 //!   the guest reads and writes the same memory a little longer, while munmap has not returned. For a *private* one it finds
 //!   nothing, and KVM_RUN fails with `EFAULT`; the engine answers by [`Watch::settle`] and another try, and a
-//!   guest that has no luck then dies of SIGBUS at that address. Never is it an error of the engine's, and stale it cannot
+//!   guest that has no luck then gets SIGBUS (at that address, where KVM names it). Never is it an error of the engine's, and stale it cannot
 //!   be: there is no translation left to be stale.
 //! * *REMOVE comes before it.* After step 5 a guest may fault the old content in again, before the caller, now awake, zaps it;
 //!   KVM's notifier takes it away with that zap. Old content before and zeros after: both are right while madvise has not
