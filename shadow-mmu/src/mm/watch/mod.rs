@@ -57,8 +57,8 @@
 //!   a *shared* mapping it finds the page, because its slot points at an alias of the watch's own, which nobody unmaps:
 //!   the guest reads and writes the same memory a little longer, while munmap has not returned. For a *private* one it finds
 //!   nothing, and KVM_RUN fails with `EFAULT`; the engine answers by [`Watch::settle`] and another try, and a
-//!   guest that has no luck then gets SIGBUS (at that address, where KVM names it). Never is it an error of the engine's, and stale it cannot
-//!   be: there is no translation left to be stale.
+//!   guest that has no luck then gets SIGBUS (at that address, where KVM names it). Never is it an error of the engine's,
+//!   and stale it cannot be: there is no translation left to be stale.
 //! * *REMOVE comes before it.* After step 5 a guest may fault the old content in again, before the caller, now awake, zaps it;
 //!   KVM's notifier takes it away with that zap. Old content before and zeros after: both are right while madvise has not
 //!   returned, and for a CPU of the host it is no different.
