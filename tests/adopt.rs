@@ -11,9 +11,13 @@ use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
 use shadow_mmu::frame::FreedFrames;
 use shadow_mmu::mm::watch::Watch;
 use shadow_mmu::shadow::FaultAroundPolicy;
+use std::io::Write;
 use std::ops::Range;
-use std::sync::Arc;
+use std::os::fd::AsRawFd;
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 use vmm::guest::{Arguments, ExitStatus};
 use vmm::vm::{Program, Vm, VmConfig, WindowFill};
@@ -56,6 +60,58 @@ fn the_demo_shows_what_it_promises() {
     assert_eq!(sights, expected, "{text}");
     assert_eq!(text.lines().filter(|line| line.starts_with("host ")).count(), 16, "{text}");
     assert!(text.lines().last().unwrap().starts_with("as promised: 14 looks"), "{text}");
+}
+
+#[test]
+fn the_time_limit_of_the_demo_is_no_broken_promise() {
+    if !kvm() {
+        return;
+    }
+    let output = finish(umbra().args(["run", "--adopt-demo", "--timeout", "0.000001"]), b"", LIMIT);
+    assert_eq!(stderr(&output), "umbra: the demo was ended by the time limit\n");
+    assert_eq!(code(output.status), 128 + libc::SIGKILL);
+}
+
+/// Whether a process has a thread that runs a vCPU.
+fn runs_a_vcpu(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks.flatten().any(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm"));
+        name.is_ok_and(|name| name.starts_with("vcpu"))
+    })
+}
+
+/// The demo cannot go on while nobody reads what it says, so the signal comes in its middle.
+#[test]
+fn a_signal_to_the_demo_is_no_broken_promise() {
+    if !kvm() {
+        return;
+    }
+    let (mut reader, mut writer) = std::io::pipe().unwrap();
+    // SAFETY: a descriptor of ours.
+    let size = unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 4096) };
+    writer.write_all(&vec![b'\n'; size as usize]).unwrap();
+    let mut command = umbra();
+    command.args(["run", "--adopt-demo"]).stdout(writer).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // It holds the write end.
+    drop(command);
+    let began = Instant::now();
+    let pid = child.id();
+    let mut wait_until = |vcpu: bool| {
+        while runs_a_vcpu(pid) != vcpu {
+            assert!(began.elapsed() < LIMIT && child.try_wait().unwrap().is_none(), "a vCPU: {vcpu}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    wait_until(true);
+    // SAFETY: our child, which was not waited for yet.
+    unsafe { libc::kill(pid as i32, libc::SIGINT) };
+    wait_until(false);
+    std::io::copy(&mut reader, &mut std::io::sink()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(stderr(&output), "umbra: the demo was ended by SIGINT\n");
+    assert_eq!(code(output.status), 128 + libc::SIGINT);
 }
 
 #[test]
@@ -257,6 +313,7 @@ fn a_guest_that_never_stops_reading_survives_a_thousand_changes() {
 /// What has no event: the host takes the right to the memory. The guest gets SIGBUS, and reads on when it is given back.
 #[test]
 fn memory_that_the_host_itself_may_not_read_is_a_bus_error_to_the_guest() {
+    listen_to_the_log();
     let Some(mut guest) = Watcher::start(FaultAroundPolicy::Adaptive) else { return };
     let at = tagged();
     guest.adopt(at..at + PAGES * PAGE_SIZE, PLACE, Access::READ);
@@ -268,6 +325,69 @@ fn memory_that_the_host_itself_may_not_read_is_a_bus_error_to_the_guest() {
         assert_eq!(guest.look(), all_tags());
     }
     assert_eq!(guest.finish().1, 0);
+    // Each machine has a thread of its own for its vCPU, and tells it once, with what was tried.
+    let warnings = WARNINGS.lock().unwrap();
+    let of = |thread| warnings.iter().filter(|(other, _)| *other == thread).count();
+    assert!(!warnings.is_empty() && warnings.iter().all(|&(thread, _)| of(thread) == 1), "{warnings:?}");
+    assert!(warnings.iter().all(|(_, line)| line.contains("64 tries")), "{warnings:?}");
+}
+
+/// Warnings of SIGBUS to a guest, and on which thread each was made.
+static WARNINGS: Mutex<Vec<(ThreadId, String)>> = Mutex::new(Vec::new());
+
+#[derive(Debug)]
+struct Listener;
+
+impl log::Log for Listener {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+    fn log(&self, record: &log::Record<'_>) {
+        let line = record.args().to_string();
+        if record.level() == log::Level::Warn && line.contains("SIGBUS") {
+            WARNINGS.lock().unwrap().push((std::thread::current().id(), line));
+        }
+    }
+    fn flush(&self) {}
+}
+
+fn listen_to_the_log() {
+    // An error says that it is done already.
+    if log::set_logger(&Listener).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+}
+
+/// A guest that does not expect it dies, and the report blames the host, not a file that the guest never mapped.
+#[test]
+fn the_report_on_a_guest_that_the_host_took_memory_from_says_so() {
+    let source = r#"
+        #include <stdlib.h>
+        int main(int argc, char **argv) { return *(volatile char *)strtoull(argv[1], 0, 16); }"#;
+    let program = cc(&folder("unreachable"), "unreachable", source, STATIC);
+    let elf: Arc<[u8]> = std::fs::read(program).unwrap().into();
+    let place = format!("{:x}", PLACE.0);
+    let Some((vm, entry)) = machine(elf, &["unreachable", &place], FaultAroundPolicy::Adaptive) else {
+        return;
+    };
+    let Some(watch) = watch(&vm) else { return };
+    let at = tagged();
+    // SAFETY: pages of the test's own that hold numbers.
+    unsafe { vm.machine().mm().adopt(&watch, at..at + PAGES * PAGE_SIZE, Access::READ, Some(PLACE)) }
+        .unwrap();
+    mprotect(at, libc::PROT_NONE);
+    vm.start(entry).unwrap();
+    assert_eq!(vm.wait().unwrap(), ExitStatus::Signaled(libc::SIGBUS));
+    let death = vm.machine().death().unwrap();
+    let report = vmm::report::death_report(&death, vm.machine());
+    assert!(report.contains("page of adopted memory") && !report.contains("beyond the end"), "{report}");
+    match death.address {
+        // KVM of some hosts names the page, of others not.
+        Some(address) => assert!(address.0 == PLACE.0 && report.contains("[adopted]"), "{report}"),
+        None => {
+            assert!(report.contains("KVM does not say which") && !report.contains("mapping:"), "{report}")
+        }
+    }
 }
 
 /// System calls cannot reach adopted memory, in either direction; loads and stores can.

@@ -252,6 +252,21 @@ fn help_teaches() {
 }
 
 #[test]
+fn the_usage_of_run_names_the_program_once_and_its_arguments_after_it() {
+    let usage = |text: &str| -> Vec<String> {
+        let lines = text.lines().skip_while(|line| !line.starts_with("Usage:"));
+        lines.take_while(|line| !line.is_empty()).map(|line| line.trim().to_owned()).collect()
+    };
+    let expected =
+        ["Usage: umbra run [OPTIONS] <PROGRAM|IMAGE> [ARGS]...", "umbra run [OPTIONS] --adopt-demo"];
+    let output = umbra().args(["run", "--help"]).output().unwrap();
+    assert_eq!(usage(&String::from_utf8(output.stdout).unwrap()), expected);
+    // Without a program there is nothing to run.
+    let output = umbra().arg("run").output().unwrap();
+    assert_eq!((code(output.status), usage(&stderr(&output))), (2, expected.map(str::to_owned).into()));
+}
+
+#[test]
 fn options_behind_the_program_are_the_programs_own() {
     if !kvm() {
         return;

@@ -16,7 +16,7 @@ use common::*;
 use mapping::{Mapping, PlainCall};
 use shadow_mmu::addr::{Access, Hva, HvaRange, PAGE_SIZE, Pfn};
 use shadow_mmu::mm::watch::{AdoptError, Forks, Watch, WatchError};
-use shadow_mmu::mm::{Advice, FaultError, MmError, RemapFlags};
+use shadow_mmu::mm::{Advice, FaultError, MapFlags, MmError, RemapFlags};
 use shadow_mmu::notifier::{Event, Invalidation, MmuNotifier, WouldBlock};
 use shadow_mmu::shadow::FaultAroundPolicy;
 use shadow_mmu::sync::Mutex;
@@ -466,10 +466,14 @@ fn the_pairs_of_an_event_are_few_and_nest() {
     let second = Mapping::anonymous(64);
     adopt(&machine, &watch, &first, RW);
     let many = adopt(&machine, &watch, &second, RW);
-    for cut in [false, true] {
-        for n in (0..64).step_by(2).filter(|_| cut) {
-            machine.mm.mprotect(page(many, n), PAGE_SIZE, Access::READ).unwrap();
-        }
+    let cuts: [fn(&Machine, Hva); 3] = [
+        |_, _| {},
+        |machine, at| machine.mm.mprotect(at, PAGE_SIZE, Access::READ).unwrap(),
+        // Something of the guest's own.
+        |machine, at| machine.map_at(at, 1, RW, MapFlags::PRIVATE | MapFlags::FIXED),
+    ];
+    for cut in cuts {
+        (0..64).step_by(2).for_each(|n| cut(&machine, page(many, n)));
         let listener = Arc::<Listener>::default();
         let subscription = machine.mm.register(listener.clone()).unwrap();
         first.madvise(0..1, libc::MADV_DONTNEED);

@@ -3,7 +3,9 @@
 //!
 //! It runs on the main thread, on event-manager; vCPUs have threads of their own. SIGINT, SIGTERM and SIGHUP are blocked in
 //! every thread ([`block_signals`], before the first one is started) and read here from a signalfd, so that a guest that
-//! loops for ever ends at once, whatever its threads are doing.
+//! loops for ever ends at once, whatever its threads are doing. When the loop is over nobody reads them any more, so they are
+//! unblocked ([`unblock_signals`]) and do what they do to every process: umbra may still have to wait for a reader of what it
+//! has to say.
 
 use anyhow::{Context, Result};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -32,14 +34,22 @@ pub enum Event {
 /// # Errors
 /// The host's.
 pub fn block_signals() -> Result<()> {
+    mask_signals(libc::SIG_BLOCK).context("cannot block signals")
+}
+
+/// Unblocks them in this thread: from now on each ends umbra, one that came meanwhile at once. May be done twice.
+///
+/// # Errors
+/// The host's.
+pub fn unblock_signals() -> Result<()> {
+    mask_signals(libc::SIG_UNBLOCK).context("cannot unblock signals")
+}
+
+fn mask_signals(how: libc::c_int) -> Result<()> {
     let signals = create_sigset(&SIGNALS).context("cannot make a signal set")?;
     // SAFETY: reads a live set; the old mask is not asked for.
-    let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::from_raw_os_error(result)).context("cannot block signals")
-    }
+    let result = unsafe { libc::pthread_sigmask(how, &signals, std::ptr::null_mut()) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(result).into()) }
 }
 
 fn signal_fd() -> Result<OwnedFd> {

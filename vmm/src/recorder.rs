@@ -9,8 +9,7 @@ use std::collections::VecDeque;
 /// Events remembered.
 const LAST: usize = 16;
 
-/// The last events: pairs, changes of ptes, the end. Not the ops that come with every pair, nor those of aging, which would
-/// leave no room for the others.
+/// The last events: pairs, changes of ptes, the end. Not those of aging, which would leave no room for the others.
 #[derive(Debug)]
 pub struct Recorder {
     state: Mutex<State>,
@@ -58,7 +57,9 @@ impl Observe for Recorder {
 
     fn end(&self, invalidation: &Invalidation) {
         let State { pairs, last } = &mut *self.state.lock();
-        pairs.end(invalidation, &mut |event| record(last, event));
+        if let Some(event) = pairs.end(invalidation) {
+            record(last, event);
+        }
     }
 
     fn op(&self, op: Op) {
@@ -94,7 +95,7 @@ mod tests {
         };
         recorder.start(&pair(2));
         recorder.start(&pair(1));
-        recorder.op(Op::InvalidateRange(pair(1).range));
+        recorder.op(Op::ClearYoung(pair(1).range));
         recorder.end(&pair(1));
         let events: Vec<_> = recorder.events().iter().map(|event| (event.op, event.took.is_some())).collect();
         assert_eq!(events, [(Op::Invalidate(pair(2)), false), (Op::Invalidate(pair(1)), true)]);

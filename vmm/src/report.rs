@@ -5,7 +5,7 @@ use crate::guest::{Death, ExitStatus};
 use crate::vm::Machine;
 use serde::Serialize;
 use shadow_mmu::addr::{Gpa, Hva, PAGE_SIZE};
-use shadow_mmu::mm::Vma;
+use shadow_mmu::mm::{Backing, Vma};
 use shadow_mmu::shadow::Spte;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -156,7 +156,8 @@ pub fn death_report(death: &Death, machine: &Machine) -> String {
 }
 
 fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt::Result {
-    writeln!(out, "umbra: the guest died of {}{}", signal_name(death.signal), reason(death))?;
+    let vmas = machine.mm().vmas();
+    writeln!(out, "umbra: the guest died of {}{}", signal_name(death.signal), reason(death, &vmas))?;
     let regs = &death.regs;
     let vector = death.vector.map_or_else(String::new, |vector| format!(" (exception {vector})"));
     match (death.address, death.access) {
@@ -170,7 +171,7 @@ fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt:
         _ => writeln!(out, "  thread {} was at rip {:#x}{vector}", death.tid, death.rip)?,
     }
     if let Some(address) = death.address {
-        write_mapping(out, address, machine)?;
+        write_mapping(out, address, &vmas)?;
         write_walk(out, address, machine)?;
     }
     writeln!(out, "registers")?;
@@ -192,14 +193,28 @@ fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt:
     Ok(())
 }
 
-fn reason(death: &Death) -> &'static str {
+/// Why, with a look at what is mapped now.
+fn reason(death: &Death, vmas: &[Vma]) -> &'static str {
     match (death.signal, death.code) {
         (libc::SIGSEGV, 1) => ": nothing is mapped there (SEGV_MAPERR)",
         (libc::SIGSEGV, 2) => ": the mapping does not allow it (SEGV_ACCERR)",
-        (libc::SIGBUS, 2) => ": the mapping reaches beyond the end of its file (BUS_ADRERR)",
+        (libc::SIGBUS, 2) => unreachable_page(death, vmas),
         // SI_KERNEL: umbra's own doing; a guest that kills itself has another code.
         (libc::SIGKILL, 0x80) => ": out of memory, every frame is in use (give it more with --memory)",
         _ => "",
+    }
+}
+
+fn unreachable_page(death: &Death, vmas: &[Vma]) -> &'static str {
+    let Some(address) = death.address else {
+        return ": the host cannot reach a page of adopted memory, and KVM does not say which (BUS_ADRERR)";
+    };
+    match vmas.iter().find(|vma| vma.range.contains(Hva(address.0))).map(|vma| &vma.backing) {
+        Some(Backing::Adopted { .. }) => {
+            ": the host cannot reach this page of adopted memory: it was mprotected, or its file ends before (BUS_ADRERR)"
+        }
+        Some(_) => ": the mapping reaches beyond the end of its file (BUS_ADRERR)",
+        None => ": the page could not be reached, and its mapping is gone by now (BUS_ADRERR)",
     }
 }
 
@@ -208,8 +223,7 @@ fn vma_line(vma: &Vma) -> String {
     format!("{}-{} {}{kind} {}", vma.range.start, vma.range.end, vma.prot, vma.name())
 }
 
-fn write_mapping(out: &mut String, address: Gpa, machine: &Machine) -> std::fmt::Result {
-    let vmas = machine.mm().vmas();
+fn write_mapping(out: &mut String, address: Gpa, vmas: &[Vma]) -> std::fmt::Result {
     let after = vmas.partition_point(|vma| vma.range.start.0 <= address.0);
     let holds = after.checked_sub(1).map(|at| &vmas[at]).filter(|vma| vma.range.contains(Hva(address.0)));
     match holds {
@@ -242,5 +256,40 @@ fn write_walk(out: &mut String, address: Gpa, machine: &Machine) -> std::fmt::Re
     match machine.mm().lookup(Hva(address.0)) {
         Some((pte, _)) => writeln!(out, "  primary  {pte:?}"),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shadow_mmu::addr::{Access, HvaRange, Pfn};
+    use shadow_mmu::mm::VmaFlags;
+
+    #[test]
+    fn a_bus_error_says_whose_memory_it_was() {
+        let vma = |page: u64, backing| Vma {
+            range: HvaRange::page(Hva(page << 12)),
+            prot: Access::READ,
+            flags: VmaFlags::empty(),
+            backing,
+        };
+        let vmas = [vma(1, Backing::Anonymous), vma(2, Backing::Adopted { first: Pfn(1 << 20) })];
+        let said = |address: Option<u64>| {
+            let death = Death {
+                signal: libc::SIGBUS,
+                code: 2,
+                address: address.map(Gpa),
+                access: None,
+                rip: 0,
+                regs: crate::engine::Regs::default(),
+                tid: 1,
+                vector: Some(14),
+            };
+            reason(&death, &vmas)
+        };
+        assert!(said(Some(0x1008)).contains("beyond the end of its file"), "{}", said(Some(0x1008)));
+        assert!(said(Some(0x2000)).contains("this page of adopted memory"), "{}", said(Some(0x2000)));
+        assert!(said(Some(0x3000)).contains("is gone"), "{}", said(Some(0x3000)));
+        assert!(said(None).contains("KVM does not say which"), "{}", said(None));
     }
 }

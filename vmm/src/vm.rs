@@ -27,7 +27,7 @@ use shadow_mmu::shadow::{
 };
 use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
@@ -83,6 +83,8 @@ pub struct Machine {
     threads: Mutex<Vec<JoinHandle<()>>>,
     death: Mutex<Option<Death>>,
     lost: Mutex<Option<EngineError>>,
+    /// The operator has been told that the guest wants adopted memory which the host cannot reach.
+    told_unreachable: Once,
     /// Over mappings of this process that the guest sees, from the first on.
     watch: Mutex<Option<Arc<Watch>>>,
     /// Keeps the window's handler while the machine runs.
@@ -160,6 +162,7 @@ impl Machine {
             threads: Mutex::default(),
             death: Mutex::default(),
             lost: Mutex::default(),
+            told_unreachable: Once::new(),
             watch: Mutex::default(),
             _handler: handler,
         }))
@@ -259,7 +262,7 @@ impl FaultHandler for VcpuFaults {
 
     /// Most often a change of the mapping is under way, and settling it takes the leaf away: the access faults anew, and finds
     /// the mapping at its new place or gone. What is there but cannot be reached is tried a few times, for the host may
-    /// be about to give it back.
+    /// be about to give it back. A guest may live on SIGBUS, so only the first is told.
     fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault {
         const TRIES: u32 = 64;
         // Short: what the thread is told meanwhile, to end for example, it hears when this returns.
@@ -281,7 +284,17 @@ impl FaultHandler for VcpuFaults {
         }
         self.host_faults = 0;
         let at = pfn.and_then(|pfn| self.machine.mm.adopted_at(pfn));
-        HostFault::Unreachable(Gpa(at.unwrap_or_default().0))
+        self.machine.told_unreachable.call_once(|| {
+            let page = match at {
+                Some(at) => format!("the page of adopted memory at {at}"),
+                None => "a page of adopted memory that KVM does not name".to_owned(),
+            };
+            log::warn!(
+                "the guest gets SIGBUS: the host could not reach {page} in {TRIES} tries, with all changes of adopted \
+                 memory settled before each; it was mprotected, or lies beyond the end of its file (told once)"
+            );
+        });
+        HostFault::Unreachable(at.map(|at| Gpa(at.0)))
     }
 }
 

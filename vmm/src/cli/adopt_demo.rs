@@ -4,11 +4,12 @@
 //! The guest is the bundled `watcher`. It reads the memory all the time, also in the middle of a change, and answers requests
 //! on a page that is shown to it as well, the board (see `guest-images/src/guests/watcher.rs` for its words). After each
 //! system call the host asks, and compares the answer with what it must be. Nothing is left to time: a request is made when
-//! the call has returned, and answered by a look that comes after the request.
+//! the call has returned, and answered by a look that comes after the request. A signal to umbra or the time limit ends the
+//! guest, and the demo when it asks next: that is no broken promise, and is told apart by [`Ended`].
 
 use crate::guest::{Arguments, ExitStatus};
-use crate::reactor::{Event, Reactor};
-use crate::report::death_report;
+use crate::reactor::{Event, Reactor, unblock_signals};
+use crate::report::{death_report, exit_code, signal_name};
 use crate::vm::{Program, Vm, VmConfig};
 use anyhow::{Context, Result, bail, ensure};
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
@@ -179,6 +180,11 @@ const STEPS: [Step; 7] = [
     },
 ];
 
+/// The guest is no more, and was asked something.
+#[derive(Debug, thiserror::Error)]
+#[error("the guest ended without an answer")]
+struct Ended;
+
 /// The host's end of the board.
 #[derive(Debug)]
 struct Board {
@@ -206,7 +212,7 @@ impl Board {
     fn look(&mut self, address: Hva) -> Result<Vec<Seen>> {
         self.ask(address.0)?;
         while self.word(ANSWER)?.load(Ordering::Acquire) != self.requests {
-            ensure!(!self.over.load(Ordering::Acquire), "the guest ended without an answer");
+            ensure!(!self.over.load(Ordering::Acquire), Ended);
             std::thread::sleep(Duration::from_micros(50));
         }
         let gone = self.word(GONE)?.load(Ordering::Relaxed);
@@ -271,7 +277,7 @@ fn demo(vm: &Vm, board: &mut Board) -> Result<String> {
     ))
 }
 
-/// Runs it, for at most `limit`.
+/// Runs it, for at most `limit`. Ended by a signal or the limit, it has the exit status that a program has.
 pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode> {
     let image = guest_images::find("watcher").context("the guest of the demo is not bundled")?;
     let arguments = Arguments {
@@ -289,6 +295,7 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
     // SAFETY: a page of atomic words, for which any value is valid, that is unmapped when the guest has ended.
     unsafe { vm.machine().mm().adopt(&watch, range, access, Some(Hva(BOARD))) }?;
     let mut reactor = Reactor::new(vm.exited()?, limit)?;
+    let mut interrupted = None;
     let (verdict, status) = std::thread::scope(|scope| -> Result<(Result<String>, ExitStatus)> {
         vm.start(entry)?;
         let host = scope.spawn(|| {
@@ -298,16 +305,33 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
             }
             verdict
         });
-        let ended = reactor.run(|event| match event {
-            Event::Signal(signal) => vm.kill(signal),
-            Event::TimeLimit => vm.kill(libc::SIGKILL),
-            Event::Exited => {}
+        let ended = reactor.run(|event| {
+            let signal = match event {
+                Event::Signal(signal) => signal,
+                Event::TimeLimit => libc::SIGKILL,
+                Event::Exited => return,
+            };
+            // The first ends the guest.
+            interrupted.get_or_insert((event, signal));
+            vm.kill(signal);
         });
         over.store(true, Ordering::Release);
+        // The demo, and we after it, may wait for who reads what it says.
+        unblock_signals()?;
         let verdict = host.join().unwrap_or_else(|_| bail!("the demo panicked: this is a bug of umbra's"));
         ended?;
         Ok((verdict, vm.wait()?))
     })?;
+    if let Some((event, signal)) = interrupted
+        && status == ExitStatus::Signaled(signal)
+        && verdict.as_ref().err().is_none_or(|error| error.is::<Ended>())
+    {
+        match event {
+            Event::TimeLimit => eprintln!("umbra: the demo was ended by the time limit"),
+            _ => eprintln!("umbra: the demo was ended by {}", signal_name(signal)),
+        }
+        return Ok(ExitCode::from(exit_code(status)));
+    }
     if let Some(death) = vm.machine().death().filter(|death| death.signal != libc::SIGKILL) {
         eprint!("{}", death_report(&death, vm.machine()));
     }

@@ -3,13 +3,14 @@
 
 use super::{Format, adopt_demo, kvm_device, parse, trace};
 use crate::guest::{Arguments, ExitStatus};
-use crate::reactor::{Event, Reactor, block_signals};
+use crate::reactor::{Event, Reactor, block_signals, unblock_signals};
 use crate::report::{Stats, death_report, exit_code, signal_name};
 use crate::trace::Tracer;
 use crate::vm::{Machine, Program, Vm, VmConfig, WindowFill};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -24,6 +25,9 @@ use std::time::{Duration, Instant};
 /// The program's stdin, stdout and stderr are umbra's, and so is its exit status; 128 + N if signal N ended it, 125 if umbra
 /// could not run it. A name with a slash in it is a path; any other is a bundled guest, and else a file in this folder.
 #[derive(Debug, Args)]
+#[command(
+    override_usage = "umbra run [OPTIONS] <PROGRAM|IMAGE> [ARGS]...\n       umbra run [OPTIONS] --adopt-demo"
+)]
 pub(super) struct RunArgs {
     /// Memory for the guest, its page tables included: bytes, or with K, M, G.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse::memory)]
@@ -53,12 +57,12 @@ pub(super) struct RunArgs {
     /// How KVM's view of the frames is filled; for benchmarks.
     #[arg(long, value_name = "HOW", default_value = "ahead", hide = true)]
     window: WindowArg,
-    /// The program, and what it is to be given.
+    /// The program, or a bundled guest by its name; what follows are its arguments.
     #[arg(
         required_unless_present = "adopt_demo",
         trailing_var_arg = true,
         allow_hyphen_values = true,
-        value_name = "PROGRAM|IMAGE> [ARGS]..."
+        value_name = "PROGRAM|IMAGE"
     )]
     program: Vec<OsString>,
 }
@@ -70,6 +74,7 @@ enum WindowArg {
     Userfaultfd,
 }
 
+/// Runs it, and whatever comes of that, finishes the trace.
 pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     let began = Instant::now();
     // Whatever follows the program is the program's; so clap takes an option it does not know for the program.
@@ -77,10 +82,20 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
         eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
         return Ok(ExitCode::from(2));
     }
+    // While signals still end umbra, for it may wait.
+    let output = args.trace.open()?;
     // Before the first thread, so that all inherit it.
     block_signals()?;
-    // Before the VM, so that it lives longer on every way out.
-    let tracer = args.trace.start()?;
+    let tracer = output.map(trace::Output::start).transpose()?;
+    // The end of the address space is the trace's last event, so the VM lives in there.
+    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), began);
+    // What is left may wait for a reader; also where no reactor ran.
+    unblock_signals()?;
+    trace::finish(tracer);
+    result
+}
+
+fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Instant) -> Result<ExitCode> {
     let config = VmConfig {
         kvm_device: kvm_device(),
         memory: args.memory,
@@ -91,7 +106,7 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
             WindowArg::OnDemand => WindowFill::OnDemand,
             WindowArg::Userfaultfd => WindowFill::Userfaultfd,
         },
-        listeners: tracer.iter().map(Tracer::listener).collect(),
+        listeners: listener.into_iter().collect(),
     };
     if args.adopt_demo {
         return adopt_demo::run(config, args.timeout);
@@ -113,6 +128,8 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
         if let Some(checker) = &checker {
             checker.stop();
         }
+        // From here on umbra may wait for who reads what it says, and a signal is to end that.
+        unblock_signals()?;
         ended?;
         vm.wait()
     })?;
@@ -133,9 +150,6 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     if let Some(checker) = checker {
         checker.finish()?;
     }
-    // The end of the address space is the trace's last event.
-    drop(vm);
-    trace::finish(tracer);
     Ok(ExitCode::from(exit_code(status)))
 }
 

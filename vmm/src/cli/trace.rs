@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use std::fs::File;
 use std::io::{Write, stderr};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 /// What is to be traced, and how it is written.
@@ -22,8 +23,9 @@ pub(super) struct TraceArgs {
     /// Print events while the guest runs, to stderr: a list, with commas, of `notifier` or `notifier=json`.
     ///
     /// `notifier`: everything that the guest's address space tells its listeners, an event a line: seconds since the start,
-    /// the guest's thread (`umbra` before it runs and after), op, reason, range, pages, and how long a pair was open. A pair,
-    /// invalidate_range_start to _end, is one line, `invalidate`, written at its end; other ops have their kernel names.
+    /// the guest's thread (`umbra` before it runs, after it, and for changes of adopted memory), op, reason, range, pages, and
+    /// how long a pair was open. A pair, invalidate_range_start to _end, is one line, `invalidate`, written at its end; other
+    /// ops have their kernel names. `invalidate_range`, for devices that walk the primary's page tables, is not traced.
     /// `notifier=json`: one object a line {time_ns, tid, op, reason, start, end, pages, blockable, duration_ns, pte}, without
     /// what an op has not; {op: "lost", events} where the reader was too slow. A guest never waits for its trace.
     #[arg(long, value_name = "LIST", value_parser = parse::traced)]
@@ -33,29 +35,65 @@ pub(super) struct TraceArgs {
     trace_file: Option<PathBuf>,
 }
 
+/// Where a trace goes, and how it is written.
+#[derive(Debug)]
+pub(super) struct Output {
+    style: Style,
+    file: File,
+}
+
 impl TraceArgs {
-    /// Starts to write what is to be traced; `None` if nothing is.
-    pub(super) fn start(&self) -> Result<Option<Tracer>> {
+    /// Opens what the trace is to be written to; `None` if nothing is traced. May wait: a FIFO has no reader at first.
+    pub(super) fn open(&self) -> Result<Option<Output>> {
         let Some(Traced { notifier: Some(format) }) = self.trace else { return Ok(None) };
         let style = match format {
             Format::Text => Style::Text,
             Format::Json => Style::Json,
         };
-        let out: Box<dyn Write + Send> = match &self.trace_file {
-            Some(path) => Box::new(
-                File::create(path)
-                    .with_context(|| format!("cannot write the trace to {}", path.display()))?,
-            ),
-            None => Box::new(stderr()),
+        let file = match &self.trace_file {
+            Some(path) => {
+                File::create(path).with_context(|| format!("cannot write the trace to {}", path.display()))?
+            }
+            // The descriptor alone: std's stderr has a lock, and whoever writes a line of the log would wait for it while a
+            // trace that nobody reads is being written.
+            None => File::from(stderr().as_fd().try_clone_to_owned().context("cannot duplicate stderr")?),
         };
-        Ok(Some(Tracer::start(style, out).context("cannot start a thread that writes the trace")?))
+        Ok(Some(Output { style, file }))
     }
 }
 
-/// Writes the rest. A trace that cannot be written is no reason to hide how the guest ended, so it is only told.
+impl Output {
+    /// Starts to write.
+    pub(super) fn start(self) -> Result<Tracer> {
+        Tracer::start(self.style, self.file).context("cannot start a thread that writes the trace")
+    }
+}
+
+/// Writes the rest, and waits for who reads it. A trace that cannot be written is no reason to hide how the guest ended, so it
+/// is only told.
 pub(super) fn finish(tracer: Option<Tracer>) {
     if let Some(Err(error)) = tracer.map(Tracer::finish) {
         // It may be stderr that is gone.
         let _ = writeln!(stderr(), "umbra: the trace is not complete: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_trace_to_stderr_does_not_wait_for_who_writes_there_nor_the_other_way_round() {
+        let args = TraceArgs { trace: Some(Traced { notifier: Some(Format::Text) }), trace_file: None };
+        let locked = stderr().lock();
+        let tracer = args.open().unwrap().unwrap().start().unwrap();
+        tracer.listener().release();
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || tell.send(tracer.finish().is_ok()));
+        let written = told.recv_timeout(Duration::from_secs(60));
+        drop(locked);
+        assert_eq!(written, Ok(true), "the writer waits for the lock of std's stderr");
     }
 }

@@ -72,8 +72,9 @@ pub enum Fault {
 pub enum HostFault {
     /// Look again: the mapping has changed, or was just changing.
     Retry,
-    /// The page at this address (0 where the host does not say) cannot be had: SIGBUS, `BUS_ADRERR`.
-    Unreachable(Gpa),
+    /// The page that begins at this address cannot be had (`None`: one that the host does not name): SIGBUS, `BUS_ADRERR`,
+    /// with that address or 0.
+    Unreachable(Option<Gpa>),
 }
 
 /// Resolves page faults of one vCPU; the VM's part.

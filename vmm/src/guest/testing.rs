@@ -191,7 +191,7 @@ impl FaultHandler for FakeFaults {
         }
     }
     fn host_fault(&mut self, _: Option<Pfn>) -> HostFault {
-        HostFault::Unreachable(Gpa(0))
+        HostFault::Unreachable(None)
     }
 }
 

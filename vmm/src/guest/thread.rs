@@ -157,7 +157,15 @@ impl Thread {
         match faults.host_fault(pfn) {
             HostFault::Retry => Ok(Flow::Enter),
             // Whether it was a load or a store the host does not say.
-            HostFault::Unreachable(addr) => self.refuse(vcpu, addr, Access::READ, (Signal::BUS, BUS_ADRERR)),
+            HostFault::Unreachable(Some(addr)) => {
+                self.refuse(vcpu, addr, Access::READ, (Signal::BUS, BUS_ADRERR))
+            }
+            HostFault::Unreachable(None) => {
+                let trap = Trap { vector: PAGE_FAULT.into(), error_code: 1 << 2, cr2: 0 };
+                let info = SigInfo::fault(Signal::BUS, BUS_ADRERR, 0);
+                let cause = Some(Cause { vector: PAGE_FAULT, access: None });
+                self.fault(vcpu, Forced { signal: Signal::BUS, info, trap, cause })
+            }
         }
     }
 

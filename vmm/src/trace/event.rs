@@ -4,12 +4,16 @@
 //! A pair of `invalidate_range_start` and `_end` is one event: when it began, and how long it was open. Every other op is an
 //! event without a duration.
 //!
+//! An event carries the thread it was made on. That is the thread which changed the address space, with one exception: what the
+//! host does to adopted memory is announced by the thread that reads of it, the watch's, which is umbra's own, or the vCPU that
+//! came upon the change and settled it (see [`watch`](shadow_mmu::mm::watch)).
+//!
 //! # Text
 //! Columns: seconds since the trace began, thread, op, reason, range, pages, and what else there is to say. A dash stands for
 //! what an op has not.
 //! ```text
-//!     0.003214 s  tid 4711    invalidate         Unmap           [0x7fffff5fa000, 0x7fffff5fd000)         3 pages  12.4 us
-//!     0.003318 s  tid 4711    change_pte         -               [0x7fffff5fe000, 0x7fffff5ff000)         1 page   anonymous 0x1f rw--
+//!     0.003214 s  tid 4711    invalidate         Unmap           [0x7fffff5fa000, 0x7fffff5fd000)            3 pages  12.4 us
+//!     0.003318 s  tid 4711    change_pte         -               [0x7fffff5fe000, 0x7fffff5ff000)            1 page   anonymous 0x1f rw--
 //! ```
 //!
 //! # JSON
@@ -49,7 +53,8 @@ pub(super) fn now() -> Duration {
     BEGAN.elapsed()
 }
 
-/// What listeners were told. The ops are those of [`MmuNotifier`](shadow_mmu::notifier::MmuNotifier).
+/// What listeners were told. The ops are those of [`MmuNotifier`](shadow_mmu::notifier::MmuNotifier), but for
+/// `invalidate_range`, which only devices are told that walk the primary's tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
     /// A pair: `invalidate_range_start` to `invalidate_range_end`.
@@ -58,8 +63,6 @@ pub enum Op {
     ChangePte(Hva, Pte),
     /// A page has lost its pte.
     InvalidatePage(Hva),
-    /// Ptes were cleared, their frames are not freed yet.
-    InvalidateRange(HvaRange),
     /// "Accessed" is tested, cleared and flushed.
     ClearFlushYoung(HvaRange),
     /// "Accessed" is tested and cleared.
@@ -77,7 +80,6 @@ impl Op {
             Self::Invalidate(_) => "invalidate",
             Self::ChangePte(..) => "change_pte",
             Self::InvalidatePage(_) => "invalidate_page",
-            Self::InvalidateRange(_) => "invalidate_range",
             Self::ClearFlushYoung(_) => "clear_flush_young",
             Self::ClearYoung(_) => "clear_young",
             Self::TestYoung(_) => "test_young",
@@ -92,9 +94,7 @@ impl Op {
             Self::ChangePte(hva, _) | Self::InvalidatePage(hva) | Self::TestYoung(hva) => {
                 Some(HvaRange::page(hva))
             }
-            Self::InvalidateRange(range) | Self::ClearFlushYoung(range) | Self::ClearYoung(range) => {
-                Some(range)
-            }
+            Self::ClearFlushYoung(range) | Self::ClearYoung(range) => Some(range),
             Self::Release => None,
         }
     }
@@ -123,7 +123,8 @@ impl Op {
 pub struct TraceEvent {
     /// When it was, or began, since the trace began.
     pub at: Duration,
-    /// The guest's thread it was made for; `None`: by umbra itself, before the guest ran or after.
+    /// The guest's thread that it was made on. `None`: on a thread of umbra's own, before the guest ran, after it, or, where
+    /// the host has changed adopted memory, while it runs.
     pub tid: Option<i32>,
     /// What.
     pub op: Op,
@@ -178,7 +179,7 @@ impl fmt::Display for TraceEvent {
         let Some(range) = self.op.range() else { return write!(f, "  -") };
         let pages = range.page_count();
         let unit = if pages == 1 { "page" } else { "pages" };
-        write!(f, "  {:<32}  {pages:>8} ", range.to_string())?;
+        write!(f, "  {:<32}  {pages:>11} ", range.to_string())?;
         if rest.is_empty() {
             return f.write_str(unit);
         }
@@ -262,17 +263,17 @@ mod tests {
         assert_eq!(
             event(pair(Blockable::Yes), Some(4711), Some(12_400)).to_string(),
             "    0.003214 s  tid 4711    invalidate         Unmap           \
-             [0x7fffff5fa000, 0x7fffff5fd000)         3 pages  12.4 us"
+             [0x7fffff5fa000, 0x7fffff5fd000)            3 pages  12.4 us"
         );
         assert_eq!(
             event(Op::ChangePte(Hva(0x7fff_ff5f_e000), pte), Some(4711), None).to_string(),
             "    0.003214 s  tid 4711    change_pte         -               \
-             [0x7fffff5fe000, 0x7fffff5ff000)         1 page   anonymous 0x1f rw--"
+             [0x7fffff5fe000, 0x7fffff5ff000)            1 page   anonymous 0x1f rw--"
         );
         assert_eq!(
-            event(Op::InvalidateRange(HvaRange::page(Hva(0x1000))), Some(1), None).to_string(),
-            "    0.003214 s  tid 1       invalidate_range   -               \
-             [0x1000, 0x2000)                         1 page"
+            event(Op::ClearYoung(HvaRange::page(Hva(0x1000))), Some(1), None).to_string(),
+            "    0.003214 s  tid 1       clear_young        -               \
+             [0x1000, 0x2000)                            1 page"
         );
         assert_eq!(
             event(Op::Release, None, None).to_string(),

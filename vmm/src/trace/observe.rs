@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A listener that only listens: it maps nothing, so it has nothing to invalidate, and no page is young because of it.
+//!
+//! It is no device that walks the primary's tables, so `invalidate_range` is not called for it: that op repeats what
+//! `change_pte` and the end of each pair say. An address space that is listened to calls nothing that it would not call anyway.
 
 use super::event::Op;
 use shadow_mmu::addr::{Hva, HvaRange};
@@ -12,16 +15,12 @@ use std::fmt::Debug;
 /// Called on the thread that changes the address space, under its locks (see
 /// [`notifier`](shadow_mmu::notifier)): no I/O, no waiting, no call into the `Mm`.
 pub trait Observe: Debug + Send + Sync {
-    /// A pair opens. Pairs of one thread nest.
+    /// A pair opens. A thread may have several open.
     fn start(&self, invalidation: &Invalidation);
-    /// The pair with this `invalidation`, opened last by this thread, closes.
+    /// A pair with this `invalidation` that this thread opened closes.
     fn end(&self, invalidation: &Invalidation);
     /// Any other op than a pair.
     fn op(&self, op: Op);
-    /// Whether it wants to be told [`Op::InvalidateRange`] too, which comes with the end of every pair.
-    fn wants_invalidate_range(&self) -> bool {
-        false
-    }
 }
 
 /// An [`Observe`] as a listener.
@@ -56,11 +55,5 @@ impl<O: Observe> MmuNotifier for Observer<O> {
     }
     fn invalidate_range_end(&self, invalidation: &Invalidation) {
         self.0.end(invalidation);
-    }
-    fn walks_primary_tables(&self) -> bool {
-        self.0.wants_invalidate_range()
-    }
-    fn invalidate_range(&self, range: HvaRange) {
-        self.0.op(Op::InvalidateRange(range));
     }
 }

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which end belongs to which start.
 //!
-//! A thread ends its pairs in the opposite order of their starts, so an end belongs to the newest start of its thread that says
-//! the same: the open pairs of one thread are a stack. A start above that one never got its end: the listener was taken off the
-//! list meanwhile, and put back. It is handed out without a duration, as is the oldest of more than [`DEEPEST`] of a thread, so
-//! that what is kept has a bound. The stacks of all threads lie in one vector: few pairs are open at a time, and a listener that
-//! is always there must not allocate for each.
+//! An end belongs to the newest start of its thread that says the same. The order in which a thread ends its pairs is its own
+//! affair: a pair that was opened later and is still open says nothing else, and stays open. A start may never get its end, where
+//! the listener is taken off the list meanwhile and put back: it stays among the open pairs, and is handed out without a
+//! duration when its thread has more than [`DEEPEST`], so that what is kept has a bound. The pairs of all threads lie in one
+//! vector: few are open at a time, and a listener that is always there must not allocate for each.
 
 use super::event::{Op, TraceEvent, guest_thread, now};
 use shadow_mmu::notifier::Invalidation;
 use std::thread::ThreadId;
 use std::time::Duration;
 
-/// Pairs that one thread may have open. The primary MMU nests two.
-pub const DEEPEST: usize = 16;
+/// Pairs of one thread that are remembered as open. No rule of the notifier layer says how many there may be; this is far more
+/// than the primary MMU opens at a time.
+pub const DEEPEST: usize = 256;
 
 #[derive(Debug)]
 struct Open {
@@ -37,7 +38,7 @@ pub struct Pairs {
 }
 
 impl Pairs {
-    /// This thread opens a pair. Returns one that will never end, if there is.
+    /// This thread opens a pair. Returns its oldest one if they are too many: that will hardly end.
     pub fn start(&mut self, invalidation: &Invalidation) -> Option<TraceEvent> {
         let thread = std::thread::current().id();
         let mut own = (0..self.open.len()).filter(|&at| self.open[at].thread == thread);
@@ -47,20 +48,14 @@ impl Pairs {
         never_ended
     }
 
-    /// This thread closes a pair. Calls `emit` with those that will never end, newest first, then with this one. Without a
-    /// start, which a listener that is told everything does not see, there is nothing to say.
-    pub fn end(&mut self, invalidation: &Invalidation, emit: &mut impl FnMut(TraceEvent)) {
+    /// This thread closes a pair, which is returned. `None` without a start, which a listener that is told everything does not
+    /// see: there is nothing to say.
+    pub fn end(&mut self, invalidation: &Invalidation) -> Option<TraceEvent> {
         let now = now();
         let thread = std::thread::current().id();
         let is_it = |open: &Open| open.thread == thread && open.invalidation == *invalidation;
-        let Some(start) = self.open.iter().rposition(is_it) else { return };
-        for above in (start + 1..self.open.len()).rev() {
-            if self.open[above].thread == thread {
-                emit(self.open.remove(above).event(None));
-            }
-        }
-        let open = self.open.remove(start);
-        emit(open.event(Some(now.saturating_sub(open.at))));
+        let open = self.open.remove(self.open.iter().rposition(is_it)?);
+        Some(open.event(Some(now.saturating_sub(open.at))))
     }
 
     /// Those that are open now, by the time of their start.
@@ -82,12 +77,15 @@ mod tests {
         Invalidation { range, event: Event::Clear, blockable: Blockable::Yes }
     }
 
-    fn ended(pairs: &mut Pairs, invalidation: &Invalidation) -> Vec<(u64, bool)> {
-        let mut events = Vec::new();
-        pairs.end(invalidation, &mut |event| {
-            events.push((event.op.range().unwrap().page_count(), event.took.is_some()));
-        });
-        events
+    /// The pages of the pair that ended.
+    fn ended(pairs: &mut Pairs, invalidation: &Invalidation) -> Option<u64> {
+        let event = pairs.end(invalidation)?;
+        assert!(event.took.is_some(), "{event}");
+        Some(event.op.range().unwrap().page_count())
+    }
+
+    fn open(pairs: &Pairs) -> Vec<u64> {
+        pairs.open().iter().map(|event| event.op.range().unwrap().page_count()).collect()
     }
 
     #[test]
@@ -96,22 +94,20 @@ mod tests {
         for pages in [2, 1, 1] {
             assert_eq!(pairs.start(&pair(pages)), None);
         }
-        assert_eq!(ended(&mut pairs, &pair(1)), [(1, true)]);
-        assert_eq!(pairs.open().len(), 2);
-        assert_eq!(ended(&mut pairs, &pair(1)), [(1, true)]);
-        assert_eq!(ended(&mut pairs, &pair(2)), [(2, true)]);
+        assert_eq!(ended(&mut pairs, &pair(1)), Some(1));
+        assert_eq!(open(&pairs), [2, 1]);
+        assert_eq!(ended(&mut pairs, &pair(1)), Some(1));
+        assert_eq!(ended(&mut pairs, &pair(2)), Some(2));
         assert!(pairs.open.is_empty(), "what ended leaves nothing behind");
     }
 
     #[test]
     fn the_outer_pair_takes_longer_than_the_inner() {
         let mut pairs = Pairs::default();
-        let mut took = Vec::new();
         pairs.start(&pair(2));
         pairs.start(&pair(1));
-        pairs.end(&pair(1), &mut |event| took.push(event));
-        pairs.end(&pair(2), &mut |event| took.push(event));
-        assert!(took[1].at <= took[0].at && took[1].took.unwrap() >= took[0].took.unwrap(), "{took:?}");
+        let [inner, outer] = [1, 2].map(|pages| pairs.end(&pair(pages)).unwrap());
+        assert!(outer.at <= inner.at && outer.took.unwrap() >= inner.took.unwrap(), "{outer:?} {inner:?}");
     }
 
     #[test]
@@ -120,29 +116,41 @@ mod tests {
         pairs.start(&pair(1));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                assert!(ended(&mut pairs, &pair(1)).is_empty(), "another thread's pair");
+                assert_eq!(ended(&mut pairs, &pair(1)), None, "another thread's pair");
                 pairs.start(&pair(2));
             });
         });
-        assert_eq!(ended(&mut pairs, &pair(1)), [(1, true)], "not what the other thread opened since");
-        assert_eq!(pairs.open().len(), 1);
+        assert_eq!(ended(&mut pairs, &pair(1)), Some(1), "not what the other thread opened since");
+        assert_eq!(open(&pairs), [2]);
     }
 
     #[test]
-    fn a_pair_that_never_ended_is_told_when_the_one_around_it_ends() {
+    fn pairs_that_end_in_the_order_of_their_starts_end_all_the_same() {
         let mut pairs = Pairs::default();
-        pairs.start(&pair(3));
-        pairs.start(&pair(2));
-        pairs.start(&pair(1));
-        assert_eq!(ended(&mut pairs, &pair(3)), [(1, false), (2, false), (3, true)]);
+        for pages in [3, 2, 1] {
+            assert_eq!(pairs.start(&pair(pages)), None);
+        }
+        assert_eq!(ended(&mut pairs, &pair(3)), Some(3));
+        assert_eq!(open(&pairs), [2, 1], "they go on");
+        assert_eq!(ended(&mut pairs, &pair(2)), Some(2));
+        assert_eq!(ended(&mut pairs, &pair(1)), Some(1));
+        assert!(pairs.open.is_empty(), "what ended leaves nothing behind");
+    }
+
+    #[test]
+    fn a_hundred_pairs_of_one_thread_are_not_too_many() {
+        let mut pairs = Pairs::default();
+        assert_eq!((1..=100).find_map(|pages| pairs.start(&pair(pages))), None);
+        assert!((1..=100).rev().all(|pages| ended(&mut pairs, &pair(pages)) == Some(pages)));
     }
 
     #[test]
     fn pairs_that_never_end_do_not_pile_up() {
         let mut pairs = Pairs::default();
-        let told = (1..=100).filter_map(|pages| pairs.start(&pair(pages))).count();
-        assert_eq!((told, pairs.open().len()), (100 - DEEPEST, DEEPEST));
-        assert!(ended(&mut pairs, &pair(1)).is_empty(), "it was given up");
-        assert_eq!(ended(&mut pairs, &pair(100)), [(100, true)]);
+        let told: Vec<_> = (1..=1000).filter_map(|pages| pairs.start(&pair(pages))).collect();
+        assert_eq!((told.len(), pairs.open().len()), (1000 - DEEPEST, DEEPEST));
+        assert!(told.iter().all(|event| event.took.is_none()), "{told:?}");
+        assert_eq!(ended(&mut pairs, &pair(1)), None, "it was given up");
+        assert_eq!(ended(&mut pairs, &pair(1000)), Some(1000));
     }
 }

@@ -8,7 +8,9 @@
 //! reads its trace. The count stands where the events are missing.
 //!
 //! [`Tracer::finish`] writes what is left, pairs that are still open included, and waits for it; so does a drop. It waits for
-//! the reader of a full pipe, as every program does that writes to one.
+//! the reader of a full pipe, as every program does that writes to one; so signals must be able to end the process then. The
+//! writer may sit in a write at any time, so what it writes to must need no lock that others take: not std's stderr, whose lock
+//! every line of the log wants.
 
 use super::event::{Op, TraceEvent, start_clock};
 use super::observe::{Observe, Observer};
@@ -189,15 +191,15 @@ impl Observe for Shared {
     }
 
     fn end(&self, invalidation: &Invalidation) {
-        self.tell(|pairs, queue| pairs.end(invalidation, &mut |event| queue.push(event)));
+        self.tell(|pairs, queue| {
+            if let Some(event) = pairs.end(invalidation) {
+                queue.push(event);
+            }
+        });
     }
 
     fn op(&self, op: Op) {
         self.tell(|_, queue| queue.push(TraceEvent::now(op)));
-    }
-
-    fn wants_invalidate_range(&self) -> bool {
-        true
     }
 }
 
@@ -209,7 +211,7 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Starts a writer to `out`, which need not be buffered.
+    /// Starts a writer to `out`, which need not be buffered, and must not hold a lock that others wait for while it writes.
     ///
     /// # Errors
     /// No thread.

@@ -40,8 +40,8 @@
 //! # The order
 //! In all these cases the kernel makes the caller wait until its event was *read*. So for each batch of events the watch
 //! 1. is told by poll that there is an event;
-//! 2. takes the mmap lock of the `Mm` for writing and opens pairs over everything that is adopted, one for each VMA or, where
-//!    there are many, one from the first to the last: which range it is about would be known only after the read. When the
+//! 2. takes the mmap lock of the `Mm` for writing and opens pairs over everything that is adopted, one for each run of such VMAs
+//!    or, where there are many, one from the first to the last: which range it is about would be known only after the read. When the
 //!    starts have returned, no vCPU can reach any adopted page;
 //! 3. reads the events, which lets their callers go on;
 //! 4. applies them: inner pairs, with the range and the reason of each, around changes of VMAs, ptes and slots;
@@ -346,11 +346,8 @@ impl Watcher {
         }
         let mut map = self.mm.map.write();
         let mut state = self.state.lock();
-        let mut pairs: Vec<_> = self
-            .views(&map)
-            .into_iter()
-            .map(|view| self.mm.notifiers.invalidate(view, Event::Clear))
-            .collect();
+        let views = Self::views(&map).into_iter();
+        let mut pairs: Vec<_> = views.map(|view| self.mm.notifiers.invalidate(view, Event::Clear)).collect();
         let mut events = Vec::new();
         let mut result = Ok(());
         while events.len() < BATCH {
@@ -375,17 +372,27 @@ impl Watcher {
         result.map(|()| count)
     }
 
-    /// Ranges that together cover everything adopted: the VMAs one by one, or, where the guest has cut its view into many, what
-    /// lies between the first and the last. It may cut as it likes; what the host's own munmap waits for must not grow with it.
-    fn views(&self, map: &Map) -> Vec<HvaRange> {
+    /// Ranges that together cover everything adopted: a run of such VMAs with nothing else mapped between them is one, for each
+    /// costs a flush. Where the guest has put much in between, it is all from the first to the last: what the host's own munmap
+    /// waits for must not grow with what the guest does.
+    fn views(map: &Map) -> Vec<HvaRange> {
         const MOST: usize = 8;
-        let adopted = map.vmas.iter().filter(|vma| matches!(vma.backing, Backing::Adopted { .. }));
-        let views: Vec<_> = adopted.map(|vma| vma.range).collect();
-        match (views.first(), views.last()) {
-            (Some(first), Some(last)) if views.len() > MOST => {
+        let mut runs: Vec<HvaRange> = Vec::new();
+        let mut goes_on = false;
+        for vma in map.vmas.iter() {
+            let is_adopted = matches!(vma.backing, Backing::Adopted { .. });
+            match runs.last_mut() {
+                Some(run) if is_adopted && goes_on => run.end = vma.range.end,
+                _ if is_adopted => runs.push(vma.range),
+                _ => {}
+            }
+            goes_on = is_adopted;
+        }
+        match (runs.first(), runs.last()) {
+            (Some(first), Some(last)) if runs.len() > MOST => {
                 vec![HvaRange { start: first.start, end: last.end }]
             }
-            _ => views,
+            _ => runs,
         }
     }
 

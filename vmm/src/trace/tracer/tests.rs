@@ -91,13 +91,9 @@ fn a_trace_has_every_event_of_an_address_space() {
     assert_eq!(
         told,
         [
-            event("invalidate_range", "-", 1, None),
             event("change_pte", "-", 1, None),
-            event("invalidate_range", "-", 1, None),
             event("invalidate", "Clear", 1, None),
-            event("invalidate_range", "-", 3, None),
             event("invalidate", "ProtectionVma", 3, None),
-            event("invalidate_range", "-", 2, Some(77)),
             event("invalidate", "Unmap", 2, Some(77)),
             event("release", "-", 0, None),
         ]
@@ -207,7 +203,7 @@ fn pieces_are_whole_lines_and_fit_into_a_pipe() {
     let pieces = Pieces::default();
     let tracer = Tracer::start(Style::Text, pieces.clone()).unwrap();
     let listener = tracer.listener();
-    (0..5000).for_each(|n| listener.invalidate_range(page(n)));
+    (0..5000).for_each(|n| listener.invalidate_page(Hva(n << 12)));
     tracer.finish().unwrap();
     let pieces = pieces.0.lock();
     assert!(pieces.iter().all(|piece| piece.len() <= PIECE && piece.ends_with('\n')));
