@@ -210,6 +210,12 @@ impl Default for AsymmetricFence {
 }
 
 impl AsymmetricFence {
+    /// Asks the kernel for the heavy fence, once for the process; the first fence that is made does so too. In a process that
+    /// has one thread that costs nothing, later some milliseconds: so a program does it first of all.
+    pub fn prepare() {
+        Self::default();
+    }
+
     /// The cheap side.
     #[inline]
     pub fn light(self) {

@@ -63,6 +63,8 @@ pub fn kvm_device() -> PathBuf {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
+    // While there is one thread.
+    shadow_mmu::sync::AsymmetricFence::prepare();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();
