@@ -130,7 +130,7 @@ impl Notifiers {
     /// # Errors
     /// [`Misuse`]; the list is as before.
     pub fn unregister(&self, subscription: &Subscription) -> Result<(), Misuse> {
-        if self.srcu.inside_read_section() {
+        if self.inside() {
             return Err(Misuse::InsideCallback);
         }
         // As in the kernel, the release at the end of the address space may be calling it too; release allows for that. And
@@ -168,7 +168,7 @@ impl Notifiers {
     /// # Errors
     /// [`Misuse::InsideCallback`]: in such a callback, or in an op that the callbacks wait for.
     pub fn synchronize(&self) -> Result<(), Misuse> {
-        if self.srcu.inside_read_section() || self.srcu.inside_callback() {
+        if self.inside() || self.srcu.inside_callback() {
             return Err(Misuse::InsideCallback);
         }
         self.srcu.barrier();

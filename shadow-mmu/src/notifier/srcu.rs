@@ -20,7 +20,10 @@
 //! * *Nobody starves.* A section that begins after W2 has an epoch that W4 does not wait for. Epochs are 64 bits and do not wrap.
 //!   Any number of writers may wait at once; they share nothing but the counter.
 //!
-//! A reader makes two stores to a cache line that is its own, and no locked instruction: wait-free, and as fast in parallel as
+//! Sections nest and end in any order: the record also counts those that are open, and only the first and the last of them take
+//! part in this.
+//!
+//! A reader makes a few stores to a cache line that is its own, and no locked instruction: wait-free, and as fast in parallel as
 //! alone. The writer pays: a microsecond or so for the fence on every CPU, and the longest section.
 
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -363,13 +366,13 @@ mod tests {
     fn a_callback_that_panics_takes_no_other_with_it() {
         let srcu = Srcu::new();
         let (ran, result) = mpsc::channel();
-        // One batch: the first waits until the others are queued.
+        // The first waits until the others are queued.
         let (go, wait) = mpsc::channel::<()>();
         srcu.call(move || wait.recv().unwrap());
         srcu.call(|| std::panic::resume_unwind(Box::new("on purpose")));
-        go.send(()).unwrap();
-        srcu.barrier();
         srcu.call(move || ran.send(()).unwrap());
+        go.send(()).unwrap();
+        // What the worker left when it died is run by who waits for it.
         srcu.barrier();
         assert_eq!(result.try_recv(), Ok(()));
     }
