@@ -20,16 +20,17 @@
 //! removes it, and counts as a removal (I5, R13).
 
 use crate::addr::{Access, Hva, HvaRange, PAGE_SHIFT, PAGE_SIZE};
+use crate::frame::{FrameMemory, WriteHook, WriteSink};
 use crate::mm::{FaultRequest, Mm, Pinned, Pte};
 use crate::notifier::windows::{Sequence, Windows};
-use crate::notifier::{self, Invalidation, Misuse, MmuNotifier, Shared, WouldBlock};
+use crate::notifier::{self, Invalidation, Misuse, MmuNotifier, Shared, WouldBlock, YoungPages};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, RwLock, RwLockReadGuard, thread, thread_local};
 use std::cell::Cell;
 use std::fmt;
 use std::ops::{Deref, Range};
 use vm_memory::iommu::{Error, IotlbFails, IotlbIterator, IovaRange};
-use vm_memory::{GuestAddress, GuestMemoryMmap, Iommu, IommuMemory, Iotlb, Permissions};
+use vm_memory::{GuestAddress, Iommu, IommuMemory, Iotlb, Permissions};
 
 /// Pages that the IOTLB holds before it starts anew: 64 MiB of memory, a few hundred KiB of translations.
 const CAPACITY: u64 = 16384;
@@ -42,7 +43,7 @@ thread_local! {
 }
 
 /// vm-memory's view of an address space: `Bytes<GuestAddress>` over its addresses.
-pub type GuestView = IommuMemory<GuestMemoryMmap, DeviceIotlb>;
+pub type GuestView = IommuMemory<FrameMemory, DeviceIotlb>;
 
 /// A view of `mm`.
 ///
@@ -50,7 +51,19 @@ pub type GuestView = IommuMemory<GuestMemoryMmap, DeviceIotlb>;
 /// [`Misuse::Released`].
 pub fn view(mm: &Arc<Mm>) -> Result<GuestView, Misuse> {
     let cache = notifier::get(mm, Cache::default)?;
-    Ok(IommuMemory::new(mm.pool().memory().clone(), DeviceIotlb { mm: Arc::clone(mm), cache }, true, ()))
+    let writes = WriteHook::new(Arc::new(DeviceWrites(Arc::clone(mm))));
+    Ok(IommuMemory::new(mm.pool().memory().clone(), DeviceIotlb { mm: Arc::clone(mm), cache }, true, writes))
+}
+
+/// Tells the address space what devices write, right after they have: by then no log can report the page, and arm it, without having
+/// been told of this write.
+#[derive(Debug)]
+struct DeviceWrites(Arc<Mm>);
+
+impl WriteSink for DeviceWrites {
+    fn written(&self, addr: u64, len: usize) {
+        self.0.written(HvaRange::new(Hva(addr), Hva(addr.saturating_add(len as u64))));
+    }
 }
 
 /// Counters of an IOTLB.
@@ -206,6 +219,19 @@ impl MmuNotifier for Cache {
 
     fn clear_young(&self, range: HvaRange) -> bool {
         self.age(range)
+    }
+
+    /// Most ranges no device has touched; that is asked first.
+    fn test_clear_young(&self, young: &mut YoungPages) {
+        let range = young.range();
+        if !has_any(&self.translations.read().iotlb, range) {
+            return;
+        }
+        for page in range.page_numbers() {
+            if self.age(HvaRange::page(Hva(page << PAGE_SHIFT))) {
+                young.add(page);
+            }
+        }
     }
 
     fn test_young(&self, hva: Hva) -> bool {

@@ -35,8 +35,10 @@ pub struct Link(pub u64);
 
 impl Link {
     const PRESENT: u64 = 1;
-    /// Writable, user, accessed: the leaf decides, and A here tells nobody anything.
-    const OPEN: u64 = 1 << 1 | 1 << 2 | 1 << 5;
+    /// A: set from the start, so that a CPU need not; one that goes through a link whose A was cleared sets it again.
+    pub const ACCESSED: u64 = 1 << 5;
+    /// Writable, user, accessed: the leaf decides.
+    const OPEN: u64 = 1 << 1 | 1 << 2 | Self::ACCESSED;
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
 
     /// The entry that leads to the table in `pfn`.
@@ -165,10 +167,40 @@ impl Tables {
         pages: Range<u64>,
         mut visit: impl FnMut(u64, &'a Table, Range<usize>),
     ) {
+        self.for_each_leaf_link(pages, |base, _, table, entries| visit(base, table, entries));
+    }
+
+    /// As [`for_each_leaf_table`](Self::for_each_leaf_table), with the entry that leads to the table: its A says whether a CPU
+    /// went through it, for those who clear it ([`Link::ACCESSED`]).
+    pub fn for_each_leaf_link<'a>(
+        &'a self,
+        pages: Range<u64>,
+        mut visit: impl FnMut(u64, &'a AtomicU64, &'a Table, Range<usize>),
+    ) {
         let pages = pages.start..pages.end.min(LOWER_HALF_PAGES);
         if !pages.is_empty() {
             self.visit_below(self.root, TOP, 0, &pages, &mut visit);
         }
+    }
+
+    /// The first page of the first leaf table that reaches to `page` or beyond it; `None` where there is none. Absent subtrees
+    /// cost one look each.
+    pub fn next_leaf_table(&self, page: u64) -> Option<u64> {
+        self.next_below(self.root, TOP, 0, page)
+    }
+
+    fn next_below(&self, table: Pfn, level: u8, base: u64, page: u64) -> Option<u64> {
+        entries_in(&(page..LOWER_HALF_PAGES), base, level).find_map(|at| {
+            let entry = Link(self.pool.words(table)[at].load(Ordering::Acquire));
+            let start = base + at as u64 * span(level);
+            if !entry.is_present() {
+                None
+            } else if level == 2 {
+                Some(start)
+            } else {
+                self.next_below(entry.pfn(), level - 1, start, page)
+            }
+        })
     }
 
     fn visit_below<'a>(
@@ -177,16 +209,19 @@ impl Tables {
         level: u8,
         base: u64,
         pages: &Range<u64>,
-        visit: &mut impl FnMut(u64, &'a Table, Range<usize>),
+        visit: &mut impl FnMut(u64, &'a AtomicU64, &'a Table, Range<usize>),
     ) {
-        let entries = entries_in(pages, base, level);
-        if level == 1 {
-            return visit(base, self.pool.words(table), entries);
-        }
-        for at in entries {
-            let entry = Link(self.pool.words(table)[at].load(Ordering::Acquire));
-            if entry.is_present() {
-                self.visit_below(entry.pfn(), level - 1, base + at as u64 * span(level), pages, visit);
+        for at in entries_in(pages, base, level) {
+            let link = &self.pool.words(table)[at];
+            let entry = Link(link.load(Ordering::Acquire));
+            if !entry.is_present() {
+                continue;
+            }
+            let start = base + at as u64 * span(level);
+            if level == 2 {
+                visit(start, link, self.pool.words(entry.pfn()), entries_in(pages, start, 1));
+            } else {
+                self.visit_below(entry.pfn(), level - 1, start, pages, visit);
             }
         }
     }
@@ -309,6 +344,19 @@ mod tests {
         seen.clear();
         tables.for_each_leaf_table(510..513, |base, _, entries| seen.push((base, entries)));
         assert_eq!(seen, [(0, 510..512), (512, 0..1)]);
+    }
+
+    #[test]
+    fn the_next_leaf_table_is_found_over_any_gap() {
+        let tables = tables(32);
+        assert_eq!(tables.next_leaf_table(0), None);
+        for page in [700, FAR] {
+            tables.leaf_table_or_new(page).unwrap();
+        }
+        let next = |page| tables.next_leaf_table(page);
+        assert_eq!([0, 512, 1023].map(next), [Some(512); 3], "the table that the page lies in counts");
+        assert_eq!([1024, FAR].map(next), [Some(FAR & !511); 2]);
+        assert_eq!([LOWER_HALF_PAGES, u64::MAX].map(next), [None; 2]);
     }
 
     #[test]

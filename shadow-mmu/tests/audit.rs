@@ -13,7 +13,7 @@ use shadow_mmu::frame::Fill;
 use shadow_mmu::mm::MapFlags;
 use shadow_mmu::notifier::Event;
 use shadow_mmu::shadow::FaultAroundPolicy::Off;
-use shadow_mmu::shadow::{AuditReport, FaultOutcome, Memslot, SlotAccess, Spte};
+use shadow_mmu::shadow::{AuditReport, FaultCause, FaultOutcome, Memslot, SlotAccess, Spte};
 use shadow_mmu::table::index;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -231,7 +231,8 @@ fn i17_a_notification_that_was_missed() {
     let (mut vcpu, other) = (machine.vcpu(1, Off), other_frame(&machine));
     plant(&machine, at, Spte::leaf(other, READ));
     assert_eq!(vcpu.read(at), Ok(0), "the wrong frame, and now cached");
-    assert_eq!(vcpu.fault(at, Access::WRITE), Ok(FaultOutcome::Fixed));
+    let outcome = FaultOutcome { cause: FaultCause::Mapped, retries: 1 };
+    assert_eq!(vcpu.fault(at, Access::WRITE), Ok(outcome));
     assert_eq!(vcpu.read(at), Ok(2), "mended, and flushed");
     finds(&machine, Hva(0), &[17]);
     machine.pool.put(other);

@@ -49,6 +49,7 @@ const LOOM_FILES: &[&str] = &[
     "notifier/list.rs",
     "notifier/srcu.rs",
     "notifier/windows.rs",
+    "notifier/young.rs",
     "shadow/entry.rs",
     "shadow/spte.rs",
 ];
@@ -56,8 +57,8 @@ const LOOM_FILES: &[&str] = &[
 /// A file of which loom runs a part: what the part needs, where it begins, where it is over.
 const LOOM_PART: (&str, &str, &str, &str) = (
     "table.rs",
-    "use crate::addr::{PAGE_SHIFT, Pfn};\n",
-    "/// An entry of an upper level, by value.\n",
+    "use crate::addr::{PAGE_SHIFT, Pfn};\nuse crate::sync::atomic::AtomicU64;\n",
+    "/// Entries in a table.\n",
     "/// Which entry of a table at `level`",
 );
 
@@ -68,7 +69,7 @@ const LOOM_MODULES: &[(&str, &str)] = &[
         "pub mod addr;\npub mod mm;\npub mod mutant;\npub mod notifier;\npub mod shadow;\npub mod table;\n",
     ),
     ("mm/mod.rs", "mod pte;\npub use pte::Pte;\n"),
-    ("shadow/mod.rs", "pub(crate) mod entry;\nmod spte;\npub use spte::Spte;\n"),
+    ("shadow/mod.rs", "pub(crate) mod entry;\nmod spte;\npub use spte::{AdBits, Spte};\n"),
 ];
 
 /// Changes to loom's copy beside the mutants.

@@ -23,7 +23,7 @@ use shadow_mmu::mm::watch::{Forks, Watch};
 use shadow_mmu::mm::{FaultError, Mm};
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{
-    AuditReport, FaultAround, FaultAroundPolicy, Memslot, Prefaulted, ShadowMmu, SlotAccess, Tlb, Zapped,
+    AdBits, AuditReport, FaultAroundPolicy, Memslot, Prefaulted, ShadowMmu, SlotAccess, Tlb, VcpuMmu, Zapped,
 };
 use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::path::PathBuf;
@@ -108,6 +108,9 @@ impl Tlb for OnDemand {
     }
     fn flush_all(&self) {
         self.0.flush_all();
+    }
+    fn ad_bits(&self) -> AdBits {
+        self.0.ad_bits()
     }
 }
 
@@ -219,8 +222,8 @@ impl Machine {
         let machine = Arc::clone(&self);
         let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
             set_guest_thread(thread.tid());
-            let around = FaultAround::new(machine.config.fault_around);
-            let mut faults = VcpuFaults { machine: Arc::clone(&machine), around, host_faults: 0 };
+            let mmu = VcpuMmu::new(machine.config.fault_around);
+            let mut faults = VcpuFaults { machine: Arc::clone(&machine), mmu, host_faults: 0 };
             if let Err(error) = thread.run(&mut vcpu, &mut faults) {
                 lock(&machine.lost).get_or_insert(error);
             }
@@ -243,7 +246,7 @@ fn max_threads(pool: &FramePool) -> usize {
 #[derive(Debug)]
 struct VcpuFaults {
     machine: Arc<Machine>,
-    around: FaultAround,
+    mmu: VcpuMmu,
     /// Host faults since the last fault of another kind.
     host_faults: u32,
 }
@@ -251,7 +254,7 @@ struct VcpuFaults {
 impl FaultHandler for VcpuFaults {
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
         self.host_faults = 0;
-        match self.machine.shadow.fault(&mut self.around, addr, access) {
+        match self.machine.shadow.fault(&mut self.mmu, addr, access) {
             Ok(_) => Fault::Resolved,
             Err(FaultError::NoMapping) => Fault::NoMapping,
             Err(FaultError::NoAccess) => Fault::NoAccess,

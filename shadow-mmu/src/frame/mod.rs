@@ -15,8 +15,10 @@
 //! Locks: the free list's mutex is a leaf lock. Nothing is called with it held.
 
 mod alloc;
+mod hook;
 mod meta;
 mod pool;
 
+pub use hook::{WriteHook, WriteSink};
 pub use meta::{Frame, FrameFlags};
-pub use pool::{Fill, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats};
+pub use pool::{Fill, FrameMemory, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats};

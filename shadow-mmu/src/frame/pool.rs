@@ -2,6 +2,7 @@
 //! The pool: file, direct map, metadata, and the only ways to get and to lose a frame.
 
 use super::alloc::FreeFrames;
+use super::hook::WriteHook;
 use super::meta::Frame;
 use crate::addr::{PAGE_SIZE, Pfn};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -9,6 +10,7 @@ use crate::sync::{Arc, Mutex};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use vm_memory::bitmap::{NewBitmap, RefSlice};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileSlice,
 };
@@ -87,7 +89,7 @@ pub struct PoolStats {
 #[derive(Debug)]
 pub struct FramePool {
     /// The direct map: one region from address 0, so that a pfn's offset is its address.
-    memory: GuestMemoryMmap,
+    memory: FrameMemory,
     /// Host address of the direct map; derived from `memory`, kept because every table walk needs it.
     base: usize,
     file: Arc<File>,
@@ -99,7 +101,10 @@ pub struct FramePool {
     poison_broken: AtomicU64,
 }
 
-fn map(file: &Arc<File>, bytes: u64, what: &'static str) -> Result<MmapRegion, PoolError> {
+/// The direct map as vm-memory has it.
+pub type FrameMemory = GuestMemoryMmap<WriteHook>;
+
+fn map<B: NewBitmap>(file: &Arc<File>, bytes: u64, what: &'static str) -> Result<MmapRegion<B>, PoolError> {
     let host = |source| PoolError::Host { bytes, what, source };
     MmapRegion::build(
         Some(FileOffset::from_arc(Arc::clone(file), 0)),
@@ -131,11 +136,11 @@ impl FramePool {
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(bytes).map_err(host("ftruncate"))?;
         let file = Arc::new(file);
-        let region = map(&file, bytes, "direct map")?;
+        let region = map::<WriteHook>(&file, bytes, "direct map")?;
         let region =
             vm_memory::GuestRegionMmap::new(region, GuestAddress(0)).ok_or(PoolError::Size(bytes))?;
         let base = region.as_ptr() as usize;
-        let memory = GuestMemoryMmap::from_regions(vec![region])
+        let memory = FrameMemory::from_regions(vec![region])
             .map_err(|error| host("region")(std::io::Error::other(error)))?;
         // Zeroed by the host page by page as it is touched: a pool of terabytes costs nothing until it is used.
         let frames = Box::<[Frame]>::new_zeroed_slice(count as usize);
@@ -168,7 +173,7 @@ impl FramePool {
     }
 
     /// The direct map as rust-vmm sees it; address 0 is the first byte of frame 0.
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &FrameMemory {
         &self.memory
     }
 
@@ -313,7 +318,7 @@ impl FramePool {
     ///
     /// # Panics
     /// If `pfn` is not a frame of this pool.
-    pub fn slice(&self, pfn: Pfn) -> VolatileSlice<'_> {
+    pub fn slice(&self, pfn: Pfn) -> VolatileSlice<'_, RefSlice<'_, WriteHook>> {
         self.memory
             .get_slice(GuestAddress(pfn.offset()), PAGE_SIZE as usize)
             .unwrap_or_else(|error| panic!("{pfn:?} is not a frame of this pool: {error}"))

@@ -96,17 +96,33 @@ pub struct PinnedPage {
     pub rights: Access,
 }
 
+/// What had to be done for the page that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Brought {
+    /// It was there.
+    Present,
+    /// It was brought in.
+    New,
+    /// It was there, and a write got a copy of its own.
+    Copied,
+}
+
 /// Pages with a reference each, which goes when this is dropped. The first is the one that had to be there.
 #[derive(Debug)]
 pub struct Pinned<'a> {
     pool: &'a FramePool,
     pages: Vec<PinnedPage>,
+    brought: Brought,
 }
 
 impl<'a> Pinned<'a> {
     /// The page that was asked for.
     pub fn required(&self) -> PinnedPage {
         self.pages[0]
+    }
+    /// What had to be done for it.
+    pub fn brought(&self) -> Brought {
+        self.brought
     }
     /// The neighbours that came along, ascending.
     pub fn around(&self) -> &[PinnedPage] {
@@ -167,7 +183,11 @@ impl Mm {
             Ahead::Populate => around,
             Ahead::MappedOnly => HvaRange::page(hva),
         };
-        let mut pinned = Pinned { pool: &self.pool, pages: Vec::with_capacity(around.page_count() as usize) };
+        let mut pinned = Pinned {
+            pool: &self.pool,
+            pages: Vec::with_capacity(around.page_count() as usize),
+            brought: Brought::Present,
+        };
         self.fault_required(vma, hva, request.access, ahead, &mut pinned)?;
         if around.page_count() > 1 {
             self.for_each_leaf(around, |base, leaf, entries| {
@@ -209,6 +229,7 @@ impl Mm {
                 }
                 pte
             };
+            pinned.brought = if pte.is_present() { Brought::Copied } else { Brought::New };
             if let Some(pfn) = vma.adopted_pfn(hva) {
                 debug_assert!(!pte.is_present(), "{pte:?} at {hva} of adopted {pfn:?} is not good enough");
                 self.map_adopted_pages(vma, hva, ahead)?;

@@ -15,6 +15,7 @@
 //! | [`watch`] | mappings of this very process, and what others do to them |
 //! | `zap` | taking ptes out of a range |
 //! | `age` | whether a page was accessed |
+//! | [`generations`](PageAge) | how long each page has been idle |
 //! | `fork` | children |
 //! | [`reap`](Reaped) | the memory of a guest that is told to die |
 //! | [`object`](Object) | page cache and shared memory |
@@ -36,6 +37,7 @@ mod advise;
 mod age;
 mod fault;
 mod fork;
+mod generations;
 mod map;
 mod notify;
 mod object;
@@ -47,7 +49,8 @@ pub mod watch;
 mod zap;
 
 pub use advise::Advice;
-pub use fault::{Ahead, FaultError, FaultRequest, Pinned, PinnedPage};
+pub use fault::{Ahead, Brought, FaultError, FaultRequest, Pinned, PinnedPage};
+pub use generations::{AgingPass, FULL_LOOK, OLDEST, PageAge};
 pub use map::MapFlags;
 pub use object::{FileSource, NoPage, Object};
 pub use pte::Pte;
@@ -62,7 +65,7 @@ use crate::notifier::Notifiers;
 use crate::notifier::interval::{IntervalNotifier, IntervalSubscription};
 #[cfg(feature = "mmu-notifier")]
 use crate::notifier::{Misuse, MmuNotifier, Subscription};
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard, Weak};
 use crate::table::{Table, Tables, index};
 use vma::VmaSet;
@@ -174,6 +177,21 @@ pub struct Mm {
     stats: MmStats,
     /// Whether a [`watch::Watch`] is over it.
     watched: AtomicBool,
+    generations: generations::Generations,
+    /// Logs of writes that are open.
+    write_logs: Arc<AtomicUsize>,
+}
+
+#[cfg(feature = "mmu-notifier")]
+/// A log of writes is open: until this is dropped, secondaries are told of writes that no vCPU makes.
+#[derive(Debug)]
+pub(crate) struct WriteLogging(Arc<AtomicUsize>);
+
+#[cfg(feature = "mmu-notifier")]
+impl Drop for WriteLogging {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 type Family = Mutex<Vec<Weak<Mm>>>;
@@ -219,6 +237,8 @@ impl Mm {
             reaped: AtomicBool::new(false),
             stats: MmStats::default(),
             watched: AtomicBool::new(false),
+            generations: generations::Generations::default(),
+            write_logs: Arc::default(),
             pool,
         }))
     }
@@ -285,6 +305,20 @@ impl Mm {
     #[cfg(feature = "mmu-notifier")]
     pub(crate) fn read_map(&self) -> crate::sync::RwLockReadGuard<'_, Map> {
         self.map.read()
+    }
+
+    /// From now on and until the value is dropped, secondaries are told of writes that no vCPU makes.
+    #[cfg(feature = "mmu-notifier")]
+    pub(crate) fn log_writes(&self) -> WriteLogging {
+        self.write_logs.fetch_add(1, Ordering::AcqRel);
+        WriteLogging(Arc::clone(&self.write_logs))
+    }
+
+    /// Tells secondaries of a write that no vCPU made, if somebody logs writes: after it, or inside the pair that it is made in.
+    pub(crate) fn written(&self, range: HvaRange) {
+        if self.write_logs.load(Ordering::Acquire) > 0 {
+            self.notifiers.written(range);
+        }
     }
 
     fn lock_table<'a>(&'a self, page: u64, table: &'a Table) -> LockedLeaf<'a> {

@@ -11,6 +11,7 @@
 //! | 10 | the frame belongs to an [`Object`](super::Object) (page cache or shared memory) |
 //! | 11 | a page of an [adopted mapping](super::watch) of the host: no frame of the pool |
 //! | 12–51 | pfn |
+//! | 52–55 | when it was last found young, see [`generations`](super::PageAge) |
 //!
 //! The pfn of an adopted page lies beyond the pool's frames: there is no reference to hold, no map count, nothing to copy or
 //! to pin, as for the ptes of Linux's `VM_PFNMAP` mappings.
@@ -33,6 +34,9 @@ impl Pte {
     const OBJECT: u64 = 1 << 10;
     const ADOPTED: u64 = 1 << 11;
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
+    const TAG_SHIFT: u32 = 52;
+    /// Values of the tag.
+    pub(super) const TAGS: u8 = 16;
 
     /// No page.
     pub const NONE: Self = Self(0);
@@ -60,6 +64,15 @@ impl Pte {
     /// The same without the mark of an access.
     pub fn old(self) -> Self {
         Self(self.0 & !Self::YOUNG)
+    }
+    /// The same with another tag, below [`TAGS`](Self::TAGS).
+    pub(super) fn with_tag(self, tag: u8) -> Self {
+        let mask = u64::from(Self::TAGS - 1) << Self::TAG_SHIFT;
+        Self(self.0 & !mask | u64::from(tag) << Self::TAG_SHIFT)
+    }
+    /// What says when it was last found young; 0 for never.
+    pub(super) fn tag(self) -> u8 {
+        (self.0 >> Self::TAG_SHIFT) as u8 & (Self::TAGS - 1)
     }
     /// The same, writable.
     pub fn writable(self) -> Self {

@@ -192,6 +192,8 @@ impl Mm {
             let new = Hva(to.0 + (hva.0 - source.start.0));
             // One leaf at a time: the two may share a lock.
             self.lock_leaf_or_new(new)?.set(index(new.page(), 1), pte);
+            self.written(HvaRange::page(hva));
+            self.written(HvaRange::page(new));
             if let Some(leaf) = self.lock_leaf(hva) {
                 leaf.set(index(hva.page(), 1), Pte::NONE);
             }

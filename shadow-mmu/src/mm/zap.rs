@@ -2,7 +2,7 @@
 //! Taking ptes out of a range (`unmap_page_range`), and page tables that became empty.
 
 use super::{Mm, Pte, count};
-use crate::addr::HvaRange;
+use crate::addr::{Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::{Event, InvalidateGuard};
 
 impl Mm {
@@ -21,14 +21,20 @@ impl Mm {
     pub(super) fn zap_in(&self, range: HvaRange, pair: InvalidateGuard<'_>) -> u64 {
         let mut frames = Vec::new();
         let mut cleared = 0;
-        self.for_each_leaf(range, |_, leaf, entries| {
-            for at in entries {
+        self.for_each_leaf(range, |base, leaf, entries| {
+            let before = cleared;
+            for at in entries.clone() {
                 let pte = leaf.get(at);
                 if pte.is_present() {
                     leaf.set(at, Pte::NONE);
                     frames.extend(pte.counted_frame());
                     cleared += 1;
                 }
+            }
+            if cleared > before {
+                // What is read there next are other bytes.
+                let at = |entry: usize| Hva(base.0 + entry as u64 * PAGE_SIZE);
+                self.written(HvaRange { start: at(entries.start), end: at(entries.end) });
             }
         });
         drop(pair);

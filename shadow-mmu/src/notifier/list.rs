@@ -16,7 +16,7 @@
 
 use super::interval::Intervals;
 use super::srcu::{Section, Srcu};
-use super::{Blockable, Event, Invalidation, Misuse, MmuNotifier, WouldBlock};
+use super::{Blockable, Event, Invalidation, Misuse, MmuNotifier, WouldBlock, YoungPages};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -257,6 +257,18 @@ impl Notifiers {
     pub fn clear_young(&self, range: HvaRange) -> bool {
         let walk = self.walk();
         all(&walk).fold(false, |young, listener| listener.clear_young(range) | young)
+    }
+
+    /// Every listener's `test_clear_young`: `young` is what any of them found.
+    pub fn test_clear_young(&self, young: &mut YoungPages) {
+        let walk = self.walk();
+        all(&walk).for_each(|listener| listener.test_clear_young(young));
+    }
+
+    /// Every listener's `written`.
+    pub fn written(&self, range: HvaRange) {
+        let walk = self.walk();
+        all(&walk).for_each(|listener| listener.written(range));
     }
 
     /// Whether some listener's `test_young` says so; the first that does ends the question.

@@ -12,7 +12,9 @@
 //! | `release` | nothing, or the mmap lock | yes |
 //! | `invalidate_range_start`, `_end` | the mmap lock (read or write) | yes, unless the range is [`Blockable::No`] |
 //! | `invalidate_page` | the mmap lock | yes |
-//! | `invalidate_range`, `change_pte`, the young ops | a page-table lock | no |
+//! | `invalidate_range`, `change_pte`, the young ops of 4.x | a page-table lock | no |
+//! | `test_clear_young` | the mmap lock for reading | yes |
+//! | `written` | what the writer holds: the mmap lock, or the lock of an access by a device | no |
 //!
 //! Every op and every pair is a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections, cannot
 //! be done inside of one; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks.
@@ -30,11 +32,16 @@
 //! | [`interval`] | subscriptions to a range, with retry | 5.5 |
 //! | [`get()`] | one listener of a kind, by reference count | 5.4 |
 //! | [`windows`] | sequence and windows, for listeners that fault pages in | KVM |
+//! | `young` | the answer of `test_clear_young` | |
 //! | `off` | all of it compiled out | `CONFIG_MMU_NOTIFIER=n` |
 //!
 //! `invalidate_page` went in 4.13: it came after the page-table lock was dropped, when the address could hold another page
 //! already (R7), and it named one address where a huge page could be meant. `change_pte` went in 6.10: since 3.7 it is called
 //! inside a pair, whose start has removed what it would have changed. Both are kept, and called where 4.9 calls them.
+//!
+//! Two ops are not Linux's. `test_clear_young` has been proposed for it (Yu Zhao, 2023): the answer of `clear_young` for each page, which
+//! is what generations are made of. `written` tells secondaries that log writes of those that no vCPU made; KVM is told by a function
+//! call of its own, `mark_page_dirty`.
 //!
 //! Without the cargo feature `mmu-notifier` the types stay, every call is empty, and only `Mm` is left to use them.
 
@@ -50,6 +57,7 @@ mod off;
 pub mod srcu;
 #[cfg(feature = "mmu-notifier")]
 pub mod windows;
+mod young;
 
 #[cfg(feature = "mmu-notifier")]
 pub use get::{Shared, get};
@@ -57,8 +65,9 @@ pub use get::{Shared, get};
 pub use list::{InvalidateGuard, Notifiers, Subscription};
 #[cfg(not(feature = "mmu-notifier"))]
 pub use off::{InvalidateGuard, Notifiers};
+pub use young::{Look, YoungPages};
 
-use crate::addr::{Hva, HvaRange};
+use crate::addr::{Hva, HvaRange, PAGE_SIZE};
 use crate::mm::Pte;
 use std::fmt::Debug;
 
@@ -141,6 +150,16 @@ pub trait MmuNotifier: Debug + Send + Sync {
         false
     }
 
+    /// Adds each page of `young.range()` that was accessed since that was cleared, and clears it. A flush may be left out where the CPU
+    /// sets the mark again without. A page that another thread takes away meanwhile may be in the answer or not.
+    fn test_clear_young(&self, young: &mut YoungPages) {
+        for page in young.range().page_numbers() {
+            if self.clear_young(HvaRange::page(Hva(page * PAGE_SIZE))) {
+                young.add(page);
+            }
+        }
+    }
+
     /// Whether the page at `hva` was accessed. Changes nothing.
     fn test_young(&self, hva: Hva) -> bool {
         let _ = hva;
@@ -170,6 +189,13 @@ pub trait MmuNotifier: Debug + Send + Sync {
     /// The range has changed.
     fn invalidate_range_end(&self, invalidation: &Invalidation) {
         let _ = invalidation;
+    }
+
+    /// The pages of the range have other bytes than before, and no secondary was asked to write them: a device wrote, a mapping was taken
+    /// away or moved there. Called after the bytes have changed or inside the pair that changes them, and only while somebody
+    /// [logs](crate::shadow::ShadowMmu::enable_dirty_log).
+    fn written(&self, range: HvaRange) {
+        let _ = range;
     }
 
     /// Whether this is a device that walks the primary's own tables, and so wants [`invalidate_range`](Self::invalidate_range).

@@ -1,33 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Young: which pages the CPU marked accessed. Leaves are changed by an atomic AND of one bit, under `mmu_lock` for
-//! reading: nothing else of the entry can be lost (I48: lost W or D are never tolerated, a lost A is).
+//! Young: which leaves were accessed since that was cleared. By A, or where the CPU sets none, by leaves that are access-tracked
+//! ([`AdBits`]). Leaves are changed by one atomic operation under `mmu_lock` for reading, so nothing else of them can be lost (I48).
+//!
+//! # Flush
+//! After `clear_flush_young`, always. After the others where the CPU needs it: there a page that was not flushed would look idle for as long
+//! as the CPU has it cached, however much it is used. Leaves are flushed in batches, and before `mmu_lock` is let go: a leaf that was
+//! access-tracked has lost W, and whoever protects it next, and finds nothing to do, must not return before our flush (R16).
+//!
+//! # Tables that are passed over
+//! A CPU on its way to a leaf sets A in the link to its table. When a look at a whole table has found nothing young, A of the link is cleared, and
+//! while it stays clear there is nothing to look at. A CPU that had set A of the link just before, and sets that of the leaf just after the
+//! look, is not seen until the next [`Look::Everything`]; nor is one that went through a link that it has cached. Both are false negatives,
+//! which aging tolerates; the ops of 4.x, which answer for every page of their range, look at everything.
 
 use super::gather::Gather;
-use super::{Core, entry};
+use super::{AdBits, Core, ShadowMmu, entry};
 use crate::addr::{Gfn, Hva, HvaRange};
+use crate::notifier::{Look, YoungPages};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::table::{ENTRIES, Link};
 
 /// What follows the clearing of A bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AfterClear {
     /// A flush, so that the next access sets the bit again.
     Flush,
-    /// Nothing: a CPU that has the translation cached may not set it again before it walks anew.
+    /// A flush only where no access would ever set the bit again.
     LeaveStale,
 }
 
+impl ShadowMmu {
+    /// From now on, this is what the CPUs do with A and D, whatever [`Tlb::ad_bits`](super::Tlb::ad_bits) said. To be called before a guest
+    /// runs; between the two that set A also later, by who flushes himself.
+    pub fn set_ad_bits(&self, ad: AdBits) {
+        self.core.ad_bits.store(ad as u32, Ordering::Relaxed);
+    }
+}
+
 impl Core {
-    /// Clears A in every leaf of `range`; whether any was set.
-    pub(super) fn clear_accessed(&self, range: HvaRange, after: AfterClear) -> bool {
+    /// What the CPUs do with A and D.
+    pub(super) fn ad_bits(&self) -> AdBits {
+        match self.ad_bits.load(Ordering::Relaxed) {
+            n if n == AdBits::Unflushed as u32 => AdBits::Unflushed,
+            n if n == AdBits::AfterFlush as u32 => AdBits::AfterFlush,
+            _ => AdBits::None,
+        }
+    }
+
+    fn must_flush(&self, after: AfterClear) -> bool {
+        after == AfterClear::Flush || self.ad_bits() != AdBits::Unflushed
+    }
+
+    /// Clears young in every leaf of `range`; whether any was.
+    pub(super) fn clear_young_in(&self, range: HvaRange, after: AfterClear) -> bool {
         let slots = self.slots.read().clone();
+        let (ad, flush) = (self.ad_bits(), self.must_flush(after));
         let _stable = self.windows.read();
         let mut gather = Gather::new(self.tlb.as_ref());
         let mut young = false;
         for gfns in slots.gfns_of(range) {
             self.tables.for_each_leaf_table(gfns, |base, table, entries| {
                 for at in entries {
-                    if let Some(old) = entry::clear_accessed(&table[at]) {
+                    if let Some(old) = entry::clear_young(&table[at], ad) {
                         young = true;
-                        if after == AfterClear::Flush {
+                        if flush {
                             gather.add(Gfn(base + at as u64), 1, old);
                         }
                     }
@@ -38,10 +74,47 @@ impl Core {
         young
     }
 
-    /// Whether some leaf of the page at `hva` has A. Changes nothing (I48).
-    pub(super) fn is_accessed(&self, hva: Hva) -> bool {
+    /// Adds every page of `young.range()` with a young leaf, and clears it.
+    pub(super) fn collect_young(&self, young: &mut YoungPages) {
         let slots = self.slots.read().clone();
+        let (ad, flush) = (self.ad_bits(), self.must_flush(AfterClear::LeaveStale));
+        let skip = young.look() == Look::Marked && ad != AdBits::None;
         let _stable = self.windows.read();
-        slots.gfns_of(HvaRange::page(hva)).any(|gfns| self.spte(Gfn(gfns.start)).is_accessed())
+        let mut gather = Gather::new(self.tlb.as_ref());
+        for (slot, gfns) in slots.parts_of(young.range()) {
+            self.tables.for_each_leaf_link(gfns, |base, link, table, entries| {
+                if skip && !is_marked(link) {
+                    return;
+                }
+                let whole = entries.len() as u64 == ENTRIES;
+                let mut any = false;
+                for at in entries {
+                    let Some(old) = entry::clear_young(&table[at], ad) else { continue };
+                    any = true;
+                    let gfn = Gfn(base + at as u64);
+                    young.add(slot.hva_of(gfn).page());
+                    if flush {
+                        gather.add(gfn, 1, old);
+                    }
+                }
+                if !any && whole && ad != AdBits::None && is_marked(link) {
+                    link.fetch_and(!Link::ACCESSED, Ordering::AcqRel);
+                }
+            });
+        }
+        self.finish(gather);
     }
+
+    /// Whether some leaf of the page at `hva` is young. Changes nothing (I48).
+    pub(super) fn is_young(&self, hva: Hva) -> bool {
+        let slots = self.slots.read().clone();
+        let ad = self.ad_bits();
+        let _stable = self.windows.read();
+        slots.gfns_of(HvaRange::page(hva)).any(|gfns| self.spte(Gfn(gfns.start)).is_young(ad))
+    }
+}
+
+/// Whether a CPU went through the link since its mark was cleared.
+fn is_marked(link: &AtomicU64) -> bool {
+    link.load(Ordering::Relaxed) & Link::ACCESSED != 0
 }

@@ -47,7 +47,7 @@ pub struct AuditReport {
 }
 
 impl ShadowMmu {
-    /// Checks every leaf against `mm`, the address space that this map shadows: invariants I2, I13–I17, I21 and I43.
+    /// Checks every leaf against `mm`, the address space that this map shadows: invariants I2, I13–I17, I21, I33 and I43.
     ///
     /// Everything that faults or unmaps waits meanwhile; about 50 ns a leaf.
     pub fn audit(&self, mm: &Mm) -> AuditReport {
@@ -101,6 +101,12 @@ impl ShadowMmu {
                 }
                 if rights.contains(Access::WRITE) && !pte.is_writable() {
                     breaks(14, format!("writable, but the primary has {pte:?}"));
+                }
+                if let Some(log) = slots.log_of(gfn).filter(|log| log.keeps_bits())
+                    && spte.is_writable()
+                    && !log.is_marked(gfn)
+                {
+                    breaks(33, "writable, and its log does not say so".into());
                 }
                 if rights.contains(Access::WRITE) && is_shared_frame(mm, pte) {
                     breaks(15, format!("writable, but the frame is shared: {pte:?}"));

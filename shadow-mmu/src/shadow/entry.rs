@@ -5,9 +5,12 @@
 //! So none of these reads an entry and then stores to it (R11): each is one atomic operation, or a compare-exchange that is
 //! tried again. Which lock the caller holds is at each; the locks order us among ourselves, never us and the CPU.
 
-use super::Spte;
+use super::{AdBits, Spte};
 use crate::addr::Access;
 use crate::sync::atomic::{AtomicU64, Ordering};
+
+/// To make masks of.
+const ALL: Spte = Spte(!0);
 
 /// What became of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,12 +58,71 @@ pub(crate) fn take(entry: &AtomicU64) -> Spte {
     Spte(entry.swap(0, Ordering::AcqRel))
 }
 
-/// Clears A, and returns the leaf as it was if A was set. Nothing else of it can be lost (I48: a lost W or D is never tolerated,
-/// a lost A is). The caller holds `mmu_lock` for reading.
-pub(crate) fn clear_accessed(entry: &AtomicU64) -> Option<Spte> {
-    let accessed = Spte::NONE.touched(Access::READ).0;
-    if !Spte(entry.load(Ordering::Relaxed)).is_accessed() {
+/// Clears what says that the leaf was accessed, and returns the leaf as it was if it was young. Nothing else of it can be lost
+/// (I48: a lost W or D is never tolerated, a lost A is). The caller holds `mmu_lock` for reading.
+pub(crate) fn clear_young(entry: &AtomicU64, ad: AdBits) -> Option<Spte> {
+    let mut old = Spte(entry.load(Ordering::Relaxed));
+    if !old.is_young(ad) {
         return None;
     }
-    Some(Spte(entry.fetch_and(!accessed, Ordering::AcqRel)))
+    if ad != AdBits::None {
+        return Some(Spte(entry.fetch_and(ALL.old().0, Ordering::AcqRel)));
+    }
+    // W goes too; D, which came with it, stays, and says that there was a write (I25).
+    loop {
+        match entry.compare_exchange(old.0, old.access_tracked().0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return Some(old),
+            Err(now) => old = Spte(now),
+        }
+        if !old.is_young(ad) {
+            return None;
+        }
+    }
+}
+
+/// What became of an entry that was to get back what tracking had taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Restored {
+    /// The leaf allows the access already.
+    Already,
+    /// It was access-tracked, and is no longer.
+    Access,
+    /// It has W now, and had not before: whoever logs writes must hear of it before the vCPU goes on (R20).
+    Write,
+    /// Only the primary can say whether the access is allowed.
+    No,
+}
+
+/// Gives the leaf what `access` needs, if tracking alone had taken it (`fast_page_fault`). The caller holds `mmu_lock` for reading: what
+/// the leaf may have is as true as the leaf.
+pub(crate) fn restore(entry: &AtomicU64, access: Access) -> Restored {
+    let mut old = Spte(entry.load(Ordering::Acquire));
+    loop {
+        if old.rights().contains(access) {
+            return Restored::Already;
+        }
+        let Some(new) = old.restored(access) else { return Restored::No };
+        match entry.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) if new.is_writable() => return Restored::Write,
+            Ok(_) => return Restored::Access,
+            Err(now) => old = Spte(now),
+        }
+    }
+}
+
+/// Clears W, and returns the leaf as it was if it had W. The caller holds `mmu_lock` for writing, and flushes before it tells
+/// anybody (I32).
+pub(crate) fn write_protect(entry: &AtomicU64) -> Option<Spte> {
+    if !Spte(entry.load(Ordering::Relaxed)).is_writable() {
+        return None;
+    }
+    Some(Spte(entry.fetch_and(ALL.write_protected().0, Ordering::AcqRel)))
+}
+
+/// Clears D, and returns the leaf as it was if it had D. As [`write_protect`]; and the caller hands D to the frame.
+pub(crate) fn clear_dirty(entry: &AtomicU64) -> Option<Spte> {
+    if !Spte(entry.load(Ordering::Relaxed)).is_dirty() {
+        return None;
+    }
+    Some(Spte(entry.fetch_and(ALL.clean().0, Ordering::AcqRel)))
 }

@@ -2,36 +2,61 @@
 //! The fault path: from "the CPU could not" to a leaf that it can use. The order of steps is at the top of the
 //! [module](super); here they are in code. After `kvm_tdp_page_fault` and `kvm_faultin_pfn`.
 
-use super::entry::{self, Installed};
+use super::dirty::DirtyLog;
+use super::entry::{self, Installed, Restored};
 use super::gather::Gather;
-use super::{Core, FaultAround, ShadowMmu, SlotAccess, Spte};
+use super::{AdBits, Core, ShadowMmu, SlotAccess, Spte, VcpuMmu};
 use crate::addr::{Access, Gfn, Gpa, HvaRange, Pfn};
 use crate::frame::OutOfFrames;
-use crate::mm::{FaultError, FaultRequest, Pinned, PinnedPage};
+use crate::mm::{Brought, FaultError, FaultRequest, Pinned, PinnedPage};
 use crate::sync::atomic::Ordering;
-use crate::sync::{hint, thread};
+use crate::sync::{Arc, hint, thread};
 use crate::table::index;
 
-/// What a fault came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FaultOutcome {
-    /// A leaf was installed or got more rights.
-    Fixed,
+/// What a fault was about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum FaultCause {
+    /// The page was not there: fresh memory, the zero page, a page of a file.
+    FirstTouch,
+    /// The address space had the page, and only the leaf was missing, or had less rights than there are now.
+    Mapped,
+    /// A write got a copy of its own.
+    CopyOnWrite,
+    /// The leaf had lost W to a dirty log, and got it back without asking the address space.
+    WriteProtect,
+    /// The leaf was access-tracked.
+    AccessTracked,
     /// The leaf was good already: another vCPU was faster, or the CPU had cached what was true before.
     Spurious,
 }
 
+impl FaultCause {
+    /// Every one.
+    pub const ALL: [Self; 6] = [
+        Self::FirstTouch,
+        Self::Mapped,
+        Self::CopyOnWrite,
+        Self::WriteProtect,
+        Self::AccessTracked,
+        Self::Spurious,
+    ];
+}
+
+/// What a fault came to. In each case the access is possible now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FaultOutcome {
+    /// What it was about.
+    pub cause: FaultCause,
+    /// How often it began again because of an invalidation.
+    pub retries: u32,
+}
+
 impl ShadowMmu {
-    /// Makes `access` at `gpa` possible. `around` is the faulting vCPU's memory of its faults.
+    /// Makes `access` at `gpa` possible for `vcpu`.
     ///
     /// # Errors
     /// [`FaultError`]: the access is not allowed, or there is no memory for it. Without a slot: nothing is mapped there.
-    pub fn fault(
-        &self,
-        around: &mut FaultAround,
-        gpa: Gpa,
-        access: Access,
-    ) -> Result<FaultOutcome, FaultError> {
+    pub fn fault(&self, vcpu: &mut VcpuMmu, gpa: Gpa, access: Access) -> Result<FaultOutcome, FaultError> {
         let core = &*self.core;
         let gfn = gpa.gfn();
         core.stats.pf_taken.fetch_add(1, Ordering::Relaxed);
@@ -50,9 +75,16 @@ impl ShadowMmu {
                 if windows.is_released() {
                     return Err(FaultError::NoMapping);
                 }
-                if core.spte(gfn).rights().contains(access) {
-                    core.stats.pf_spurious.fetch_add(1, Ordering::Relaxed);
-                    return Ok(FaultOutcome::Spurious);
+                // A log that was switched on after the snapshot is not in `slots`, and must not miss the write (I35).
+                if begun == core.seq.snapshot()
+                    && let Some(cause) = core.restore(gfn, access, slots.log_of(gfn), vcpu)
+                {
+                    let counter = match cause {
+                        FaultCause::Spurious => &core.stats.pf_spurious,
+                        _ => &core.stats.pf_fast,
+                    };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    return Ok(FaultOutcome { cause, retries: attempt });
                 }
                 // Without this look a fault in a window would fetch the page again and again, and hold the locks that
                 // the window's owner needs to get on (R31).
@@ -63,7 +95,7 @@ impl ShadowMmu {
                 }
             }
             // A retry is the same fault, so it is counted as one.
-            let mut asked = *request.get_or_insert_with(|| around.request(slot.hva_of(gfn), access));
+            let mut asked = *request.get_or_insert_with(|| vcpu.around.request(slot.hva_of(gfn), access));
             asked.hva = slot.hva_of(gfn);
             asked.around = asked.around.intersect(slot.hvas());
             let pinned = match self.mm.fault(&asked) {
@@ -79,9 +111,15 @@ impl ShadowMmu {
                 SlotAccess::ReadWrite => Access::all(),
                 SlotAccess::ReadOnly => Access::READ | Access::EXEC,
             };
-            let leaf = |page: PinnedPage| Spte::leaf(page.pfn, page.rights & rights);
+            let log = slots.log_of(gfn);
+            // Where writes are seen by the fault that gives W, only the page that is written gets it.
+            let protects = core.ad_bits() == AdBits::None || log.is_some_and(|log| log.protects());
+            let leaf = |page: PinnedPage, access: Access| match Spte::leaf(page.pfn, page.rights & rights) {
+                spte if protects && !access.contains(Access::WRITE) => spte.write_protected(),
+                spte => spte,
+            };
             let young = core.prefaulted_young.load(Ordering::Relaxed);
-            let neighbour = |page: PinnedPage| match leaf(page) {
+            let neighbour = |page: PinnedPage| match leaf(page, Access::READ) {
                 spte if young => spte.touched(spte.rights()),
                 spte => spte,
             };
@@ -97,9 +135,16 @@ impl ShadowMmu {
                     core.wait_to_retry(attempt);
                     continue;
                 }
-                core.install(gfn, leaf(required).touched(access)).inspect(|installed| {
+                core.install(gfn, leaf(required, access).touched(access)).inspect(|installed| {
                     if *installed == Installed::New {
                         fresh.push(required.pfn);
+                    }
+                    // W first, then the record, and both before anybody can take W away again (R20).
+                    if access.contains(Access::WRITE)
+                        && *installed != Installed::Stale
+                        && let Some(log) = log.filter(|log| log.protects())
+                    {
+                        log.record(gfn, vcpu.ring.as_mut());
                     }
                     for &page in pinned.around() {
                         let gfn = slot.gfn_of(page.hva);
@@ -115,7 +160,9 @@ impl ShadowMmu {
             };
             match installed {
                 Ok(Installed::Stale) => core.drop_stale(gfn, &pinned),
-                Ok(Installed::Already) => return Ok(FaultOutcome::Spurious),
+                Ok(Installed::Already) => {
+                    return Ok(FaultOutcome { cause: FaultCause::Spurious, retries: attempt });
+                }
                 Ok(Installed::New | Installed::Upgraded) => {
                     core.stats.pf_fixed.fetch_add(1, Ordering::Relaxed);
                     if fresh.len() > 1 {
@@ -124,7 +171,12 @@ impl ShadowMmu {
                         fresh.retain(|&pfn| core.pool.contains(pfn));
                         core.tlb.prefault(&fresh);
                     }
-                    return Ok(FaultOutcome::Fixed);
+                    let cause = match pinned.brought() {
+                        Brought::New => FaultCause::FirstTouch,
+                        Brought::Present => FaultCause::Mapped,
+                        Brought::Copied => FaultCause::CopyOnWrite,
+                    };
+                    return Ok(FaultOutcome { cause, retries: attempt });
                 }
                 Err(OutOfFrames) => {
                     // Once: what a second look finds is what this fault made on the way to the table that it cannot get.
@@ -159,6 +211,30 @@ impl Core {
         if attempt < 4 { hint::spin_loop() } else { thread::yield_now() }
     }
 
+    /// What tracking alone had taken from the leaf of `gfn` comes back, and `log` hears of a W; `None` where the primary must be asked
+    /// (`fast_page_fault`). The caller holds `mmu_lock` for reading.
+    fn restore(
+        &self,
+        gfn: Gfn,
+        access: Access,
+        log: Option<&Arc<DirtyLog>>,
+        vcpu: &mut VcpuMmu,
+    ) -> Option<FaultCause> {
+        let entry = &self.tables.leaf_table(gfn.0)?[index(gfn.0, 1)];
+        match entry::restore(entry, access) {
+            Restored::No => None,
+            Restored::Already => Some(FaultCause::Spurious),
+            Restored::Access => Some(FaultCause::AccessTracked),
+            Restored::Write => {
+                // After W, before the vCPU goes on (R20).
+                if let Some(log) = log.filter(|log| log.protects()) {
+                    log.record(gfn, vcpu.ring.as_mut());
+                }
+                Some(FaultCause::WriteProtect)
+            }
+        }
+    }
+
     /// Installs `new` for `gfn`, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for reading and has
     /// checked sequence and windows under it.
     fn install(&self, gfn: Gfn, new: Spte) -> Result<Installed, OutOfFrames> {
@@ -180,9 +256,10 @@ impl Core {
             HvaRange::page(required.hva)
         );
         self.stats.stale_leaves.fetch_add(1, Ordering::Relaxed);
+        let slots = self.slots.read().clone();
         let _exclusive = self.windows.write();
         let mut gather = Gather::new(self.tlb.as_ref());
-        self.zap(gfn.0..gfn.0 + 1, &mut gather);
+        self.zap(&slots, gfn.0..gfn.0 + 1, &mut gather);
         self.seq.removed();
         self.finish(gather);
     }

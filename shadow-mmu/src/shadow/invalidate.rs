@@ -2,10 +2,11 @@
 //! The notifier ops of the shadow map, and the windows that faults check themselves against.
 //! After `kvm_mmu_notifier_invalidate_range_start` and its neighbours in `virt/kvm/kvm_main.c`.
 
+use super::age::AfterClear;
 use super::{Core, gather::Gather};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
-use crate::notifier::{Event, Invalidation, MmuNotifier, WouldBlock};
+use crate::notifier::{Event, Invalidation, MmuNotifier, WouldBlock, YoungPages};
 use crate::table::LOWER_HALF_PAGES;
 
 impl Core {
@@ -15,7 +16,7 @@ impl Core {
         let _exclusive = self.windows.write();
         let mut gather = Gather::new(self.tlb.as_ref());
         for gfns in slots.gfns_of(HvaRange::page(hva)) {
-            self.zap(gfns, &mut gather);
+            self.zap(&slots, gfns, &mut gather);
         }
         self.seq.removed();
         self.finish(gather);
@@ -24,11 +25,12 @@ impl Core {
 
 impl MmuNotifier for Core {
     fn release(&self) {
+        let slots = self.slots.read().clone();
         let mut windows = self.windows.write();
         // Under the lock that faults install under: what was in flight finds it (R17).
         windows.release(&self.seq);
         let mut gather = Gather::new(self.tlb.as_ref());
-        self.zap(0..LOWER_HALF_PAGES, &mut gather);
+        self.zap(&slots, 0..LOWER_HALF_PAGES, &mut gather);
         self.finish(gather);
     }
 
@@ -43,7 +45,7 @@ impl MmuNotifier for Core {
         let mut gather = Gather::new(self.tlb.as_ref());
         for gfns in hit {
             windows.open(gfns.clone());
-            self.zap(gfns, &mut gather);
+            self.zap(&slots, gfns, &mut gather);
         }
         // With the lock held: whoever comes next and finds nothing left to zap must not run ahead of this flush (R12).
         self.finish(gather);
@@ -83,14 +85,22 @@ impl MmuNotifier for Core {
     }
 
     fn clear_flush_young(&self, range: HvaRange) -> bool {
-        self.clear_accessed(range, super::age::AfterClear::Flush)
+        self.clear_young_in(range, AfterClear::Flush)
     }
 
     fn clear_young(&self, range: HvaRange) -> bool {
-        self.clear_accessed(range, super::age::AfterClear::LeaveStale)
+        self.clear_young_in(range, AfterClear::LeaveStale)
     }
 
     fn test_young(&self, hva: Hva) -> bool {
-        self.is_accessed(hva)
+        self.is_young(hva)
+    }
+
+    fn test_clear_young(&self, young: &mut YoungPages) {
+        self.collect_young(young);
+    }
+
+    fn written(&self, range: HvaRange) {
+        self.log_writes(range);
     }
 }

@@ -13,8 +13,10 @@
 //! | `invalidate` | sequence, windows, retry; the notifier ops | `kvm_main.c` |
 //! | `fault` | the fault path | `mmu.c`, `tdp_mmu.c` |
 //! | [`around`](FaultAround) | how much a fault brings along | `mm/filemap.c`, `mm/readahead.c` |
+//! | [`vcpu`](VcpuMmu) | what is kept for a vCPU | |
 //! | `zap` | removing leaves; table reclaim | `tdp_mmu.c` |
 //! | `age` | young | `tdp_mmu.c` |
+//! | [`dirty`](ShadowMmu::enable_dirty_log) | which pages were written | `kvm_main.c`, `dirty_ring.c` |
 //! | [`gather`](Gather), [`tlb`](Tlb) | from a zap to its flush | `mm/mmu_gather.c` |
 //! | [`audit`](AuditReport) | the invariants, checked | |
 //!
@@ -33,6 +35,7 @@
 mod age;
 mod around;
 mod audit;
+mod dirty;
 mod entry;
 mod fault;
 mod gather;
@@ -40,22 +43,28 @@ mod invalidate;
 mod slots;
 mod spte;
 mod tlb;
+mod vcpu;
 mod zap;
 
 pub use around::{FaultAround, FaultAroundPolicy};
 pub use audit::{AuditReport, Violation};
-pub use fault::FaultOutcome;
+pub use dirty::{
+    DirtyGfn, DirtyLogConfig, DirtyLogError, DirtyMethod, DirtyPages, DirtyRecords, DirtyRing, Initially,
+    ProtectOn, RING_LEAST, RING_MOST, VcpuRing,
+};
+pub use fault::{FaultCause, FaultOutcome};
 pub use gather::Gather;
 pub use slots::{Memslot, Memslots, SlotAccess, SlotError};
-pub use spte::{PRESENT, Spte};
+pub use spte::{AdBits, PRESENT, Spte};
 pub use tlb::{NoTlb, Tlb, Zapped};
+pub use vcpu::VcpuMmu;
 
 use crate::addr::{Gfn, Pfn};
 use crate::frame::{FramePool, OutOfFrames};
 use crate::mm::Mm;
 use crate::notifier::windows::{Sequence, Windows};
 use crate::notifier::{Misuse, Subscription};
-use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, RwLock};
 use crate::table::{Tables, index};
 
@@ -78,6 +87,8 @@ pub struct ShadowStats {
     pub pf_taken: AtomicU64,
     /// Faults that installed or upgraded a leaf.
     pub pf_fixed: AtomicU64,
+    /// Faults that gave back what tracking had taken, without asking the primary.
+    pub pf_fast: AtomicU64,
     /// Faults that found the leaf good already.
     pub pf_spurious: AtomicU64,
     /// Times a fault began again because of an invalidation.
@@ -112,6 +123,10 @@ struct Core {
     idle: Condvar,
     /// Whether leaves that a fault brought along are [`Prefaulted::Young`].
     prefaulted_young: AtomicBool,
+    /// An [`AdBits`].
+    ad_bits: AtomicU32,
+    /// The rings of vCPUs. Above `mmu_lock`.
+    rings: Mutex<Vec<Arc<DirtyRing>>>,
     /// Table count at which empty tables are looked for.
     reclaim_at: AtomicUsize,
     stats: ShadowStats,
@@ -124,7 +139,7 @@ struct Core {
 /// use shadow_mmu::addr::{Access, Gfn, Gpa, Hva};
 /// use shadow_mmu::frame::{FramePool, FreedFrames};
 /// use shadow_mmu::mm::{Backing, MapFlags, Mm};
-/// use shadow_mmu::shadow::{FaultAround, FaultAroundPolicy, Memslot, NoTlb, ShadowMmu, SlotAccess};
+/// use shadow_mmu::shadow::{FaultAroundPolicy, Memslot, NoTlb, ShadowMmu, SlotAccess, VcpuMmu};
 /// use std::sync::Arc;
 ///
 /// let pool = Arc::new(FramePool::new(1 << 20, FreedFrames::Keep)?);
@@ -133,8 +148,8 @@ struct Core {
 /// let shadow = ShadowMmu::new(Arc::clone(&mm), Arc::new(NoTlb))?;
 /// shadow.add_slot(Memslot { gfn: Gfn(0), pages: 1 << 35, hva: Hva(0), access: SlotAccess::ReadWrite })?;
 ///
-/// let mut around = FaultAround::new(FaultAroundPolicy::Off);
-/// shadow.fault(&mut around, Gpa(at.0), Access::WRITE)?;
+/// let mut vcpu = VcpuMmu::new(FaultAroundPolicy::Off);
+/// shadow.fault(&mut vcpu, Gpa(at.0), Access::WRITE)?;
 /// assert!(shadow.spte(Gpa(at.0).gfn()).is_writable());
 /// mm.munmap(at, 0x1000)?;
 /// assert!(!shadow.spte(Gpa(at.0).gfn()).is_present(), "the notifier took it away");
@@ -167,6 +182,8 @@ impl ShadowMmu {
         let core = Arc::new(Core {
             pool: Arc::clone(mm.pool()),
             tables: Tables::new(Arc::clone(mm.pool()))?,
+            ad_bits: AtomicU32::new(tlb.ad_bits() as u32),
+            rings: Mutex::default(),
             tlb,
             windows: RwLock::default(),
             seq: Sequence::default(),

@@ -5,6 +5,7 @@
 //! that used the old one retries. It is never replaced while a pair is open (I40): start and end of a pair must find the
 //! same slots, or one would count what the other does not (R15).
 
+use super::dirty::{DirtyLog, DirtyLogError};
 use super::{ShadowMmu, gather::Gather};
 use crate::addr::{Gfn, Hva, HvaRange, PAGE_SIZE};
 use crate::sync::Arc;
@@ -74,22 +75,49 @@ pub enum SlotError {
     Missing(Gfn),
 }
 
+/// A slot, and who logs writes to it.
+#[derive(Debug, Clone)]
+struct Slot {
+    memslot: Memslot,
+    log: Option<Arc<DirtyLog>>,
+}
+
 /// The slots of a guest, by first guest frame.
 #[derive(Debug, Default, Clone)]
 pub struct Memslots {
-    slots: Vec<Memslot>,
+    slots: Vec<Slot>,
 }
 
 impl Memslots {
+    fn slot_of(&self, gfn: Gfn) -> Option<&Slot> {
+        let after = self.slots.partition_point(|slot| slot.memslot.gfn <= gfn);
+        self.slots[..after].last().filter(|slot| slot.memslot.gfns().contains(&gfn.0))
+    }
+
     /// The slot that holds `gfn`.
     pub fn find(&self, gfn: Gfn) -> Option<&Memslot> {
-        let after = self.slots.partition_point(|slot| slot.gfn <= gfn);
-        self.slots[..after].last().filter(|slot| slot.gfns().contains(&gfn.0))
+        self.slot_of(gfn).map(|slot| &slot.memslot)
+    }
+
+    /// The log of the slot that holds `gfn`.
+    pub(super) fn log_of(&self, gfn: Gfn) -> Option<&Arc<DirtyLog>> {
+        self.slot_of(gfn)?.log.as_ref()
+    }
+
+    /// Whether any slot has a log.
+    pub(super) fn is_any_logged(&self) -> bool {
+        self.slots.iter().any(|slot| slot.log.is_some())
     }
 
     /// The guest frames that `range` backs: one run for each slot it hits, for two slots may show the same addresses (I19).
     pub fn gfns_of(&self, range: HvaRange) -> impl Iterator<Item = Range<u64>> {
-        self.slots.iter().map(move |slot| slot.gfns_of(range)).filter(|gfns| !gfns.is_empty())
+        self.parts_of(range).map(|(_, gfns)| gfns)
+    }
+
+    /// The same, with the slots.
+    pub(super) fn parts_of(&self, range: HvaRange) -> impl Iterator<Item = (&Memslot, Range<u64>)> {
+        let parts = self.slots.iter().map(move |slot| (&slot.memslot, slot.memslot.gfns_of(range)));
+        parts.filter(|(_, gfns)| !gfns.is_empty())
     }
 
     fn with(&self, slot: Memslot) -> Result<Self, SlotError> {
@@ -100,20 +128,24 @@ impl Memslots {
         if !fits {
             return Err(SlotError::Range(slot));
         }
-        let (new, taken) = (slot.gfns(), |old: &Memslot| old.gfns());
+        let (new, taken) = (slot.gfns(), |old: &Slot| old.memslot.gfns());
         if self.slots.iter().map(taken).any(|old| old.start < new.end && new.start < old.end) {
             return Err(SlotError::Overlap(slot));
         }
         let mut slots = self.slots.clone();
-        slots.insert(slots.partition_point(|other| other.gfn < slot.gfn), slot);
+        let at = slots.partition_point(|other| other.memslot.gfn < slot.gfn);
+        slots.insert(at, Slot { memslot: slot, log: None });
         Ok(Self { slots })
     }
 
+    fn position(&self, gfn: Gfn) -> Result<usize, SlotError> {
+        self.slots.iter().position(|slot| slot.memslot.gfn == gfn).ok_or(SlotError::Missing(gfn))
+    }
+
     fn without(&self, gfn: Gfn) -> Result<(Self, Memslot), SlotError> {
-        let at = self.slots.iter().position(|slot| slot.gfn == gfn).ok_or(SlotError::Missing(gfn))?;
         let mut slots = self.slots.clone();
-        let slot = slots.remove(at);
-        Ok((Self { slots }, slot))
+        let slot = slots.remove(self.position(gfn)?);
+        Ok((Self { slots }, slot.memslot))
     }
 }
 
@@ -123,7 +155,7 @@ impl ShadowMmu {
     /// # Errors
     /// [`SlotError`].
     pub fn add_slot(&self, slot: Memslot) -> Result<(), SlotError> {
-        self.replace_slots(|slots| Ok((slots.with(slot)?, 0..0)))
+        self.replace_slots(|slots| Ok((slots.with(slot)?, Leaves::Stay)))
     }
 
     /// Removes the slot that starts at `gfn`, with every leaf of it. On return no vCPU reaches its memory (I39).
@@ -131,7 +163,37 @@ impl ShadowMmu {
     /// # Errors
     /// [`SlotError::Missing`].
     pub fn remove_slot(&self, gfn: Gfn) -> Result<(), SlotError> {
-        self.replace_slots(|slots| slots.without(gfn).map(|(slots, slot)| (slots, slot.gfns())))
+        self.replace_slots(|slots| slots.without(gfn).map(|(slots, slot)| (slots, Leaves::Go(slot.gfns()))))
+    }
+
+    /// Publishes a log for the slot that starts at `gfn`, and arms its leaves if the log begins with none written.
+    pub(super) fn set_log(
+        &self,
+        gfn: Gfn,
+        log: impl FnOnce(&Memslot) -> DirtyLog,
+    ) -> Result<(), DirtyLogError> {
+        self.replace_slots(|slots| {
+            let mut slots = slots.clone();
+            let at = slots.position(gfn)?;
+            let slot = &mut slots.slots[at];
+            if slot.log.is_some() {
+                return Err(DirtyLogError::Logged(gfn));
+            }
+            let log = Arc::new(log(&slot.memslot));
+            slot.log = Some(Arc::clone(&log));
+            let leaves = if log.begins_clean() { Leaves::Arm(slot.memslot, log) } else { Leaves::Stay };
+            Ok((slots, leaves))
+        })
+    }
+
+    /// Ends the log of the slot that starts at `gfn`.
+    pub(super) fn unset_log(&self, gfn: Gfn) -> Result<(), DirtyLogError> {
+        self.replace_slots(|slots| {
+            let mut slots = slots.clone();
+            let at = slots.position(gfn)?;
+            slots.slots[at].log.take().ok_or(DirtyLogError::NotLogged(gfn))?;
+            Ok((slots, Leaves::Stay))
+        })
     }
 
     /// The slots as they are now.
@@ -139,26 +201,40 @@ impl ShadowMmu {
         Arc::clone(&self.core.slots.read())
     }
 
-    /// Publishes changed slots, and zaps the guest frames that `change` names.
-    fn replace_slots(
+    /// Publishes changed slots, and does to leaves what `change` says.
+    fn replace_slots<E>(
         &self,
-        change: impl FnOnce(&Memslots) -> Result<(Memslots, Range<u64>), SlotError>,
-    ) -> Result<(), SlotError> {
+        change: impl FnOnce(&Memslots) -> Result<(Memslots, Leaves), E>,
+    ) -> Result<(), E> {
         let core = &*self.core;
         // Held throughout: no pair can open, and two replacements cannot cross.
         let mut active = core.active.lock();
         while *active > 0 {
             active = core.idle.wait(active);
         }
-        let (slots, gone) = change(&core.slots.read())?;
-        *core.slots.write() = Arc::new(slots);
+        let (slots, leaves) = change(&core.slots.read())?;
+        let slots = Arc::new(slots);
+        *core.slots.write() = Arc::clone(&slots);
         let _exclusive = core.windows.write();
         core.seq.removed();
         let mut gather = Gather::new(core.tlb.as_ref());
-        core.zap(gone, &mut gather);
+        match leaves {
+            Leaves::Stay => {}
+            Leaves::Go(gfns) => core.zap(&slots, gfns, &mut gather),
+            Leaves::Arm(memslot, log) => core.arm_slot(&memslot, &log, &mut gather),
+        }
         core.finish(gather);
         Ok(())
     }
+}
+
+/// What becomes of leaves when the slots change.
+enum Leaves {
+    Stay,
+    /// These are removed.
+    Go(Range<u64>),
+    /// Those of the slot lose what would hide a write from its log.
+    Arm(Memslot, Arc<DirtyLog>),
 }
 
 #[cfg(test)]

@@ -16,6 +16,10 @@
 //!
 //! Legal (HOST_WRITABLE, MMU_WRITABLE, W): 111 writable, 110 write-protected for tracking, 000 read-only by the primary
 //! (`spte.h`; 100, protected because it is a shadowed guest table, cannot occur: guests have no page tables).
+//!
+//! An *access-tracked* leaf has lost present and W, so that the next access faults: what stands for A where the CPU sets none.
+//! KVM keeps the rights to be restored in bits of their own; here nothing needs to be kept (I50): every leaf could be read,
+//! NX is where it was, and W comes back by a write fault only, as MMU_WRITABLE allows.
 
 use crate::addr::{Access, PAGE_SHIFT, Pfn};
 use crate::table::Link;
@@ -32,6 +36,19 @@ const MMU_WRITABLE: u64 = 1 << 10;
 const MMU_PRESENT: u64 = 1 << 11;
 const NO_EXEC: u64 = 1 << 63;
 const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
+
+/// What the CPUs of an engine do with A and D. [`Tlb::ad_bits`](super::Tlb::ad_bits) says which it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdBits {
+    /// They set them at the next access, flushed or not. A translation that some CPU has cached may hide an access from A; aging
+    /// tolerates that, and does without flushes.
+    Unflushed,
+    /// They set them only after a flush: a KVM that shadows guest tables has the leaf's rights in a copy of its own and does not
+    /// look again. Aging flushes in batches.
+    AfterFlush,
+    /// They set none. A is told from leaves that are access-tracked, D from leaves that get W by a write fault only: there, W implies D.
+    None,
+}
 
 /// One entry of the shadow map, by value. In a table it is an atomic word, because the CPU writes it too.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -63,7 +80,42 @@ impl Spte {
         Self(self.0 | ACCESSED | if access.contains(Access::WRITE) { DIRTY } else { 0 })
     }
 
-    /// Whether the CPU may use the entry, as a leaf or as a table.
+    /// Without W, which a write fault gives back without asking the primary.
+    pub fn write_protected(self) -> Self {
+        Self(self.0 & !WRITE)
+    }
+    /// Without present, W and A: the next access faults (`mark_spte_for_access_track`).
+    pub fn access_tracked(self) -> Self {
+        Self(self.0 & !(PRESENT | WRITE | ACCESSED))
+    }
+    /// Without D.
+    pub fn clean(self) -> Self {
+        Self(self.0 & !DIRTY)
+    }
+    /// Without A.
+    pub fn old(self) -> Self {
+        Self(self.0 & !ACCESSED)
+    }
+    /// With what `access` needs and the leaf may have without asking the primary, touched by that access; `None` where it may
+    /// not, or is no leaf (`restore_acc_track_spte`, and W as MMU_WRITABLE allows).
+    pub fn restored(self, access: Access) -> Option<Self> {
+        if !self.is_leaf() {
+            return None;
+        }
+        let mut restored = Self(self.0 | PRESENT);
+        if access.contains(Access::WRITE) && self.is_mmu_writable() {
+            restored.0 |= WRITE;
+        }
+        restored.rights().contains(access).then(|| restored.touched(access))
+    }
+    /// Whether it was accessed since that was cleared.
+    pub fn is_young(self, ad: AdBits) -> bool {
+        match ad {
+            AdBits::Unflushed | AdBits::AfterFlush => self.is_accessed(),
+            AdBits::None => self.is_leaf() && self.is_present(),
+        }
+    }
+    /// Whether the CPU may use the entry, as a leaf or as a table. False for a leaf that is access-tracked.
     pub fn is_present(self) -> bool {
         self.0 & PRESENT != 0
     }
@@ -171,6 +223,33 @@ mod tests {
         let spte = Spte::leaf(Pfn(7), Access::READ | Access::WRITE);
         assert!(!spte.touched(Access::READ).is_dirty() && spte.touched(Access::READ).is_accessed());
         assert!(spte.touched(Access::WRITE).is_dirty());
+    }
+
+    #[test]
+    fn i50_what_access_tracking_took_comes_back_and_no_more() {
+        for bits in 0..8 {
+            let rights = Access::from_bits_truncate(bits) | Access::READ;
+            let leaf = Spte::leaf(Pfn(9), rights);
+            let tracked = leaf.access_tracked();
+            assert!(tracked.is_leaf() && tracked.is_legal() && tracked.rights().is_empty(), "{tracked:?}");
+            assert!(!tracked.is_young(AdBits::None) && leaf.is_young(AdBits::None));
+            let without_w = rights - Access::WRITE;
+            for access in [Access::READ, Access::EXEC, Access::READ | Access::WRITE] {
+                let restored = tracked.restored(access);
+                assert_eq!(restored.is_some(), rights.contains(access), "{leaf:?} for {access}");
+                if let Some(restored) = restored {
+                    assert_eq!(
+                        restored.rights(),
+                        without_w | access & Access::WRITE,
+                        "{leaf:?} for {access}"
+                    );
+                    assert_eq!(restored.is_dirty(), access.contains(Access::WRITE));
+                    assert!(restored.is_legal() && restored.pfn() == leaf.pfn());
+                }
+            }
+        }
+        assert_eq!(Spte::NONE.restored(Access::READ), None);
+        assert_eq!(Spte::table(Pfn(3)).restored(Access::READ), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the shadow map asks of whoever runs the guest: drop cached translations.
 
-use super::spte::Spte;
+use super::spte::{AdBits, Spte};
 use crate::addr::{Gfn, Pfn};
 use std::fmt::Debug;
 
@@ -23,13 +23,18 @@ pub struct Zapped {
 /// the guest.
 pub trait Tlb: Debug + Send + Sync {
     /// Returns when no vCPU can reach memory through any of `zapped`, nor ever will without a fresh walk. Entries of the
-    /// shadow map have been changed before the call.
+    /// shadow map have been changed before the call. That walk sets A in entries of upper levels again, too.
     ///
     /// There is no error: an engine that cannot flush stops its vCPUs for good, which also keeps the promise.
     fn flush(&self, zapped: &[Zapped]);
 
     /// The same for every translation there is, and for the entries of upper levels.
     fn flush_all(&self);
+
+    /// What the CPUs do with A and D. Asked once, when the shadow map is made.
+    fn ad_bits(&self) -> AdBits {
+        AdBits::AfterFlush
+    }
 
     /// A hint: sptes for these frames, in this order, were just installed ahead of need. What the host does per frame at
     /// first use can be done for all of them at once.
@@ -45,4 +50,7 @@ pub struct NoTlb;
 impl Tlb for NoTlb {
     fn flush(&self, _: &[Zapped]) {}
     fn flush_all(&self) {}
+    fn ad_bits(&self) -> AdBits {
+        AdBits::Unflushed
+    }
 }

@@ -7,7 +7,7 @@
 //! tables as were left the last time, and then one full flush pays for all of them.
 
 use super::gather::Gather;
-use super::{Core, Spte, entry};
+use super::{Core, Memslots, Spte, entry};
 use crate::addr::Gfn;
 use crate::frame::FrameFlags;
 use crate::sync::atomic::Ordering;
@@ -18,10 +18,10 @@ use std::ops::Range;
 pub(super) const RECLAIM_LEAST: usize = 256;
 
 impl Core {
-    /// Removes every leaf in `gfns` and adds it to `gather`; its A and D go to the frame (I25). The caller holds `mmu_lock`
-    /// for writing.
-    pub(super) fn zap(&self, gfns: Range<u64>, gather: &mut Gather<'_>) {
-        let mut zapped = 0;
+    /// Removes every leaf in `gfns` and adds it to `gather`; its A and D go to the frame (I25), and to the log that `slots` have for it.
+    /// The caller holds `mmu_lock` for writing.
+    pub(super) fn zap(&self, slots: &Memslots, gfns: Range<u64>, gather: &mut Gather<'_>) {
+        let (logged, mut zapped) = (slots.is_any_logged(), 0);
         self.tables.for_each_leaf_table(gfns, |base, table, entries| {
             for at in entries {
                 let old = entry::take(&table[at]);
@@ -29,7 +29,11 @@ impl Core {
                     continue;
                 }
                 self.hand_over_marks(old);
-                gather.add(Gfn(base + at as u64), 1, old);
+                let gfn = Gfn(base + at as u64);
+                if logged && let Some(log) = slots.log_of(gfn) {
+                    log.removed(gfn, old);
+                }
+                gather.add(gfn, 1, old);
                 zapped += 1;
             }
         });
@@ -38,13 +42,13 @@ impl Core {
     }
 
     /// Tells the frame what the CPU noted in a leaf that is lost.
-    fn hand_over_marks(&self, old: Spte) {
+    pub(super) fn hand_over_marks(&self, old: Spte) {
         if !self.pool.contains(old.pfn()) {
             // Of an adopted mapping: the host's kernel keeps marks of its own for it.
             return;
         }
         let mut flags = FrameFlags::empty();
-        flags.set(FrameFlags::ACCESSED, old.is_accessed());
+        flags.set(FrameFlags::ACCESSED, old.is_young(self.ad_bits()));
         flags.set(FrameFlags::DIRTY, old.is_dirty());
         self.pool.frame(old.pfn()).set_flags(flags);
     }

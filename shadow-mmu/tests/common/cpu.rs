@@ -5,9 +5,11 @@ use super::{Gate, SoftHost};
 use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::FramePool;
 use shadow_mmu::mm::FaultError;
-use shadow_mmu::shadow::{FaultAround, FaultAroundPolicy, FaultOutcome, ShadowMmu, Spte, Tlb, Zapped};
+use shadow_mmu::shadow::{
+    AdBits, FaultAroundPolicy, FaultOutcome, ShadowMmu, Spte, Tlb, VcpuMmu, VcpuRing, Zapped,
+};
 use shadow_mmu::sync::Mutex;
-use shadow_mmu::table::index;
+use shadow_mmu::table::{Link, index};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -24,7 +26,15 @@ pub(crate) struct Cached {
 #[derive(Debug, Default)]
 struct Caches {
     pages: HashMap<u64, Cached>,
-    tables: HashMap<u64, Pfn>,
+    tables: HashMap<u64, CachedTable>,
+}
+
+/// Where a leaf table is, as a CPU remembers it.
+#[derive(Debug, Clone, Copy)]
+struct CachedTable {
+    pfn: Pfn,
+    /// A flush has come since: the next walk sets A on its way again.
+    flushed: bool,
 }
 
 /// The TLBs of all CPUs of a machine, with their paging-structure caches.
@@ -40,10 +50,12 @@ pub(crate) struct SoftTlb {
     pub(crate) freed_accesses: AtomicU64,
     /// What is behind frame numbers beyond the pool's.
     pub(crate) host: Arc<SoftHost>,
+    /// What the CPUs do with A and D.
+    ad: AdBits,
 }
 
 impl SoftTlb {
-    pub(super) fn new(pool: Arc<FramePool>, cpus: usize) -> Self {
+    pub(super) fn new(pool: Arc<FramePool>, cpus: usize, ad: AdBits) -> Self {
         let cpus = (0..cpus).map(|_| Mutex::default()).collect();
         Self {
             pool,
@@ -52,6 +64,7 @@ impl SoftTlb {
             flushed: AtomicU64::new(0),
             freed_accesses: AtomicU64::new(0),
             host: Arc::default(),
+            ad,
         }
     }
     /// Every CPU forgets everything, as a context switch may make it.
@@ -71,12 +84,18 @@ impl Tlb for SoftTlb {
             let mut caches = cpu.lock();
             zapped.iter().for_each(|one| {
                 caches.pages.remove(&one.gfn.0);
+                if let Some(table) = caches.tables.get_mut(&(one.gfn.0 >> 9)) {
+                    table.flushed = true;
+                }
             });
         }
         self.flushed.fetch_add(zapped.len() as u64, Ordering::SeqCst);
     }
     fn flush_all(&self) {
         self.flush_everything();
+    }
+    fn ad_bits(&self) -> AdBits {
+        self.ad
     }
 }
 
@@ -98,7 +117,7 @@ pub(crate) struct Vcpu {
     root: Pfn,
     /// Weak: a CPU keeps no machine alive.
     shadow: Weak<ShadowMmu>,
-    around: FaultAround,
+    pub(crate) mmu: VcpuMmu,
     /// Faults taken so far.
     pub(crate) faults: u64,
 }
@@ -111,7 +130,12 @@ impl Vcpu {
         policy: FaultAroundPolicy,
     ) -> Self {
         let (tlb, root, shadow) = (Arc::clone(tlb), shadow.root(), Arc::downgrade(shadow));
-        Self { id, tlb, root, shadow, around: FaultAround::new(policy), faults: 0 }
+        Self { id, tlb, root, shadow, mmu: VcpuMmu::new(policy), faults: 0 }
+    }
+    /// The same, logging its writes in `ring`.
+    pub(crate) fn with_ring(mut self, ring: VcpuRing) -> Self {
+        self.mmu = self.mmu.with_ring(ring);
+        self
     }
     /// Loads a word.
     pub(crate) fn read(&mut self, at: Hva) -> Result<u64, FaultError> {
@@ -156,7 +180,7 @@ impl Vcpu {
     /// Faults without having accessed anything.
     pub(crate) fn fault(&mut self, at: Hva, access: Access) -> Result<FaultOutcome, FaultError> {
         self.faults += 1;
-        self.shadow.upgrade().unwrap().fault(&mut self.around, Gpa(at.0), access)
+        self.shadow.upgrade().unwrap().fault(&mut self.mmu, Gpa(at.0), access)
     }
 
     fn try_access(
@@ -168,7 +192,10 @@ impl Vcpu {
         let gfn = at.page();
         // Held to the end: the CPU is in the guest.
         let mut caches = self.tlb.cpus[self.id].lock();
-        let good = |one: &Cached| one.rights.contains(access) && (one.dirty || access != Access::WRITE);
+        let sets_dirty = self.tlb.ad != AdBits::None;
+        let good = |one: &Cached| {
+            one.rights.contains(access) && (one.dirty || access != Access::WRITE || !sets_dirty)
+        };
         let entry = match caches.pages.get(&gfn) {
             Some(entry) if good(entry) => *entry,
             _ => {
@@ -197,26 +224,46 @@ impl Vcpu {
 
     /// The page walk of the Intel manual, volume 3, 4.5, for an access at CPL 3 with CR0.WP and EFER.NXE set. It begins at
     /// the leaf table if the CPU remembers where that is (4.10.3); a fault makes it forget (4.10.4.1).
-    fn walk(&self, tables: &mut HashMap<u64, Pfn>, gfn: u64, access: Access) -> Result<Cached, Stopped> {
-        if let Some(&table) = tables.get(&(gfn >> 9)) {
-            if let Ok(cached) = self.leaf(table, gfn, access) {
+    fn walk(
+        &self,
+        tables: &mut HashMap<u64, CachedTable>,
+        gfn: u64,
+        access: Access,
+    ) -> Result<Cached, Stopped> {
+        if let Some(table) = tables.get_mut(&(gfn >> 9)) {
+            if table.flushed {
+                // The CPU would forget the table. Here it goes on using it, for tests of tables that are freed.
+                let _ = self.descend(gfn);
+                table.flushed = false;
+            }
+            if let Ok(cached) = self.leaf(table.pfn, gfn, access) {
                 return Ok(cached);
             }
             tables.remove(&(gfn >> 9));
         }
+        let pfn = self.descend(gfn)?;
+        let cached = self.leaf(pfn, gfn, access)?;
+        tables.insert(gfn >> 9, CachedTable { pfn, flushed: false });
+        Ok(cached)
+    }
+
+    /// The leaf table for `gfn`, with A set on the way.
+    fn descend(&self, gfn: u64) -> Result<Pfn, Stopped> {
+        // Every right: for a table the shadow map leaves it to the leaf, and so rights are not cached with it.
+        const ALL: u64 = 0b111;
         let mut table = self.root;
         for level in (2..=4).rev() {
-            // Every right: for a table the shadow map leaves it to the leaf, and so rights are not cached with it.
-            const ALL: u64 = 0b111;
-            let entry = self.tlb.pool.words(table)[index(gfn, level)].load(Ordering::SeqCst);
+            let word = &self.tlb.pool.words(table)[index(gfn, level)];
+            let entry = word.load(Ordering::SeqCst);
             if entry & (ALL | NO_EXEC) != ALL {
                 return Err(PageFault);
             }
+            if self.tlb.ad != AdBits::None && entry & Link::ACCESSED == 0 {
+                word.fetch_or(Link::ACCESSED, Ordering::SeqCst);
+            }
             table = Spte(entry).pfn();
         }
-        let cached = self.leaf(table, gfn, access)?;
-        tables.insert(gfn >> 9, table);
-        Ok(cached)
+        Ok(table)
     }
 
     fn leaf(&self, table: Pfn, gfn: u64, access: Access) -> Result<Cached, Stopped> {
@@ -234,7 +281,8 @@ impl Vcpu {
             if old & PRESENT_USER != PRESENT_USER || !rights.contains(access) {
                 return Err(PageFault);
             }
-            let new = old | ACCESSED | if access == Access::WRITE { DIRTY } else { 0 };
+            let marks = ACCESSED | if access == Access::WRITE { DIRTY } else { 0 };
+            let new = if self.tlb.ad == AdBits::None { old } else { old | marks };
             if entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
                 return Ok(Cached { pfn: Spte(old).pfn(), rights, dirty: new & DIRTY != 0 });
             }

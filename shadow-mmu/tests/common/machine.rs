@@ -5,7 +5,7 @@ use super::{ALL_GFNS, Hook, SoftTlb, Vcpu, pages};
 use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, MmError, Pte};
-use shadow_mmu::shadow::{FaultAroundPolicy, Memslot, ShadowError, ShadowMmu, SlotAccess, Spte};
+use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Memslot, ShadowError, ShadowMmu, SlotAccess, Spte, Tlb};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,13 +25,22 @@ pub(crate) struct Machine {
 impl Machine {
     /// A machine with `frames` frames and one slot for everything.
     pub(crate) fn new(frames: u64) -> Self {
-        Self::without_slot(frames).with_slot()
+        Self::with_ad_bits(frames, AdBits::AfterFlush)
+    }
+
+    /// A machine whose CPUs do this with A and D. Their caches are emptied by flushes alone, so that of [`AdBits::Unflushed`] is as bad as
+    /// it can be.
+    pub(crate) fn with_ad_bits(frames: u64, ad: AdBits) -> Self {
+        Self::over(Mm::new(Self::pool(frames)).unwrap(), ad).unwrap().with_slot()
+    }
+
+    fn pool(frames: u64) -> Arc<FramePool> {
+        super::limit_run_time();
+        Arc::new(FramePool::new(pages(frames), FreedFrames::Poison).unwrap())
     }
 
     pub(crate) fn without_slot(frames: u64) -> Self {
-        super::limit_run_time();
-        let pool = Arc::new(FramePool::new(pages(frames), FreedFrames::Poison).unwrap());
-        Self::over(Mm::new(pool).unwrap()).unwrap()
+        Self::over(Mm::new(Self::pool(frames)).unwrap(), AdBits::AfterFlush).unwrap()
     }
 
     /// A machine of its own for a fork of this one's space.
@@ -39,12 +48,12 @@ impl Machine {
     /// # Errors
     /// Too few frames, for the space or for the shadow map.
     pub(crate) fn fork(&self) -> Result<Self, MmError> {
-        Self::over(self.mm.fork()?).map(Self::with_slot).map_err(|_| MmError::NoMemory)
+        Self::over(self.mm.fork()?, self.tlb.ad_bits()).map(Self::with_slot).map_err(|_| MmError::NoMemory)
     }
 
-    fn over(mm: Arc<Mm>) -> Result<Self, ShadowError> {
+    fn over(mm: Arc<Mm>, ad: AdBits) -> Result<Self, ShadowError> {
         let pool = Arc::clone(mm.pool());
-        let tlb = Arc::new(SoftTlb::new(Arc::clone(&pool), 8));
+        let tlb = Arc::new(SoftTlb::new(Arc::clone(&pool), 8, ad));
         let (before, after) = (Arc::<Hook>::default(), Arc::<Hook>::default());
         // Newest first: what is registered before the shadow map is called after it.
         let subscription = mm.register(after.clone()).unwrap();

@@ -67,6 +67,8 @@ pub enum Op {
     ClearFlushYoung(HvaRange),
     /// "Accessed" is tested and cleared.
     ClearYoung(HvaRange),
+    /// "Accessed" is tested and cleared, page by page.
+    TestClearYoung(HvaRange),
     /// "Accessed" is tested.
     TestYoung(Hva),
     /// The address space goes.
@@ -82,6 +84,7 @@ impl Op {
             Self::InvalidatePage(_) => "invalidate_page",
             Self::ClearFlushYoung(_) => "clear_flush_young",
             Self::ClearYoung(_) => "clear_young",
+            Self::TestClearYoung(_) => "test_clear_young",
             Self::TestYoung(_) => "test_young",
             Self::Release => "release",
         }
@@ -94,7 +97,9 @@ impl Op {
             Self::ChangePte(hva, _) | Self::InvalidatePage(hva) | Self::TestYoung(hva) => {
                 Some(HvaRange::page(hva))
             }
-            Self::ClearFlushYoung(range) | Self::ClearYoung(range) => Some(range),
+            Self::ClearFlushYoung(range) | Self::ClearYoung(range) | Self::TestClearYoung(range) => {
+                Some(range)
+            }
             Self::Release => None,
         }
     }

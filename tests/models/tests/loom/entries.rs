@@ -4,8 +4,8 @@
 use crate::addr::{Access, Pfn};
 use crate::exhaust::{Preemptions, exhaust};
 use crate::mutant::M;
-use crate::shadow::Spte;
 use crate::shadow::entry::{self, Installed};
+use crate::shadow::{AdBits, Spte};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
@@ -59,8 +59,8 @@ fn what_the_cpu_marked_before_a_leaf_was_taken_is_in_what_was_taken() {
 fn age() {
     let entry = Arc::new(AtomicU64::new(Spte::leaf(PFN, RW).touched(Access::READ).0));
     let cpu = spawn(&entry, cpu_writes);
-    let ager = spawn(&entry, |entry| entry::clear_accessed(entry).is_some());
-    let _ = entry::clear_accessed(&entry);
+    let ager = spawn(&entry, |entry| entry::clear_young(entry, AdBits::AfterFlush).is_some());
+    let _ = entry::clear_young(&entry, AdBits::AfterFlush);
     assert!(cpu.join().unwrap(), "aging takes no right away");
     ager.join().unwrap();
     let left = now(&entry);
@@ -97,7 +97,7 @@ fn of_two_installs_one_is_new_and_no_right_is_lost() {
 fn upgrade() {
     let entry = Arc::new(AtomicU64::new(Spte::leaf(PFN, RW).0));
     let cpu = spawn(&entry, cpu_writes);
-    let ager = spawn(&entry, |entry| entry::clear_accessed(entry).is_some());
+    let ager = spawn(&entry, |entry| entry::clear_young(entry, AdBits::AfterFlush).is_some());
     let _ = entry::install(&entry, Spte::leaf(PFN, Access::all()));
     assert!(cpu.join().unwrap());
     ager.join().unwrap();

@@ -12,7 +12,7 @@ use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE, Pfn};
 use crate::frame::FramePool;
 use crate::machine::Machine;
 use crate::mm::FaultError;
-use crate::shadow::{FaultAround, FaultAroundPolicy, Spte, Tlb, Zapped};
+use crate::shadow::{FaultAroundPolicy, Spte, Tlb, VcpuMmu, Zapped};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::table::index;
@@ -102,12 +102,12 @@ struct PageFault;
 pub(crate) struct Vcpu<'a> {
     id: usize,
     machine: &'a Machine,
-    around: FaultAround,
+    mmu: VcpuMmu,
 }
 
 impl<'a> Vcpu<'a> {
     pub(crate) fn new(machine: &'a Machine, id: usize, policy: FaultAroundPolicy) -> Self {
-        Self { id, machine, around: FaultAround::new(policy) }
+        Self { id, machine, mmu: VcpuMmu::new(policy) }
     }
 
     /// Loads the first word of the page at `at`. It must be zero or one of the page's values.
@@ -141,7 +141,7 @@ impl<'a> Vcpu<'a> {
             if let Ok(value) = self.try_access(at, access, &operation) {
                 return Ok(value);
             }
-            self.machine.shadow().fault(&mut self.around, Gpa(at.0), access)?;
+            self.machine.shadow().fault(&mut self.mmu, Gpa(at.0), access)?;
         }
         panic!("CPU {} faults at {at} for {access} forever", self.id);
     }

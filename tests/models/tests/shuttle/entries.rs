@@ -143,7 +143,7 @@ fn i31() {
         }),
         task(|| {
             let _ = machine.shadow().fault(
-                &mut crate::shadow::FaultAround::new(FaultAroundPolicy::Off),
+                &mut crate::shadow::VcpuMmu::new(FaultAroundPolicy::Off),
                 Gpa(far.0),
                 READ,
             );

@@ -9,7 +9,7 @@ use crate::listeners::Probe;
 use crate::machine::{Machine, READ, RW, page, task};
 use crate::mm::{Advice, Backing, MapFlags, RemapFlags};
 use crate::mutant::M;
-use crate::shadow::{FaultAround, FaultAroundPolicy, NoTlb, ShadowMmu};
+use crate::shadow::{FaultAroundPolicy, NoTlb, ShadowMmu, VcpuMmu};
 use crate::sync::Arc;
 use shuttle::rand::{Rng, thread_rng};
 
@@ -104,8 +104,8 @@ fn run_listener(machine: &Machine) {
     // A second shadow map, which no CPU walks, comes and goes too.
     let Ok(shadow) = ShadowMmu::new(Arc::clone(&machine.mm), Arc::new(NoTlb)) else { return };
     shadow.add_slot(Machine::slot()).unwrap();
-    let mut around = FaultAround::new(FaultAroundPolicy::Fixed(4));
-    let _ = shadow.fault(&mut around, Gpa(any_page().0), READ);
+    let mut vcpu = VcpuMmu::new(FaultAroundPolicy::Fixed(4));
+    let _ = shadow.fault(&mut vcpu, Gpa(any_page().0), READ);
 }
 
 fn storm(forks: Forks) {
