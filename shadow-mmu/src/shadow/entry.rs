@@ -58,15 +58,18 @@ pub(crate) fn take(entry: &AtomicU64) -> Spte {
     Spte(entry.swap(0, Ordering::AcqRel))
 }
 
-/// Clears what says that the leaf was accessed, and returns the leaf as it was if it was young. Nothing else of it can be lost
+/// Clears what says that the leaf was accessed, and returns the leaf as it was seen if it was young. Nothing else of it can be lost
 /// (I48: a lost W or D is never tolerated, a lost A is). The caller holds `mmu_lock` for reading.
+#[inline]
 pub(crate) fn clear_young(entry: &AtomicU64, ad: AdBits) -> Option<Spte> {
     let mut old = Spte(entry.load(Ordering::Relaxed));
     if !old.is_young(ad) {
         return None;
     }
     if ad != AdBits::None {
-        return Some(Spte(entry.fetch_and(ALL.old().0, Ordering::AcqRel)));
+        // Without the value before, this is one instruction.
+        entry.fetch_and(ALL.old().0, Ordering::AcqRel);
+        return Some(old);
     }
     // W goes too; D, which came with it, stays, and says that there was a write (I25).
     loop {
