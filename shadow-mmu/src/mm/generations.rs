@@ -64,6 +64,13 @@ pub(super) struct Generations {
     done: AtomicU64,
 }
 
+impl Generations {
+    /// The space is a copy of one that has done so many passes: its pages have that one's ages.
+    pub(super) fn begin_at(&self, passes: u64) {
+        self.done.store(passes, Ordering::Release);
+    }
+}
+
 /// The tag of a page that was found `age` passes before `generation`.
 fn tag_of(generation: u64, age: u64) -> u8 {
     ((generation + GENERATIONS - age % GENERATIONS) % GENERATIONS) as u8 + 1

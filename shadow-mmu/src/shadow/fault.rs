@@ -113,7 +113,8 @@ impl ShadowMmu {
             };
             let log = slots.log_of(gfn);
             // Where writes are seen by the fault that gives W, only the page that is written gets it.
-            let protects = core.ad_bits() == AdBits::None || log.is_some_and(|log| log.protects());
+            let ad = core.ad_bits();
+            let protects = ad == AdBits::None || log.is_some_and(|log| log.protects());
             let leaf = |page: PinnedPage, access: Access| match Spte::leaf(page.pfn, page.rights & rights) {
                 spte if protects && !access.contains(Access::WRITE) => spte.write_protected(),
                 spte => spte,
@@ -121,6 +122,8 @@ impl ShadowMmu {
             let young = core.prefaulted_young.load(Ordering::Relaxed);
             let neighbour = |page: PinnedPage| match leaf(page, Access::READ) {
                 spte if young => spte.touched(spte.rights()),
+                // Where being present is being young: the first access asks nobody but the leaf.
+                spte if ad == AdBits::None => spte.access_tracked(),
                 spte => spte,
             };
             let required = pinned.required();
