@@ -39,7 +39,7 @@ pub(crate) fn install(entry: &AtomicU64, new: Spte) -> Installed {
         } else {
             // More rights for the same frame, and never less: what the old leaf allows was allowed when it was made, and a
             // right that is taken away takes the leaf with it.
-            (new.with_marks_of(old), Installed::Upgraded)
+            (new.added_to(old), Installed::Upgraded)
         };
         match entry.compare_exchange(old.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => return installed,

@@ -41,7 +41,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "R11: a leaf that gets more rights loses A and D.",
         file: "shadow/entry.rs",
         behind: "",
-        original: "(new.with_marks_of(old), Installed::Upgraded)",
+        original: "(new.added_to(old), Installed::Upgraded)",
         replacement: "(new, Installed::Upgraded)",
     },
     Mutant {
