@@ -62,6 +62,8 @@ impl ShadowMmu {
         core.stats.pf_taken.fetch_add(1, Ordering::Relaxed);
         let mut request: Option<FaultRequest> = None;
         let mut reclaimed = false;
+        // What this fault made of the page, in whichever of its tries: a copy is made in a pair, so it is always found by the next.
+        let mut brought = Brought::Present;
         for attempt in 0u32.. {
             // The snapshot comes first: everything that is looked at below may be gone by the time it is used.
             let begun = core.seq.snapshot();
@@ -106,6 +108,7 @@ impl ShadowMmu {
                 }
                 result => result?,
             };
+            brought = brought.max(pinned.brought());
 
             let rights = match slot.access {
                 SlotAccess::ReadWrite => Access::all(),
@@ -174,7 +177,7 @@ impl ShadowMmu {
                         fresh.retain(|&pfn| core.pool.contains(pfn));
                         core.tlb.prefault(&fresh);
                     }
-                    let cause = match pinned.brought() {
+                    let cause = match brought {
                         Brought::New => FaultCause::FirstTouch,
                         Brought::Present => FaultCause::Mapped,
                         Brought::Copied => FaultCause::CopyOnWrite,
