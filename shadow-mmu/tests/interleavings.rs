@@ -8,8 +8,8 @@
 //! over, so that the only invalidation that the fault can notice is the test's.
 //!
 //! Not expressible from outside: R3 (the order of the two stores in an end: both happen under `mmu_lock`), R7 and R8 (see
-//! `notifier_contract.rs`), R10, R14, R16, R20, R22, R25–R28, R32–R34 (merging, huge pages, tracking, MMIO: not built).
-//! R18, R19 and R23 are in `notifier_contract.rs`, R11 in `concurrency.rs`.
+//! `notifier_contract.rs`), R10, R14, R22, R25–R28, R32–R34 (merging, huge pages, MMIO: not built).
+//! R18, R19 and R23 are in `notifier_contract.rs`, R11 in `concurrency.rs`, R16 and R20 in `dirty_log.rs`.
 // What a test does not expect may end it.
 #![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]

@@ -67,4 +67,12 @@ impl Frame {
             self.flags.fetch_or(flags.bits(), Ordering::AcqRel);
         }
     }
+    /// Clears flags; those of them that were set.
+    pub fn take_flags(&self, flags: FrameFlags) -> FrameFlags {
+        // As above: most have none of them.
+        if !self.flags().intersects(flags) {
+            return FrameFlags::empty();
+        }
+        FrameFlags::from_bits_truncate(self.flags.fetch_and(!flags.bits(), Ordering::AcqRel)) & flags
+    }
 }

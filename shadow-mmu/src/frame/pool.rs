@@ -3,7 +3,7 @@
 
 use super::alloc::FreeFrames;
 use super::hook::WriteHook;
-use super::meta::Frame;
+use super::meta::{Frame, FrameFlags};
 use crate::addr::{PAGE_SIZE, Pfn};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
@@ -97,6 +97,8 @@ pub struct FramePool {
     free: Mutex<FreeFrames>,
     freed: FreedFrames,
     punched: AtomicU64,
+    /// Marks of accesses that frames got from sptes that were lost, so far.
+    accesses_lost: AtomicU64,
     peak: AtomicU32,
     poison_broken: AtomicU64,
 }
@@ -154,6 +156,7 @@ impl FramePool {
             free: Mutex::new(FreeFrames::new(count as usize)),
             freed,
             punched: AtomicU64::new(0),
+            accesses_lost: AtomicU64::new(0),
             peak: AtomicU32::new(0),
             poison_broken: AtomicU64::new(0),
         })
@@ -193,6 +196,23 @@ impl FramePool {
     /// If `pfn` is not a frame of this pool.
     pub fn frame(&self, pfn: Pfn) -> &Frame {
         &self.frames[pfn.index()]
+    }
+
+    /// Notes at the frame what a secondary's entry knew that is lost.
+    ///
+    /// # Panics
+    /// If `pfn` is not a frame of this pool.
+    pub fn hand_over_marks(&self, pfn: Pfn, marks: FrameFlags) {
+        self.frame(pfn).set_flags(marks);
+        if marks.contains(FrameFlags::ACCESSED) {
+            // Release, behind the flag: who sees the count sees the flag.
+            self.accesses_lost.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// How often a frame was told of an access: while this stays, no frame has a mark that it had not before.
+    pub fn accesses_lost(&self) -> u64 {
+        self.accesses_lost.load(Ordering::Acquire)
     }
 
     /// How full the pool is.

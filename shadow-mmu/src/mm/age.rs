@@ -12,7 +12,8 @@
 //! nor changes its frame between the two halves of the answer. 2 MiB are one leaf table, hence one lock.
 //!
 //! A mark may be lost, of a page that is unmapped by a secondary while it stays mapped here: it goes to the frame then
-//! ([`FrameFlags::ACCESSED`](crate::frame::FrameFlags::ACCESSED)). Aging is a guess about the future, and may be wrong.
+//! ([`FrameFlags::ACCESSED`](crate::frame::FrameFlags::ACCESSED)), where these do not look, but the passes of
+//! [generations](super::generations) do. Aging is a guess about the future, and may be wrong.
 
 use super::Mm;
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};

@@ -328,7 +328,8 @@ impl Mm {
         }
         self.ptep_clear_flush_notify(&leaf, hva);
         self.pool.frame(new).add_map();
-        self.set_pte_at_notify(&leaf, hva, Pte::anonymous(new).writable());
+        // The page is as old as it was, whichever frame it has.
+        self.set_pte_at_notify(&leaf, hva, Pte::anonymous(new).writable().with_age_of(now));
         true
     }
 

@@ -4,7 +4,9 @@
 //! A *pass* ([`Mm::age`]) begins a generation: it asks every secondary which pages were accessed since the last pass, looks at the
 //! primary's own marks, and notes the new generation at each page that was. A page's age is the number of passes since. Nothing
 //! else is kept: four bits of the primary pte say in which generation a page was last found young, so that a page takes
-//! its age along when it moves, and a secondary that loses its entry loses nothing.
+//! its age along when it moves, and a secondary that loses its entry loses nothing. What that entry knew of accesses since the last
+//! pass it tells the frame, and the pass asks the frame. Only where one pte maps it: of a frame that several share (the zero frame always)
+//! an access whose entry was lost before the pass goes unnoticed, as nobody can say whose it was.
 //!
 //! # Four bits
 //! 0 says that no pass has found the page young. Otherwise they hold the generation modulo 15, plus 1: good for ages up to 14. A pass
@@ -22,6 +24,7 @@
 
 use super::{Mm, Pte, Vma};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};
+use crate::frame::FrameFlags;
 use crate::notifier::{Look, YoungPages};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -55,6 +58,15 @@ pub struct AgingPass {
     pub present: u64,
 }
 
+/// Whether a pass looks at frames too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Frames {
+    /// Some may have been told of an access.
+    Ask,
+    /// None was since the last pass.
+    Skip,
+}
+
 /// Where an address space is with its passes.
 #[derive(Debug, Default)]
 pub(super) struct Generations {
@@ -62,6 +74,8 @@ pub(super) struct Generations {
     pass: Mutex<()>,
     /// Passes so far.
     done: AtomicU64,
+    /// [`FramePool::accesses_lost`](crate::frame::FramePool::accesses_lost) when the last pass began.
+    lost: AtomicU64,
 }
 
 impl Generations {
@@ -103,6 +117,10 @@ impl Mm {
         // First: whoever reports ages meanwhile sees pages that the pass has not reached yet one pass older than they are.
         self.generations.done.store(generation, Ordering::Release);
         let look = if generation.is_multiple_of(FULL_LOOK) { Look::Everything } else { Look::Marked };
+        // Most passes need not look at frames at all.
+        let lost = self.pool.accesses_lost();
+        let seen = self.generations.lost.swap(lost, Ordering::Relaxed);
+        let frames = if seen == lost { Frames::Skip } else { Frames::Ask };
         let mut pass = AgingPass { generation, young: 0, present: 0 };
         let mut young = YoungPages::new(HvaRange::page(Hva(0)), look);
         let mut next = 0;
@@ -114,13 +132,20 @@ impl Mm {
             let part = HvaRange::pages_from(Hva(first * PAGE_SIZE), PART);
             young.reset(part, look);
             self.notifiers.test_clear_young(&mut young);
-            self.age_part(part, generation, &young, &mut pass);
+            self.age_part(part, generation, &young, frames, &mut pass);
         }
         pass
     }
 
     /// Notes `generation` at each page of `part` that is young, here or in `young`. The caller holds the mmap lock.
-    fn age_part(&self, part: HvaRange, generation: u64, young: &YoungPages, pass: &mut AgingPass) {
+    fn age_part(
+        &self,
+        part: HvaRange,
+        generation: u64,
+        young: &YoungPages,
+        frames: Frames,
+        pass: &mut AgingPass,
+    ) {
         let (now, wraps, oldest) =
             (tag_of(generation, 0), tag_of(generation, GENERATIONS - 1), tag_of(generation, OLDEST.into()));
         self.for_each_leaf(part, |base, leaf, _| {
@@ -129,7 +154,8 @@ impl Mm {
                 for (at, entry) in entries.iter().enumerate() {
                     let pte = Pte(entry.load(Ordering::Relaxed));
                     pass.present += u64::from(pte.is_present());
-                    if pte.is_present() && (pte.is_young() || bits >> at & 1 != 0) {
+                    let told = frames == Frames::Ask && pte.is_present() && self.take_accessed(pte);
+                    if pte.is_present() && (told || pte.is_young() || bits >> at & 1 != 0) {
                         pass.young += 1;
                         entry.store(pte.old().with_tag(now).0, Ordering::Relaxed);
                     } else if pte.tag() == wraps {
@@ -138,6 +164,15 @@ impl Mm {
                 }
             }
         });
+    }
+
+    /// Whether the frame of `pte` was told of an access, by an entry that only this page can have had. The mark goes in any case: a
+    /// later pass could not say of when it is.
+    fn take_accessed(&self, pte: Pte) -> bool {
+        pte.counted_frame().is_some_and(|pfn| {
+            let frame = self.pool.frame(pfn);
+            !frame.take_flags(FrameFlags::ACCESSED).is_empty() && frame.map_count() == 1
+        })
     }
 
     /// Calls `visit` with every run of present pages that have one VMA and one age, ascending. Ages are those of the last pass; a page that was

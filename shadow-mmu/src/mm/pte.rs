@@ -70,6 +70,10 @@ impl Pte {
         let mask = u64::from(Self::TAGS - 1) << Self::TAG_SHIFT;
         Self(self.0 & !mask | u64::from(tag) << Self::TAG_SHIFT)
     }
+    /// The same with what `other` says about when the page was accessed.
+    pub(super) fn with_age_of(self, other: Self) -> Self {
+        Self(self.0 | other.0 & Self::YOUNG).with_tag(other.tag())
+    }
     /// What says when it was last found young; 0 for never.
     pub(super) fn tag(self) -> u8 {
         (self.0 >> Self::TAG_SHIFT) as u8 & (Self::TAGS - 1)

@@ -50,7 +50,7 @@ impl Core {
         let mut flags = FrameFlags::empty();
         flags.set(FrameFlags::ACCESSED, old.is_young(self.ad_bits()));
         flags.set(FrameFlags::DIRTY, old.is_dirty());
-        self.pool.frame(old.pfn()).set_flags(flags);
+        self.pool.hand_over_marks(old.pfn(), flags);
     }
 
     /// Flushes `gather` while the caller still holds `mmu_lock`.

@@ -20,11 +20,13 @@ mod cpu;
 mod gate;
 mod host;
 mod machine;
+mod track;
 
 pub(crate) use cpu::{Cached, SoftTlb, Vcpu};
 pub(crate) use gate::{Gate, Hook, TestFile};
 pub(crate) use host::{SlotCall, SoftHost};
 pub(crate) use machine::Machine;
+pub(crate) use track::{bitmap_log, ring_log, vcpu_of};
 
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
 use std::sync::Once;
