@@ -40,8 +40,9 @@ pub enum WindowFill {
     Ahead,
     /// As KVM needs them.
     OnDemand,
-    /// By a thread that serves userfaultfd events: what monitors do that back guest memory themselves. For comparison.
-    Userfaultfd,
+    /// By a thread that serves userfaultfd events, each after this long: what monitors do that back guest memory themselves.
+    /// For comparison.
+    Userfaultfd(Duration),
 }
 
 /// What a machine is made of.
@@ -126,7 +127,7 @@ impl Machine {
         let mm = Mm::new(Arc::clone(&pool))?;
         let tlb = match config.window {
             WindowFill::Ahead => kvm.tlb(),
-            WindowFill::OnDemand | WindowFill::Userfaultfd => Arc::new(OnDemand(kvm.tlb())),
+            WindowFill::OnDemand | WindowFill::Userfaultfd(_) => Arc::new(OnDemand(kvm.tlb())),
         };
         let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb)?);
         // Behind the shadow map, hence called before it: what they see of a pair includes its zap and flush.
@@ -149,10 +150,10 @@ impl Machine {
             access: SlotAccess::ReadWrite,
         })?;
         let handler = match config.window {
-            WindowFill::Userfaultfd => {
-                Some(crate::bench::WindowHandler::start(kvm.window()).context("cannot serve the window")?)
-            }
-            _ => None,
+            WindowFill::Userfaultfd(delay) => Some(
+                crate::bench::WindowHandler::start(kvm.window(), delay).context("cannot serve the window")?,
+            ),
+            WindowFill::Ahead | WindowFill::OnDemand => None,
         };
         Ok(Arc::new(Self {
             config,
@@ -184,7 +185,7 @@ impl Machine {
         &self.pool
     }
     /// The engine.
-    pub fn kvm(&self) -> &KvmVm {
+    pub fn kvm(&self) -> &Arc<KvmVm> {
         &self.kvm
     }
     /// The watch over what is adopted into the guest, for [`Mm::adopt`]; made when it is first asked for.
@@ -325,16 +326,24 @@ impl Host for MachineHost {
 }
 
 impl Vm {
-    /// A machine with `program` loaded, not running yet.
+    /// A machine with `program` loaded, not running yet. Its standard files are umbra's own.
     ///
     /// # Errors
     /// Whatever keeps the program from being run, in one line that says what to do.
     pub fn new(config: VmConfig, program: Program) -> Result<(Self, Regs)> {
+        Self::with_files(config, program, Files::inherit())
+    }
+
+    /// The same with other files.
+    ///
+    /// # Errors
+    /// As those of [`new`](Self::new).
+    pub fn with_files(config: VmConfig, program: Program, files: Files) -> Result<(Self, Regs)> {
         let machine = Machine::new(config)?;
         let entry = guest::load(&machine.mm, program.elf, &program.arguments)?;
         let process = Process::new(Setup {
             mm: Arc::clone(&machine.mm),
-            files: Files::inherit(),
+            files,
             host: Arc::new(MachineHost(Arc::clone(&machine))),
             exe: program.arguments.exe,
             max_threads: machine.kvm.max_vcpus().min(max_threads(&machine.pool)),

@@ -104,7 +104,7 @@ fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Inst
         window: match args.window {
             WindowArg::Ahead => WindowFill::Ahead,
             WindowArg::OnDemand => WindowFill::OnDemand,
-            WindowArg::Userfaultfd => WindowFill::Userfaultfd,
+            WindowArg::Userfaultfd => WindowFill::Userfaultfd(Duration::ZERO),
         },
         listeners: listener.into_iter().collect(),
     };
