@@ -411,6 +411,40 @@ mod tests {
         assert!(view.read_obj::<u64>(GuestAddress(none.0)).is_err());
     }
 
+    /// Notes what it is told was written.
+    #[derive(Debug, Default)]
+    struct Writes(crate::sync::Mutex<Vec<HvaRange>>);
+
+    impl MmuNotifier for Writes {
+        fn written(&self, range: HvaRange) {
+            self.0.lock().push(range);
+        }
+    }
+
+    #[test]
+    fn a_write_through_a_view_is_told_to_who_logs() {
+        let (mm, view) = space();
+        let at = map(&mm, 3, RW);
+        let writes = Arc::<Writes>::default();
+        let subscription = mm.register(writes.clone()).unwrap();
+        let told = || std::mem::take(&mut *writes.0.lock());
+        view.write_slice(b"nobody logs", GuestAddress(at.0)).unwrap();
+        assert_eq!(told(), []);
+        let logging = mm.log_writes();
+        view.write_slice(&[7; 0x1100], GuestAddress(at.0 + 0xf80)).unwrap();
+        let pages: std::collections::BTreeSet<u64> =
+            told().iter().flat_map(|range| range.page_numbers()).collect();
+        assert_eq!(pages.into_iter().collect::<Vec<_>>(), [at.page(), at.page() + 1, at.page() + 2]);
+        view.read_obj::<u64>(GuestAddress(at.0)).unwrap();
+        assert_eq!(told(), [], "reading is not writing");
+        mm.madvise(at, 2 * PAGE_SIZE, Advice::DontNeed).unwrap();
+        assert_eq!(told(), [HvaRange::pages_from(at, 2)], "the next one reads zeros");
+        drop(logging);
+        view.write_obj(1u64, GuestAddress(at.0)).unwrap();
+        assert_eq!(told(), []);
+        mm.unregister(&subscription).unwrap();
+    }
+
     #[test]
     fn wild_addresses_are_errors() {
         let (_mm, view) = space();

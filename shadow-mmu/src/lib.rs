@@ -31,6 +31,7 @@
 //!
 //! # Lock order
 //! ```text
+//! mm: an aging pass
 //! mm: family
 //!  └─ mm: mmap_lock
 //!      ├─ mm: Object::pages
@@ -42,8 +43,9 @@
 //!              ├─ iommu: translations
 //!              └─ shadow: active pairs
 //!                  └─ shadow: slots
-//!                      └─ shadow: mmu_lock
+//!                      └─ shadow: mmu_lock (above it, alone: the list of rings)
 //!                          ├─ Tlb::flush, the engine's own
+//!                          ├─ shadow: bitmap of a dirty log
 //!                          └─ frame: free list
 //! ```
 //! The fault path never calls into `Mm` with `mmu_lock` held. Who is in a read section (an op, a pair) waits for no mmap_lock, for

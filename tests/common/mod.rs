@@ -2,6 +2,8 @@
 //! What the tests share: running umbra, running natively, and telling the two apart.
 #![allow(dead_code, unreachable_pub, reason = "every test takes what it needs")]
 
+pub mod pages;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;

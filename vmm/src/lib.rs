@@ -7,16 +7,21 @@
 //! | [`guest`] | what a program sees: ELF loading and the Linux system calls |
 //! | [`vm`] | one guest, put together: pool, address space, shadow map, engine, threads |
 //! | [`reactor`] | the event loop around it |
+//! | [`aging`], [`dirty_rate`] | which pages the guest uses, and which it writes |
+//! | [`stalls`] | what it waited for |
 //! | [`trace`] | notifier events, to be read |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
 //! | [`mod@bench`], [`cli`] | the commands |
 
+pub mod aging;
 pub mod bench;
 pub mod cli;
+pub mod dirty_rate;
 pub mod engine;
 pub mod guest;
 pub mod reactor;
 pub mod recorder;
 pub mod report;
+pub mod stalls;
 pub mod trace;
 pub mod vm;

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What umbra says about a guest: how it died, and what it cost.
 
+use crate::aging::AgingCost;
 use crate::guest::{Death, ExitStatus};
+use crate::stalls::StallSummary;
 use crate::vm::Machine;
 use serde::Serialize;
 use shadow_mmu::addr::{Gpa, Hva, PAGE_SIZE};
@@ -52,11 +54,16 @@ pub struct Stats {
     pub frames_peak: u64,
     /// Frames given back to the host while running.
     pub frames_punched: u64,
+    /// Time that vCPUs spent in faults, by cause.
+    pub stalls: StallSummary,
+    /// What aging cost, where the guest was aged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aging: Option<AgingCost>,
 }
 
 impl Stats {
-    /// The numbers of `machine` now.
-    pub fn of(machine: &Machine, wall: Duration) -> Self {
+    /// The numbers of `machine` now; `aging` is that of who aged it.
+    pub fn of(machine: &Machine, wall: Duration, aging: Option<AgingCost>) -> Self {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (shadow, mm, pool) = (machine.shadow().stats(), machine.mm().stats(), machine.pool().stats());
         Self {
@@ -79,6 +86,8 @@ impl Stats {
             frames: pool.frames as u64,
             frames_peak: pool.peak as u64,
             frames_punched: pool.punched,
+            stalls: machine.stalls(),
+            aging,
         }
     }
 
@@ -90,7 +99,7 @@ impl Stats {
              faults    {} ({} fixed, {} spurious, {} retried), {} neighbours installed\n\
              primary   {} pages on demand, {} ahead, {} zero, {} copied\n\
              shadow    {} leaves present, {} zapped in {} flushes, {} tables ({} reclaimed)\n\
-             frames    {} ({:.1} MiB) at most of {} ({:.0} MiB), {} given back to the host",
+             frames    {} ({:.1} MiB) at most of {} ({:.0} MiB), {} given back to the host{}{}",
             self.wall_s,
             self.kvm_backend,
             self.pf_taken,
@@ -112,6 +121,8 @@ impl Stats {
             self.frames,
             mib(self.frames),
             self.frames_punched,
+            self.aging.map_or_else(String::new, |aging| format!("\n{}", aging.text())),
+            self.stalls.text(),
         )
     }
 }

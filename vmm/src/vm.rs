@@ -9,58 +9,31 @@
 //! The process calls back into the [`Machine`] (its [`Host`]), so the machine does not hold the process. vCPU threads hold
 //! the machine; they are joined in [`Vm::wait`], so when a [`Vm`] is dropped after it nobody walks the shadow map any more.
 
+mod config;
+mod faults;
+mod rings;
+
+pub use config::{Accesses, AdBitsUse, Tracking, VmConfig, WindowFill};
+
 use crate::engine::kvm::{Effort, KvmVm};
 use crate::engine::{EngineError, Regs, Vcpu};
-use crate::guest::{
-    self, Arguments, Death, ExitStatus, Fault, FaultHandler, Files, Host, HostFault, Process, Setup, Thread,
-};
+use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
 use crate::recorder::Recorder;
+use crate::stalls::{StallSummary, Stalls};
 use crate::trace::{Observer, set_guest_thread};
 use anyhow::{Context, Result};
-use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, Pfn};
-use shadow_mmu::frame::{FramePool, FreedFrames};
+use config::ConfiguredTlb;
+use faults::VcpuFaults;
+use rings::Rings;
+use shadow_mmu::addr::{Gfn, Hva};
+use shadow_mmu::frame::FramePool;
+use shadow_mmu::mm::Mm;
 use shadow_mmu::mm::watch::{Forks, Watch};
-use shadow_mmu::mm::{FaultError, Mm};
-use shadow_mmu::notifier::MmuNotifier;
-use shadow_mmu::shadow::{
-    AdBits, AuditReport, FaultAroundPolicy, Memslot, Prefaulted, ShadowMmu, SlotAccess, Tlb, VcpuMmu, Zapped,
-};
+use shadow_mmu::shadow::{AdBits, AuditReport, DirtyGfn, Memslot, Prefaulted, ShadowMmu, SlotAccess};
 use shadow_mmu::table::LOWER_HALF_PAGES;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
-
-/// How the pages of the window, KVM's view of the frames, come to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum WindowFill {
-    /// As KVM needs them, and ahead of need for what a fault brought along.
-    #[default]
-    Ahead,
-    /// As KVM needs them.
-    OnDemand,
-    /// By a thread that serves userfaultfd events, each after this long: what monitors do that back guest memory themselves.
-    /// For comparison.
-    Userfaultfd(Duration),
-}
-
-/// What a machine is made of.
-#[derive(Debug, Clone)]
-pub struct VmConfig {
-    /// The KVM device.
-    pub kvm_device: PathBuf,
-    /// Bytes of memory, page tables included.
-    pub memory: u64,
-    /// What a fault brings along.
-    pub fault_around: FaultAroundPolicy,
-    /// What happens to freed frames.
-    pub freed: FreedFrames,
-    /// How the window is filled.
-    pub window: WindowFill,
-    /// Further listeners, which hear of everything from before the program is loaded.
-    pub listeners: Vec<Arc<dyn MmuNotifier>>,
-}
 
 /// What a machine runs.
 #[derive(Debug, Clone)]
@@ -84,6 +57,10 @@ pub struct Machine {
     threads: Mutex<Vec<JoinHandle<()>>>,
     death: Mutex<Option<Death>>,
     lost: Mutex<Option<EngineError>>,
+    /// Of vCPUs, where they have dirty rings.
+    rings: Option<Rings>,
+    /// What the threads that ended waited for.
+    stalls: Mutex<Stalls>,
     /// The operator has been told that the guest wants adopted memory which the host cannot reach.
     told_unreachable: Once,
     /// Over mappings of this process that the guest sees, from the first on.
@@ -99,22 +76,6 @@ pub struct Vm {
     process: Arc<Process>,
 }
 
-/// Leaves out the hint that window pages will be needed.
-#[derive(Debug)]
-struct OnDemand(Arc<dyn Tlb>);
-
-impl Tlb for OnDemand {
-    fn flush(&self, zapped: &[Zapped]) {
-        self.0.flush(zapped);
-    }
-    fn flush_all(&self) {
-        self.0.flush_all();
-    }
-    fn ad_bits(&self) -> AdBits {
-        self.0.ad_bits()
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -125,18 +86,20 @@ impl Machine {
         let kvm = KvmVm::new(&config.kvm_device, Arc::clone(&pool)).context("cannot use KVM")?;
         kvm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
         let mm = Mm::new(Arc::clone(&pool))?;
-        let tlb = match config.window {
-            WindowFill::Ahead => kvm.tlb(),
-            WindowFill::OnDemand | WindowFill::Userfaultfd(_) => Arc::new(OnDemand(kvm.tlb())),
+        let tlb = ConfiguredTlb {
+            engine: kvm.tlb(),
+            window: config.window,
+            // After the probe.
+            ad_bits: config.tracking.ad_bits.of(&kvm),
         };
-        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), tlb)?);
+        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), Arc::new(tlb))?);
         // Behind the shadow map, hence called before it: what they see of a pair includes its zap and flush.
         let recorder = Arc::<Observer<Recorder>>::default();
         mm.register(Arc::clone(&recorder) as _)?;
         for listener in &config.listeners {
             mm.register(Arc::clone(listener))?;
         }
-        if !kvm.facts().kvm_backend.is_two_dimensional() {
+        if config.tracking.accesses == Accesses::Untold && !kvm.facts().kvm_backend.is_two_dimensional() {
             // Nobody reads A and D of this guest, and KVM shadows its tables.
             shadow.set_prefaulted(Prefaulted::Young);
         }
@@ -155,6 +118,7 @@ impl Machine {
             ),
             WindowFill::Ahead | WindowFill::OnDemand => None,
         };
+        let rings = config.tracking.ring_entries.map(Rings::new).transpose()?;
         Ok(Arc::new(Self {
             config,
             pool,
@@ -166,6 +130,8 @@ impl Machine {
             threads: Mutex::default(),
             death: Mutex::default(),
             lost: Mutex::default(),
+            rings,
+            stalls: Mutex::default(),
             told_unreachable: Once::new(),
             watch: Mutex::default(),
             _handler: handler,
@@ -209,6 +175,27 @@ impl Machine {
     pub fn death(&self) -> Option<Death> {
         lock(&self.death).clone()
     }
+    /// What marks the CPU sets, as far as they are used.
+    pub fn ad_bits(&self) -> AdBits {
+        self.config.tracking.ad_bits.of(&self.kvm)
+    }
+    /// Readable when a vCPU waits for [`collect_dirty_rings`](Self::collect_dirty_rings); `None` without rings.
+    ///
+    /// # Errors
+    /// No descriptor left.
+    pub fn dirty_ring_full(&self) -> Result<Option<EventFd>> {
+        self.rings.as_ref().map(Rings::full).transpose()
+    }
+    /// Takes what is in the dirty rings of all vCPUs, and lets those go on that waited for room.
+    pub fn collect_dirty_rings(&self, visit: impl FnMut(DirtyGfn)) {
+        if let Some(rings) = &self.rings {
+            rings.collect(&self.shadow, visit);
+        }
+    }
+    /// What vCPUs waited for, as far as their threads have ended; after [`Vm::wait`] that is all.
+    pub fn stalls(&self) -> StallSummary {
+        lock(&self.stalls).summary()
+    }
     /// Checks the shadow map and the free frames now.
     pub fn check(&self) -> (AuditReport, u64) {
         (self.shadow.audit(&self.mm), self.pool.check_poison())
@@ -221,10 +208,9 @@ impl Machine {
             vcpu.set_xsave(&xsave)?;
         }
         let machine = Arc::clone(&self);
+        let mut faults = VcpuFaults::new(&machine)?;
         let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
             set_guest_thread(thread.tid());
-            let mmu = VcpuMmu::new(machine.config.fault_around);
-            let mut faults = VcpuFaults { machine: Arc::clone(&machine), mmu, host_faults: 0 };
             if let Err(error) = thread.run(&mut vcpu, &mut faults) {
                 lock(&machine.lost).get_or_insert(error);
             }
@@ -241,65 +227,6 @@ impl Machine {
 /// Threads that a guest with this much memory may have: one for every 32 frames, as Linux's `threads-max`.
 fn max_threads(pool: &FramePool) -> usize {
     (pool.frame_count() / 32).max(20)
-}
-
-/// Resolves the page faults of one vCPU.
-#[derive(Debug)]
-struct VcpuFaults {
-    machine: Arc<Machine>,
-    mmu: VcpuMmu,
-    /// Host faults since the last fault of another kind.
-    host_faults: u32,
-}
-
-impl FaultHandler for VcpuFaults {
-    fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
-        self.host_faults = 0;
-        match self.machine.shadow.fault(&mut self.mmu, addr, access) {
-            Ok(_) => Fault::Resolved,
-            Err(FaultError::NoMapping) => Fault::NoMapping,
-            Err(FaultError::NoAccess) => Fault::NoAccess,
-            Err(FaultError::BusError) => Fault::BusError,
-            Err(FaultError::OutOfMemory) => Fault::OutOfMemory,
-        }
-    }
-
-    /// Most often a change of the mapping is under way, and settling it takes the leaf away: the access faults anew, and finds
-    /// the mapping at its new place or gone. What is there but cannot be reached is tried a few times, for the host may
-    /// be about to give it back. A guest may live on SIGBUS, so only the first is told.
-    fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault {
-        const TRIES: u32 = 64;
-        // Short: what the thread is told meanwhile, to end for example, it hears when this returns.
-        const PATIENCE: Duration = Duration::from_millis(20);
-        self.host_faults += 1;
-        log::debug!("the host has nothing at frame {pfn:x?}, {} in a row", self.host_faults);
-        let watch = lock(&self.machine.watch).clone();
-        match watch.map(|watch| watch.settle(PATIENCE)) {
-            None | Some(Ok(())) => {}
-            Some(Err(error)) if error.kind() == std::io::ErrorKind::TimedOut => {
-                // Others go on changing what is adopted; this page may be next. Not a try that tells anything.
-                self.host_faults -= 1;
-                return HostFault::Retry;
-            }
-            Some(Err(error)) => log::error!("changes of adopted memory cannot be settled: {error}"),
-        }
-        if self.host_faults <= TRIES {
-            return HostFault::Retry;
-        }
-        self.host_faults = 0;
-        let at = pfn.and_then(|pfn| self.machine.mm.adopted_at(pfn));
-        self.machine.told_unreachable.call_once(|| {
-            let page = match at {
-                Some(at) => format!("the page of adopted memory at {at}"),
-                None => "a page of adopted memory that KVM does not name".to_owned(),
-            };
-            log::warn!(
-                "the guest gets SIGBUS: the host could not reach {page} in {TRIES} tries, with all changes of adopted \
-                 memory settled before each; it was mprotected, or lies beyond the end of its file (told once)"
-            );
-        });
-        HostFault::Unreachable(at.map(|at| Gpa(at.0)))
-    }
 }
 
 /// The machine as its process sees it.

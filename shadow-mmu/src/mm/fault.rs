@@ -97,7 +97,7 @@ pub struct PinnedPage {
 }
 
 /// What had to be done for the page that was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Brought {
     /// It was there.
     Present,

@@ -67,6 +67,7 @@ impl Mm {
         // From here on, an error drops the child, which gives everything back that it has by then.
         let child = Self::new_in(Arc::clone(&self.pool), Arc::clone(&self.family))?;
         *child.map.write() = map.forked();
+        child.generations.begin_at(self.generation());
         for vma in map.inherited().filter(|vma| needs_copy(vma)) {
             self.copy_page_range(&child, vma.range)?;
         }

@@ -64,6 +64,13 @@ pub(super) struct Generations {
     done: AtomicU64,
 }
 
+impl Generations {
+    /// The space is a copy of one that has done so many passes: its pages have that one's ages.
+    pub(super) fn begin_at(&self, passes: u64) {
+        self.done.store(passes, Ordering::Release);
+    }
+}
+
 /// The tag of a page that was found `age` passes before `generation`.
 fn tag_of(generation: u64, age: u64) -> u8 {
     ((generation + GENERATIONS - age % GENERATIONS) % GENERATIONS) as u8 + 1
@@ -116,19 +123,18 @@ impl Mm {
     fn age_part(&self, part: HvaRange, generation: u64, young: &YoungPages, pass: &mut AgingPass) {
         let (now, wraps, oldest) =
             (tag_of(generation, 0), tag_of(generation, GENERATIONS - 1), tag_of(generation, OLDEST.into()));
-        self.for_each_leaf(part, |base, leaf, entries| {
-            let words = young.of_table(base.page());
-            for at in entries {
-                let pte = leaf.get(at);
-                if !pte.is_present() {
-                    continue;
-                }
-                pass.present += 1;
-                if pte.is_young() || words[at / 64] >> (at % 64) & 1 != 0 {
-                    pass.young += 1;
-                    leaf.set(at, pte.old().with_tag(now));
-                } else if pte.tag() == wraps {
-                    leaf.set(at, pte.with_tag(oldest));
+        self.for_each_leaf(part, |base, leaf, _| {
+            // A part is made of whole tables.
+            for (entries, &bits) in leaf.entries().chunks(64).zip(young.of_table(base.page())) {
+                for (at, entry) in entries.iter().enumerate() {
+                    let pte = Pte(entry.load(Ordering::Relaxed));
+                    pass.present += u64::from(pte.is_present());
+                    if pte.is_present() && (pte.is_young() || bits >> at & 1 != 0) {
+                        pass.young += 1;
+                        entry.store(pte.old().with_tag(now).0, Ordering::Relaxed);
+                    } else if pte.tag() == wraps {
+                        entry.store(pte.with_tag(oldest).0, Ordering::Relaxed);
+                    }
                 }
             }
         });

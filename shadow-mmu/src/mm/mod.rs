@@ -209,6 +209,10 @@ impl LockedLeaf<'_> {
     pub(crate) fn set(&self, index: usize, pte: Pte) {
         self.table[index].store(pte.0, Ordering::Relaxed);
     }
+    /// All of them, for who goes through the whole table.
+    fn entries(&self) -> &[AtomicU64] {
+        self.table
+    }
 }
 
 impl Mm {

@@ -65,6 +65,20 @@ impl YoungPages {
         self.words[(at / 64) as usize] |= 1 << (at % 64);
     }
 
+    /// Adds those of the 64 pages from `first` on that `bits` has.
+    ///
+    /// # Panics
+    /// If one of them lies far outside the range.
+    pub(crate) fn add_run(&mut self, first: u64, bits: u64) {
+        let at = first - self.base();
+        let (word, shift) = ((at / 64) as usize, at % 64);
+        self.words[word] |= bits << shift;
+        let rest = bits.checked_shr(64 - shift as u32).unwrap_or(0);
+        if rest != 0 {
+            self.words[word + 1] |= rest;
+        }
+    }
+
     /// Whether `page` was added.
     pub fn contains(&self, page: u64) -> bool {
         let at = page.wrapping_sub(self.base());
@@ -100,6 +114,10 @@ mod tests {
         assert_eq!(young.of_table(0)[7], 1 << 62);
         assert_eq!(young.of_table(512)[0], 1);
         assert_eq!(young.of_table(1024)[1], 1 << 21);
+        young.add_run(1000, 1 << 63 | 1);
+        assert!(young.contains(1000) && young.contains(1063) && !young.contains(1001));
+        young.add_run(576, !0);
+        assert!((576..640).all(|page| young.contains(page)) && !young.contains(575) && !young.contains(640));
         young.reset(HvaRange::pages_from(Hva(0), 1), Look::Everything);
         assert!(young.is_empty());
     }

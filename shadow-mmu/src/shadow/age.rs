@@ -88,14 +88,22 @@ impl Core {
                 }
                 let whole = entries.len() as u64 == ENTRIES;
                 let mut any = false;
-                for at in entries {
-                    let Some(old) = entry::clear_young(&table[at], ad) else { continue };
-                    any = true;
-                    let gfn = Gfn(base + at as u64);
-                    young.add(slot.hva_of(gfn).page());
-                    if flush {
-                        gather.add(gfn, 1, old);
+                let mut gfn = base + entries.start as u64;
+                for some in table[entries].chunks(64) {
+                    let mut bits = 0;
+                    for (at, leaf) in some.iter().enumerate() {
+                        if let Some(old) = entry::clear_young(leaf, ad) {
+                            bits |= 1 << at;
+                            if flush {
+                                gather.add(Gfn(gfn + at as u64), 1, old);
+                            }
+                        }
                     }
+                    if bits != 0 {
+                        any = true;
+                        young.add_run(slot.hva_of(Gfn(gfn)).page(), bits);
+                    }
+                    gfn += some.len() as u64;
                 }
                 if !any && whole && ad != AdBits::None && is_marked(link) {
                     link.fetch_and(!Link::ACCESSED, Ordering::AcqRel);

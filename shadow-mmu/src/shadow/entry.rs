@@ -39,7 +39,7 @@ pub(crate) fn install(entry: &AtomicU64, new: Spte) -> Installed {
         } else {
             // More rights for the same frame, and never less: what the old leaf allows was allowed when it was made, and a
             // right that is taken away takes the leaf with it.
-            (new.with_marks_of(old), Installed::Upgraded)
+            (new.added_to(old), Installed::Upgraded)
         };
         match entry.compare_exchange(old.0, next.0, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => return installed,
@@ -58,15 +58,18 @@ pub(crate) fn take(entry: &AtomicU64) -> Spte {
     Spte(entry.swap(0, Ordering::AcqRel))
 }
 
-/// Clears what says that the leaf was accessed, and returns the leaf as it was if it was young. Nothing else of it can be lost
+/// Clears what says that the leaf was accessed, and returns the leaf as it was seen if it was young. Nothing else of it can be lost
 /// (I48: a lost W or D is never tolerated, a lost A is). The caller holds `mmu_lock` for reading.
+#[inline]
 pub(crate) fn clear_young(entry: &AtomicU64, ad: AdBits) -> Option<Spte> {
     let mut old = Spte(entry.load(Ordering::Relaxed));
     if !old.is_young(ad) {
         return None;
     }
     if ad != AdBits::None {
-        return Some(Spte(entry.fetch_and(ALL.old().0, Ordering::AcqRel)));
+        // Without the value before, this is one instruction.
+        entry.fetch_and(ALL.old().0, Ordering::AcqRel);
+        return Some(old);
     }
     // W goes too; D, which came with it, stays, and says that there was a write (I25).
     loop {

@@ -62,6 +62,8 @@ impl ShadowMmu {
         core.stats.pf_taken.fetch_add(1, Ordering::Relaxed);
         let mut request: Option<FaultRequest> = None;
         let mut reclaimed = false;
+        // What this fault made of the page, in whichever of its tries: a copy is made in a pair, so it is always found by the next.
+        let mut brought = Brought::Present;
         for attempt in 0u32.. {
             // The snapshot comes first: everything that is looked at below may be gone by the time it is used.
             let begun = core.seq.snapshot();
@@ -106,6 +108,7 @@ impl ShadowMmu {
                 }
                 result => result?,
             };
+            brought = brought.max(pinned.brought());
 
             let rights = match slot.access {
                 SlotAccess::ReadWrite => Access::all(),
@@ -113,7 +116,8 @@ impl ShadowMmu {
             };
             let log = slots.log_of(gfn);
             // Where writes are seen by the fault that gives W, only the page that is written gets it.
-            let protects = core.ad_bits() == AdBits::None || log.is_some_and(|log| log.protects());
+            let ad = core.ad_bits();
+            let protects = ad == AdBits::None || log.is_some_and(|log| log.protects());
             let leaf = |page: PinnedPage, access: Access| match Spte::leaf(page.pfn, page.rights & rights) {
                 spte if protects && !access.contains(Access::WRITE) => spte.write_protected(),
                 spte => spte,
@@ -121,6 +125,8 @@ impl ShadowMmu {
             let young = core.prefaulted_young.load(Ordering::Relaxed);
             let neighbour = |page: PinnedPage| match leaf(page, Access::READ) {
                 spte if young => spte.touched(spte.rights()),
+                // Where being present is being young: the first access asks nobody but the leaf.
+                spte if ad == AdBits::None => spte.access_tracked(),
                 spte => spte,
             };
             let required = pinned.required();
@@ -171,7 +177,7 @@ impl ShadowMmu {
                         fresh.retain(|&pfn| core.pool.contains(pfn));
                         core.tlb.prefault(&fresh);
                     }
-                    let cause = match pinned.brought() {
+                    let cause = match brought {
                         Brought::New => FaultCause::FirstTouch,
                         Brought::Present => FaultCause::Mapped,
                         Brought::Copied => FaultCause::CopyOnWrite,

@@ -168,9 +168,11 @@ impl Spte {
     pub fn without_marks(self) -> Self {
         Self(self.0 & !(ACCESSED | DIRTY))
     }
-    /// The marks of `other` added to this entry's.
-    pub fn with_marks_of(self, other: Self) -> Self {
-        Self(self.0 | other.0 & (ACCESSED | DIRTY))
+    /// What becomes of the leaf `old` of the same frame when it gets the rights of this one. Its marks stay, and W if it had that: this one may be without
+    /// because of a log, but a W that CPUs have cached goes by a flush only, and whoever finds it gone does not flush (R16).
+    pub fn added_to(self, old: Self) -> Self {
+        let write = if self.is_mmu_writable() { old.0 & WRITE } else { 0 };
+        Self(self.0 | old.0 & (ACCESSED | DIRTY) | write)
     }
 }
 
@@ -216,6 +218,15 @@ mod tests {
         let states = [0, WRITE, MMU_WRITABLE, MMU_WRITABLE | WRITE].map(|low| [low, low | HOST_WRITABLE]);
         let legal = states.iter().flatten().filter(|&&bits| Spte(PRESENT | MMU_PRESENT | bits).is_legal());
         assert_eq!(legal.count(), 3);
+    }
+
+    #[test]
+    fn r16_an_upgrade_takes_nothing_away() {
+        let old = Spte::leaf(Pfn(7), Access::READ | Access::WRITE).touched(Access::WRITE);
+        let logged = Spte::leaf(Pfn(7), Access::all()).write_protected();
+        assert_eq!(logged.added_to(old), Spte::leaf(Pfn(7), Access::all()).touched(Access::WRITE));
+        assert!(!logged.added_to(old.write_protected()).is_writable());
+        assert!(!Spte::leaf(Pfn(7), Access::READ).added_to(old).is_writable(), "the primary says no");
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "R11: a leaf that gets more rights loses A and D.",
         file: "shadow/entry.rs",
         behind: "",
-        original: "(new.with_marks_of(old), Installed::Upgraded)",
+        original: "(new.added_to(old), Installed::Upgraded)",
         replacement: "(new, Installed::Upgraded)",
     },
     Mutant {
@@ -57,8 +57,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "R11: A is cleared by a load and a plain store.",
         file: "shadow/entry.rs",
         behind: "",
-        original: "Some(Spte(entry.fetch_and(ALL.old().0, Ordering::AcqRel)))",
-        replacement: "{ let old = entry.load(Ordering::Acquire); entry.store(old & ALL.old().0, Ordering::Release); Some(Spte(old)) }",
+        original: "entry.fetch_and(ALL.old().0, Ordering::AcqRel);",
+        replacement: "{ let old = entry.load(Ordering::Acquire); entry.store(old & ALL.old().0, Ordering::Release); }",
     },
     Mutant {
         name: "StepAtStart",

@@ -12,6 +12,9 @@
 //! | `Get dirty log`, `Clear dirty log` | the mean of an iteration |
 //! | `Dirty pages` | in the last log, of the memory that is touched |
 //!
+//! With rings (`-M ring`) reading the log is harvesting and resetting every vCPU's ring; there is no clearing. A vCPU whose ring is full
+//! waits, so they are also collected in the middle of a pass when one is.
+//!
 //! | contestant | who logs |
 //! | --- | --- |
 //! | `umbra` | umbra, over a guest |
@@ -32,7 +35,9 @@ use shadow_mmu::shadow::{
     DirtyLogConfig, DirtyMethod, DirtyPages, DirtyRecords, FaultAroundPolicy, Initially, ProtectOn, ShadowMmu,
 };
 use shadow_mmu::table::LOWER_HALF_PAGES;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
+use vmm_sys_util::eventfd::EventFd;
 
 const POPULATE: &str = "Populate memory time";
 const ENABLE: &str = "Enabling dirty logging time";
@@ -40,6 +45,9 @@ const DISABLE: &str = "Disabling dirty logging time";
 const GET: &str = "Get dirty log";
 const CLEAR: &str = "Clear dirty log";
 const DIRTY_PAGES: &str = "Dirty pages";
+
+/// Entries of a vCPU's ring, as in the kernel's dirty_log_test.
+const RING_ENTRIES: u32 = 65536;
 
 /// The only memslot of a machine.
 const SLOT: Gfn = Gfn(0);
@@ -67,11 +75,11 @@ impl DirtyLogWork {
 
     /// As the selftest has it: a log that is cleared by hand begins with all pages.
     fn config(&self) -> DirtyLogConfig {
-        let initially = match (self.protect, self.records) {
-            (ProtectOn::Clear, DirtyRecords::Bitmap) => Initially::AllDirty,
-            _ => Initially::Clean,
+        let (protect, initially) = match (self.protect, self.records) {
+            (ProtectOn::Clear, DirtyRecords::Bitmap) => (ProtectOn::Clear, Initially::AllDirty),
+            _ => (ProtectOn::Get, Initially::Clean),
         };
-        DirtyLogConfig { method: self.method, records: self.records, protect: self.protect, initially }
+        DirtyLogConfig { method: self.method, records: self.records, protect, initially }
     }
 }
 
@@ -92,9 +100,6 @@ pub fn bench_dirty_log(
         bail!(
             "rings are filled by the faults of writes: leave -m out, or give -m write-protect with -M ring"
         );
-    }
-    if options.records == DirtyRecords::Rings {
-        bail!("vCPUs have no dirty rings yet: use -M bitmap");
     }
     options.work.expect_room(1)?;
     let contestants: Vec<Contestant<'_>> =
@@ -227,18 +232,96 @@ impl Logger for Bitmap<'_> {
     }
 }
 
+/// umbra's log, kept in rings. Reading it takes entries back, so there is no step of clearing.
+struct Rings<'a> {
+    memstress: Memstress,
+    region: HvaRange,
+    options: &'a DirtyLogWork,
+    /// Readable when a vCPU waits for room.
+    full: EventFd,
+    /// Since the last report.
+    collected: DirtyPages,
+    last: DirtyPages,
+}
+
+impl Rings<'_> {
+    fn collect(&mut self) -> Result<()> {
+        let collected = &mut self.collected;
+        self.memstress.expect_machine()?.collect_dirty_rings(|dirty| collected.insert(dirty.page));
+        Ok(())
+    }
+}
+
+impl Logger for Rings<'_> {
+    fn enable(&mut self) -> Result<()> {
+        Ok(self.memstress.expect_machine()?.shadow().enable_dirty_log(SLOT, self.options.config())?)
+    }
+
+    fn pass(&mut self, command: &str) -> Result<Duration> {
+        self.memstress.send(command)?;
+        // SAFETY: the descriptor is `full`'s, which lives longer than this borrow of it.
+        let full = unsafe { BorrowedFd::borrow_raw(self.full.as_raw_fd()) };
+        while self.memstress.wait_beside(full)? {
+            // The event first: who finds its ring full behind the collection calls again.
+            let _ = self.full.read();
+            self.collect()?;
+        }
+        Ok(self.memstress.pass_answer(command)?.time)
+    }
+
+    fn get(&mut self) -> Result<()> {
+        self.collect()?;
+        self.last = std::mem::take(&mut self.collected);
+        // What was written without a vCPU: by system calls.
+        let others = self.memstress.expect_machine()?.shadow().get_dirty_log(SLOT)?;
+        others.iter().for_each(|page| self.last.insert(page));
+        Ok(())
+    }
+
+    fn clear(&mut self) -> Option<Result<()>> {
+        None
+    }
+
+    fn dirty_pages(&self) -> Result<u64> {
+        Ok(within(&self.last, self.region))
+    }
+
+    fn disable(&mut self) -> Result<()> {
+        Ok(self.memstress.expect_machine()?.shadow().disable_dirty_log(SLOT)?)
+    }
+}
+
 /// Those of `pages` that are in `region`: guest frames are numbers of pages there.
 fn within(pages: &DirtyPages, region: HvaRange) -> u64 {
     pages.iter().map(|page| pages_within(HvaRange::page(Hva(page * PAGE_SIZE)), region)).sum()
 }
 
 fn guest(options: &DirtyLogWork) -> Result<Vec<Phase>> {
-    let config = options.work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead);
+    let mut config = options.work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead);
+    if options.records == DirtyRecords::Rings {
+        config.tracking.ring_entries = Some(RING_ENTRIES);
+    }
     let mut memstress = Memstress::guest_prepared(config, &options.work, track)?;
     let region = memstress.region()?;
-    let mut log = Bitmap { memstress, region, options, last: DirtyPages::default() };
+    let full = memstress.expect_machine()?.dirty_ring_full()?;
+    let last = DirtyPages::default();
+    match full {
+        None => run(Bitmap { memstress, region, options, last }, options, |log| log.memstress),
+        Some(full) => {
+            let collected = DirtyPages::default();
+            run(Rings { memstress, region, options, full, collected, last }, options, |log| log.memstress)
+        }
+    }
+}
+
+/// All phases with `log`, and the end of the program that it is about.
+fn run<L: Logger>(
+    mut log: L,
+    options: &DirtyLogWork,
+    memstress: impl FnOnce(L) -> Memstress,
+) -> Result<Vec<Phase>> {
     let phases = phases(&mut log, options)?;
-    log.memstress.finish()?;
+    memstress(log).finish()?;
     Ok(phases)
 }
 
@@ -291,8 +374,5 @@ fn native(options: &DirtyLogWork) -> Result<Vec<Phase>> {
     let mut memstress = Memstress::native(&options.work)?;
     let pid = memstress.pid().context("memstress is no process")?;
     let linux = LinuxPages::new(pid, memstress.region()?);
-    let mut log = SoftDirty { memstress, linux, last: None };
-    let phases = phases(&mut log, options)?;
-    log.memstress.finish()?;
-    Ok(phases)
+    run(SoftDirty { memstress, linux, last: None }, options, |log| log.memstress)
 }

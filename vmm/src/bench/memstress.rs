@@ -20,7 +20,7 @@ use crate::vm::{Machine, Program, Vm, VmConfig};
 use anyhow::{Context, Result, bail};
 use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
@@ -193,6 +193,27 @@ impl Memstress {
         self.pass_answer(command)
     }
 
+    /// Waits until `other` is readable, or there is an answer (or none will come, as asking for it tells). Whether `other` is.
+    ///
+    /// # Errors
+    /// Nothing of that for minutes.
+    pub fn wait_beside(&self, other: BorrowedFd<'_>) -> Result<bool> {
+        let fds = [self.stdout.as_raw_fd(), self.exited(), other.as_raw_fd()];
+        let ready = wait(fds, Instant::now() + LIMIT)?;
+        if ready == [false; 3] {
+            bail!("memstress said nothing for {} s", LIMIT.as_secs());
+        }
+        Ok(ready[2])
+    }
+
+    /// Readable at its end; -1 where the end is that of its stdout.
+    fn exited(&self) -> RawFd {
+        match &self.place {
+            Place::Guest { exited, .. } => exited.as_raw_fd(),
+            Place::Native { .. } => -1,
+        }
+    }
+
     /// The answer to such a command that was [sent](Self::send).
     ///
     /// # Errors
@@ -248,11 +269,7 @@ impl Memstress {
                 let line: Vec<u8> = self.partial.drain(..=end).collect();
                 return Ok(String::from_utf8_lossy(&line[..end]).into_owned());
             }
-            let exited = match &self.place {
-                Place::Guest { exited, .. } => exited.as_raw_fd(),
-                Place::Native { .. } => -1,
-            };
-            let [readable, over] = wait([self.stdout.as_raw_fd(), exited], deadline)?;
+            let [readable, over] = wait([self.stdout.as_raw_fd(), self.exited()], deadline)?;
             // What it said before it ended is read first.
             if readable {
                 let mut bytes = [0; 256];

@@ -8,7 +8,7 @@
 //! guest, and the demo when it asks next: that is no broken promise, and is told apart by [`Ended`].
 
 use crate::guest::{Arguments, ExitStatus};
-use crate::reactor::{Event, Reactor, unblock_signals};
+use crate::reactor::{Event, Reactor, Sources, unblock_signals};
 use crate::report::{death_report, exit_code, signal_name};
 use crate::vm::{Program, Vm, VmConfig};
 use anyhow::{Context, Result, bail, ensure};
@@ -294,7 +294,7 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
     let mut board = Board { memory, requests: 0, over: Arc::clone(&over) };
     // SAFETY: a page of atomic words, for which any value is valid, that is unmapped when the guest has ended.
     unsafe { vm.machine().mm().adopt(&watch, range, access, Some(Hva(BOARD))) }?;
-    let mut reactor = Reactor::new(vm.exited()?, limit)?;
+    let mut reactor = Reactor::new(Sources::new(vm.exited()?)?.with_limit(limit)?)?;
     let mut interrupted = None;
     let (verdict, status) = std::thread::scope(|scope| -> Result<(Result<String>, ExitStatus)> {
         vm.start(entry)?;
@@ -309,7 +309,8 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
             let signal = match event {
                 Event::Signal(signal) => signal,
                 Event::TimeLimit => libc::SIGKILL,
-                Event::Exited => return,
+                // The demo asks for no ticks and no rings.
+                Event::Exited | Event::Age | Event::CollectDirty | Event::RingFull => return,
             };
             // The first ends the guest.
             interrupted.get_or_insert((event, signal));

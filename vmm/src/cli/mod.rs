@@ -5,10 +5,15 @@
 //! umbra itself could not do what it was asked, as `env(1)` and container tools have it.
 
 mod adopt_demo;
+mod age;
 mod bench;
+mod dirty;
 mod doctor;
 mod images;
+mod observers;
 mod parse;
+mod replacement;
+mod reports;
 mod run;
 mod trace;
 

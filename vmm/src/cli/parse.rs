@@ -2,9 +2,10 @@
 //! Values on the command line: sizes, durations, fault-around, environment, what to trace.
 
 use super::Format;
+use super::dirty::{LogArg, RING_ENTRIES, RateArg};
 use super::trace::Traced;
 use shadow_mmu::addr::PAGE_SIZE;
-use shadow_mmu::shadow::FaultAroundPolicy;
+use shadow_mmu::shadow::{FaultAroundPolicy, RING_LEAST, RING_MOST};
 use std::time::Duration;
 
 /// `256M`, `4G`, `65536`, `64K`: bytes, with binary suffixes.
@@ -101,6 +102,44 @@ pub(super) fn traced(text: &str) -> Result<Traced, String> {
     Ok(traced)
 }
 
+/// An interval, `json`, or both with a comma.
+pub(super) fn dirty_rate(text: &str) -> Result<RateArg, String> {
+    let (mut every, mut format) = (None, None);
+    for word in text.split(',') {
+        let twice = match word {
+            "json" => format.replace(Format::Json).is_some(),
+            "text" => format.replace(Format::Text).is_some(),
+            _ => {
+                let bad = |_| format!("`{word}` is neither `json` nor an interval, as 1s or 100ms");
+                every.replace(duration(word).map_err(bad)?).is_some()
+            }
+        };
+        if twice {
+            return Err(format!("`{text}` says the same twice"));
+        }
+    }
+    let every = every.unwrap_or(Duration::from_secs(1));
+    Ok(RateArg { every, format: format.unwrap_or(Format::Text) })
+}
+
+/// `bitmap`, `ring` or `ring:ENTRIES`.
+pub(super) fn dirty_log(text: &str) -> Result<LogArg, String> {
+    let entries = match text.split_once(':') {
+        None if text == "bitmap" => return Ok(LogArg::Bitmap),
+        None if text == "ring" => return Ok(LogArg::Ring(RING_ENTRIES)),
+        Some(("ring", entries)) => entries,
+        _ => return Err(format!("`{text}` is neither `bitmap`, `ring` nor `ring:ENTRIES`")),
+    };
+    match entries.parse::<u32>() {
+        Ok(entries) if entries.is_power_of_two() && (RING_LEAST..=RING_MOST).contains(&entries) => {
+            Ok(LogArg::Ring(entries))
+        }
+        _ => Err(format!(
+            "a ring has a power of two of entries, from {RING_LEAST} to {RING_MOST}; not `{entries}`"
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,5 +186,27 @@ mod tests {
             assert!(traced(bad).is_err_and(|why| why.contains("notifier=json")), "{bad}");
         }
         assert!(traced("notifier,notifier=json").is_err());
+    }
+
+    #[test]
+    fn how_dirty_rates_are_printed_is_a_list() {
+        let arg = |every, format| Ok(RateArg { every: Duration::from_millis(every), format });
+        assert_eq!(dirty_rate("1s"), arg(1000, Format::Text));
+        assert_eq!(dirty_rate("json"), arg(1000, Format::Json));
+        assert_eq!(dirty_rate("100ms,json"), arg(100, Format::Json));
+        assert_eq!(dirty_rate("json,0.5"), arg(500, Format::Json));
+        for bad in ["", "xml", "1s,2s", "json,text", "json,", "0"] {
+            assert!(dirty_rate(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_ring_has_a_size_that_rings_can_have() {
+        assert_eq!(dirty_log("bitmap"), Ok(LogArg::Bitmap));
+        assert_eq!(dirty_log("ring"), Ok(LogArg::Ring(RING_ENTRIES)));
+        assert_eq!(dirty_log("ring:128"), Ok(LogArg::Ring(128)));
+        for bad in ["rings", "ring:", "ring:127", "ring:64", "ring:131072", "bitmap:128", "ring:-1"] {
+            assert!(dirty_log(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra run`.
 
-use super::{Format, adopt_demo, kvm_device, parse, trace};
+use super::observers::Observers;
+use super::replacement::Replacement;
+use super::{Format, adopt_demo, age, dirty, kvm_device, parse, trace};
 use crate::guest::{Arguments, ExitStatus};
-use crate::reactor::{Event, Reactor, block_signals, unblock_signals};
+use crate::reactor::{Event, Reactor, Sources, block_report_signal, block_signals, unblock_signals};
 use crate::report::{Stats, death_report, exit_code, signal_name};
 use crate::trace::Tracer;
-use crate::vm::{Machine, Program, Vm, VmConfig, WindowFill};
+use crate::vm::{Accesses, Machine, Program, Tracking, Vm, VmConfig, WindowFill};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use shadow_mmu::frame::FreedFrames;
@@ -39,6 +41,10 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     stats: Option<Format>,
     #[command(flatten)]
+    age: age::AgeArgs,
+    #[command(flatten)]
+    dirty: dirty::DirtyArgs,
+    #[command(flatten)]
     trace: trace::TraceArgs,
     /// Set NAME to VALUE for the guest, or pass on umbra's own NAME. The guest's environment is empty otherwise.
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse::environment)]
@@ -52,7 +58,7 @@ pub(super) struct RunArgs {
     check: bool,
     /// Instead of a program, show a guest memory of umbra's own, and unmap, move and discard it behind the guest's back;
     /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must.
-    #[arg(long, conflicts_with_all = ["program", "stats", "env"])]
+    #[arg(long, conflicts_with_all = ["program", "stats", "env", "age", "wss", "heatmap", "dirty_rate"])]
     adopt_demo: bool,
     /// How KVM's view of the frames is filled; for benchmarks.
     #[arg(long, value_name = "HOW", default_value = "ahead", hide = true)]
@@ -84,18 +90,27 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     }
     // While signals still end umbra, for it may wait.
     let output = args.trace.open()?;
+    let picture = args.age.open()?;
     // Before the first thread, so that all inherit it.
     block_signals()?;
+    if args.age.reports_on_signal() {
+        block_report_signal()?;
+    }
     let tracer = output.map(trace::Output::start).transpose()?;
     // The end of the address space is the trace's last event, so the VM lives in there.
-    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), began);
+    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), picture, began);
     // What is left may wait for a reader; also where no reactor ran.
     unblock_signals()?;
     trace::finish(tracer);
     result
 }
 
-fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Instant) -> Result<ExitCode> {
+fn run_traced(
+    args: RunArgs,
+    listener: Option<Arc<dyn MmuNotifier>>,
+    picture: Option<Replacement>,
+    began: Instant,
+) -> Result<ExitCode> {
     let config = VmConfig {
         kvm_device: kvm_device(),
         memory: args.memory,
@@ -107,12 +122,23 @@ fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Inst
             WindowArg::Userfaultfd => WindowFill::Userfaultfd(Duration::ZERO),
         },
         listeners: listener.into_iter().collect(),
+        tracking: Tracking {
+            accesses: match (args.age.interval(), args.dirty.interval()) {
+                (None, None) => Accesses::Untold,
+                _ => Accesses::Told,
+            },
+            ad_bits: args.age.ad_bits(),
+            ring_entries: args.dirty.ring_entries(),
+        },
     };
     if args.adopt_demo {
         return adopt_demo::run(config, args.timeout);
     }
     let (vm, entry) = Vm::new(config, program(args.program, args.env)?)?;
-    let mut reactor = Reactor::new(vm.exited()?, args.timeout)?;
+    let sources = Sources::new(vm.exited()?)?.with_limit(args.timeout)?;
+    let sources = Observers::listen(sources, vm.machine(), &args.age, &args.dirty)?;
+    let mut reactor = Reactor::new(sources)?;
+    let mut observers = Observers::start(vm.machine(), &args.age, picture, &args.dirty)?;
     let checker = args.check.then(|| Checker::new(vm.machine()));
     let status = std::thread::scope(|scope| -> Result<ExitStatus> {
         if let Some(checker) = &checker {
@@ -120,9 +146,10 @@ fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Inst
         }
         let ended = vm.start(entry).and_then(|()| {
             reactor.run(|event| match event {
-                Event::Signal(signal) => vm.kill(signal),
+                Event::Signal(signal) if signal != libc::SIGUSR1 => vm.kill(signal),
                 Event::TimeLimit => vm.kill(libc::SIGKILL),
                 Event::Exited => {}
+                _ => observers.handle(vm.machine(), event),
             })
         });
         if let Some(checker) = &checker {
@@ -133,6 +160,7 @@ fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Inst
         ended?;
         vm.wait()
     })?;
+    let observed = observers.finish(vm.machine(), &reactor);
 
     if let ExitStatus::Signaled(signal) = status {
         match vm.machine().death() {
@@ -141,7 +169,7 @@ fn run_traced(args: RunArgs, listener: Option<Arc<dyn MmuNotifier>>, began: Inst
         }
     }
     if let Some(format) = args.stats {
-        let stats = Stats::of(vm.machine(), began.elapsed());
+        let stats = Stats::of(vm.machine(), began.elapsed(), observed.aging);
         match format {
             Format::Text => eprintln!("{}", stats.text()),
             Format::Json => eprintln!("{}", serde_json::to_string(&stats)?),

@@ -51,6 +51,7 @@ pub use thread::Thread;
 
 use shadow_mmu::addr::{Access, Gpa, Pfn};
 use std::fmt::Debug;
+use std::os::fd::RawFd;
 
 /// What came of a page fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +82,12 @@ pub enum HostFault {
 pub trait FaultHandler: Debug + Send {
     /// Makes `addr` reachable for `access`, or says why it is not.
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault;
+
+    /// Asked before each entry: what must become readable before the vCPU may run, and then be asked again; `None` if it may run.
+    /// The descriptor stays open at least until the next call. The thread can be reached while it waits.
+    fn held_back(&mut self) -> Option<RawFd> {
+        None
+    }
 
     /// The host could not reach frame `pfn` of an adopted mapping for the guest.
     fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault;

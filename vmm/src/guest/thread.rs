@@ -95,6 +95,10 @@ impl Thread {
     ) -> Result<(), EngineError> {
         loop {
             let mut flow = self.settle(vcpu)?;
+            if flow == Flow::Enter && self.wait_if_held_back(faults) {
+                // A signal may have come meanwhile.
+                continue;
+            }
             if flow == Flow::Enter {
                 flow = match vcpu.run()? {
                     Exit::Kicked => Flow::Enter,
@@ -108,6 +112,18 @@ impl Thread {
                 return Ok(());
             }
         }
+    }
+
+    /// Waits while the vCPU must not run, or until the thread is wanted for something else; whether it did.
+    fn wait_if_held_back(&self, faults: &mut dyn FaultHandler) -> bool {
+        let Some(fd) = faults.held_back() else { return false };
+        let mut ready = [libc::pollfd { fd, events: libc::POLLIN, revents: 0 }];
+        if let Err(error) = self.poll(&mut ready, None)
+            && error != Errno::EINTR
+        {
+            log::debug!("waiting to enter the guest failed and is tried again: {error}");
+        }
+        true
     }
 
     fn page_fault(

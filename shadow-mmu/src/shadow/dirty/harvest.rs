@@ -37,9 +37,9 @@ impl ShadowMmu {
         let mut pages = DirtyPages::default();
         let mut next = 0;
         while let Some(part) = core.next_part(&memslot, &log, next) {
-            let exclusive = core.windows.write();
             match log.config.protect {
                 ProtectOn::Get => {
+                    let _exclusive = core.windows.write();
                     let mut gather = Gather::new(core.tlb.as_ref());
                     let taken = core.take_and_arm(&memslot, &log, part, &EVERY, &mut gather);
                     // Before the lock goes, and before anybody is told (R12, R20b).
@@ -47,6 +47,8 @@ impl ShadowMmu {
                     or_into(&taken, &mut pages, part);
                 }
                 ProtectOn::Clear => {
+                    // Nothing is taken, so nothing is excluded but the removal of tables.
+                    let _stable = core.windows.read();
                     let mut words = [0; WORDS];
                     log.bitmap.copy(part, &mut words);
                     if log.config.method == DirtyMethod::DirtyBit {
@@ -58,7 +60,6 @@ impl ShadowMmu {
                     or_into(&words, &mut pages, part);
                 }
             }
-            drop(exclusive);
             next = part + 1;
         }
         Ok(pages)

@@ -2,7 +2,7 @@
 //! What `memstress` is told on its command line, and the machine that this takes.
 
 use super::super::linux;
-use crate::vm::{VmConfig, WindowFill};
+use crate::vm::{Tracking, VmConfig, WindowFill};
 use anyhow::{Result, bail};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::frame::FreedFrames;
@@ -65,6 +65,7 @@ impl Work {
             freed: FreedFrames::Keep,
             window,
             listeners: Vec::new(),
+            tracking: Tracking::default(),
         }
     }
 

@@ -47,7 +47,7 @@ use super::window::{Run, Window};
 use kvm_bindings::kvm_userspace_memory_region;
 use serde::Serialize;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
-use shadow_mmu::shadow::{Tlb, Zapped};
+use shadow_mmu::shadow::{AdBits, Tlb, Zapped};
 use shadow_mmu::sync::{Arc, Condvar, Mutex};
 use std::fmt;
 use std::io;
@@ -141,6 +141,8 @@ pub(super) struct Flusher {
     dummy: Mutex<MmapRegion>,
     /// Methods that work, by [`FlushMethod::bit`].
     working: AtomicU8,
+    /// Whether the host sets A again, once it is cleared, only after a flush.
+    a_needs_flush: AtomicBool,
     stopped: AtomicBool,
     states: Mutex<Vec<Arc<RunState>>>,
     /// Flushers that want all vCPUs outside.
@@ -157,6 +159,7 @@ impl Flusher {
             window,
             dummy: Mutex::new(dummy),
             working: AtomicU8::new(working),
+            a_needs_flush: AtomicBool::new(true),
             stopped: AtomicBool::new(false),
             states: Mutex::new(Vec::new()),
             holders: Mutex::new(0),
@@ -167,6 +170,11 @@ impl Flusher {
     /// The methods to use from now on.
     pub(super) fn set_working(&self, methods: &[FlushMethod]) {
         self.working.store(methods.iter().fold(0, |bits, method| bits | method.bit()), Ordering::Release);
+    }
+
+    /// What the probe saw of A.
+    pub(super) fn set_ad_bits(&self, bits: AdBits) {
+        self.a_needs_flush.store(bits != AdBits::Unflushed, Ordering::Release);
     }
 
     fn works(&self, method: FlushMethod) -> bool {
@@ -232,6 +240,16 @@ fn wait_until(done: impl Fn() -> bool) {
 }
 
 impl KvmVm {
+    /// What the CPUs of this VM do with A and D, as [`probe_flush`](Self::probe_flush) found; before it, the more careful answer. Every CPU
+    /// with KVM sets both bits in tables that ring 3 walks.
+    pub fn ad_bits(&self) -> AdBits {
+        if self.flusher.a_needs_flush.load(Ordering::Acquire) {
+            AdBits::AfterFlush
+        } else {
+            AdBits::Unflushed
+        }
+    }
+
     /// Flushes `runs` by `method`, or more than that.
     pub(super) fn flush_by(&self, method: FlushMethod, runs: &[Run]) -> io::Result<()> {
         match method {
@@ -339,6 +357,10 @@ impl Tlb for KvmTlb {
             [DummySlot, AlternateRoot]
         };
         self.vm.flush_by_first(&order, &[self.vm.flusher.window.whole()]);
+    }
+
+    fn ad_bits(&self) -> AdBits {
+        self.vm.ad_bits()
     }
 
     fn prefault(&self, frames: &[Pfn]) {

@@ -10,6 +10,7 @@ use super::flush::FlushMethod;
 use super::host::Backend;
 use super::probe_guest::{Pace, Prober, with_guest};
 use serde::Serialize;
+use shadow_mmu::shadow::AdBits;
 use shadow_mmu::sync::Arc;
 use std::fmt;
 
@@ -198,7 +199,7 @@ fn summary(rows: &[FlushRow]) -> String {
 }
 
 impl KvmVm {
-    /// Finds out which flush methods this host honours and uses those from now on. To be called once, before guests run:
+    /// Finds out which flush methods this host honours and what it does with A, and goes by that from now on. To be called once, before guests run:
     /// the methods flush the whole VM, and the two vCPUs it makes stay parked for the first guest threads.
     ///
     /// # Errors
@@ -209,6 +210,11 @@ impl KvmVm {
         let pace = if effort == Effort::Quick { Pace::Napping } else { Pace::Spinning };
         let report = with_guest(self, pace, |prober| probe(prober, backend, effort))?;
         self.flusher.set_working(&report.chosen);
+        self.flusher.set_ad_bits(if report.a_bit_needs_flush {
+            AdBits::AfterFlush
+        } else {
+            AdBits::Unflushed
+        });
         Ok(report)
     }
 }

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The options of `umbra run` that log a guest's writes, and what they do: a collector on the event loop.
+//!
+//! The log is switched on right before the guest starts, so what loading the program wrote is not in it. It is read at each tick and
+//! at the end; rings are also emptied whenever a vCPU waits for that, and what they held counts in the interval that is running.
+
+use super::{Format, parse};
+use crate::dirty_rate::{Interval, Length, Rates};
+use crate::vm::Machine;
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+use shadow_mmu::addr::Gfn;
+use shadow_mmu::shadow::{
+    AdBits, DirtyLogConfig, DirtyMethod, DirtyPages, DirtyRecords, Initially, ProtectOn,
+};
+use std::time::{Duration, Instant};
+
+/// Where a guest's memory is: one slot, from guest frame 0.
+const SLOT: Gfn = Gfn(0);
+/// Entries of a ring where none are named.
+pub(super) const RING_ENTRIES: u32 = 4096;
+
+#[derive(Debug, Args)]
+pub(super) struct DirtyArgs {
+    /// Print, once a second, how many pages the guest wrote, by mapping; and mean and peak at the end. To stderr.
+    ///
+    /// HOW is a list, with commas, of an interval (`100ms`; 1s if not given) and `json`: one object a report {report: "dirty_rate",
+    /// from_s, seconds, pages, pages_per_s, vmas: [{start, end, rights, name, pages, pages_per_s}]}, the last one {report:
+    /// "dirty_rate_summary", …}. A page counts once an interval. Pages that umbra writes for the guest, as `read` does, count too.
+    #[arg(
+        long,
+        value_name = "HOW",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "1s",
+        value_parser = parse::dirty_rate
+    )]
+    dirty_rate: Option<RateArg>,
+    /// Where vCPUs note what they write: a bitmap, or a ring for each vCPU, of 128 to 65536 entries, a power of two (4096 if not
+    /// given). A vCPU whose ring is full waits until it has been emptied.
+    #[arg(
+        long,
+        value_name = "bitmap|ring[:ENTRIES]",
+        default_value = "bitmap",
+        requires = "dirty_rate",
+        value_parser = parse::dirty_log
+    )]
+    dirty_log: LogArg,
+    /// How a write is seen: by the Dirty bit that the CPU sets, or by the fault of the first write to a protected page. The former if not
+    /// given; but with a ring, or where the CPU's bits are not used, the latter.
+    #[arg(long, value_name = "d-bit|write-protect", requires = "dirty_rate", hide_possible_values = true)]
+    dirty_method: Option<MethodArg>,
+}
+
+/// `--dirty-rate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RateArg {
+    pub(super) every: Duration,
+    pub(super) format: Format,
+}
+
+/// `--dirty-log`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LogArg {
+    Bitmap,
+    Ring(u32),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MethodArg {
+    #[value(name = "d-bit")]
+    DirtyBit,
+    WriteProtect,
+}
+
+impl DirtyArgs {
+    /// How often the log is to be read; `None` if there is none.
+    pub(super) fn interval(&self) -> Option<Duration> {
+        self.dirty_rate.map(|rate| rate.every)
+    }
+
+    /// Entries of each vCPU's ring, where there are to be rings.
+    pub(super) fn ring_entries(&self) -> Option<u32> {
+        match (self.dirty_rate, self.dirty_log) {
+            (Some(_), LogArg::Ring(entries)) => Some(entries),
+            _ => None,
+        }
+    }
+
+    fn config(&self, machine: &Machine) -> DirtyLogConfig {
+        let records = match self.dirty_log {
+            LogArg::Bitmap => DirtyRecords::Bitmap,
+            LogArg::Ring(_) => DirtyRecords::Rings,
+        };
+        let method = match self.dirty_method {
+            Some(MethodArg::DirtyBit) => DirtyMethod::DirtyBit,
+            Some(MethodArg::WriteProtect) => DirtyMethod::WriteProtect,
+            // What a ring holds is pushed by faults.
+            None if records == DirtyRecords::Rings || machine.ad_bits() == AdBits::None => {
+                DirtyMethod::WriteProtect
+            }
+            None => DirtyMethod::DirtyBit,
+        };
+        DirtyLogConfig { method, records, protect: ProtectOn::Get, initially: Initially::Clean }
+    }
+
+    /// Switches the log on, if there is to be one.
+    pub(super) fn start(&self, machine: &Machine) -> Result<Option<Dirty>> {
+        let Some(rate) = self.dirty_rate else { return Ok(None) };
+        let config = self.config(machine);
+        machine.shadow().enable_dirty_log(SLOT, config).context("cannot log writes")?;
+        let began = Instant::now();
+        let (pages, rates) = (DirtyPages::default(), Rates::default());
+        Ok(Some(Dirty { config, format: rate.format, began, last: Duration::ZERO, pages, rates }))
+    }
+}
+
+/// The log of one guest's writes, and who reads it.
+#[derive(Debug)]
+pub(super) struct Dirty {
+    config: DirtyLogConfig,
+    format: Format,
+    began: Instant,
+    /// When it was last read, since the beginning.
+    last: Duration,
+    /// What rings told since then.
+    pages: DirtyPages,
+    rates: Rates,
+}
+
+impl Dirty {
+    /// A vCPU waits for room in its ring.
+    pub(super) fn empty_rings(&mut self, machine: &Machine) {
+        let pages = &mut self.pages;
+        machine.collect_dirty_rings(|dirty| pages.insert(dirty.page));
+    }
+
+    /// The interval has passed: what was written in it.
+    pub(super) fn tick(&mut self, machine: &Machine) -> Option<String> {
+        let interval = self.read(machine)?;
+        self.rates.add(&interval, Length::Whole);
+        Some(write(self.format, &interval, Interval::text))
+    }
+
+    /// The guest has ended, perhaps in the middle of an interval.
+    pub(super) fn finish(mut self, machine: &Machine) -> Vec<String> {
+        let mut reports = Vec::new();
+        if let Some(interval) = self.read(machine) {
+            self.rates.add(&interval, Length::CutShort);
+            reports.push(write(self.format, &interval, Interval::text));
+        }
+        let method = match self.config.method {
+            DirtyMethod::DirtyBit => "d-bit",
+            DirtyMethod::WriteProtect => "write-protect",
+        };
+        let log = match self.config.records {
+            DirtyRecords::Bitmap => "bitmap",
+            DirtyRecords::Rings => "ring",
+        };
+        let summary = self.rates.summary(method, log);
+        reports.push(write(self.format, &summary, |summary| summary.text()));
+        reports
+    }
+
+    fn read(&mut self, machine: &Machine) -> Option<Interval> {
+        self.empty_rings(machine);
+        match machine.shadow().get_dirty_log(SLOT) {
+            Ok(pages) => pages.iter().for_each(|page| self.pages.insert(page)),
+            Err(error) => {
+                log::error!("the dirty log cannot be read: {error}");
+                return None;
+            }
+        }
+        let now = self.began.elapsed();
+        // One slot, from address 0: an offset in it is a page number.
+        let pages = std::mem::take(&mut self.pages);
+        let interval = Interval::new(pages.iter(), &machine.mm().vmas(), self.last, now);
+        self.last = now;
+        Some(interval)
+    }
+}
+
+fn write<T: Serialize>(format: Format, report: &T, text: impl Fn(&T) -> String) -> String {
+    match format {
+        Format::Text => text(report),
+        Format::Json => match serde_json::to_string(report) {
+            Ok(json) => json + "\n",
+            // Numbers, strings and lists always have a form.
+            Err(error) => format!("umbra: a report cannot be written: {error}\n"),
+        },
+    }
+}

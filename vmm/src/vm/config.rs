@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a machine is to be like, and the flush strategy that comes of it.
+
+use crate::engine::kvm::KvmVm;
+use shadow_mmu::addr::Pfn;
+use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::notifier::MmuNotifier;
+use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb, Zapped};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How the pages of the window, KVM's view of the frames, come to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WindowFill {
+    /// As KVM needs them, and ahead of need for what a fault brought along.
+    #[default]
+    Ahead,
+    /// As KVM needs them.
+    OnDemand,
+    /// By a thread that serves userfaultfd events, each after this long: what monitors do that back guest memory themselves.
+    /// For comparison.
+    Userfaultfd(Duration),
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct VmConfig {
+    /// The KVM device.
+    pub kvm_device: PathBuf,
+    /// Bytes of memory, page tables included.
+    pub memory: u64,
+    /// What a fault brings along.
+    pub fault_around: FaultAroundPolicy,
+    /// What happens to freed frames.
+    pub freed: FreedFrames,
+    /// How the window is filled.
+    pub window: WindowFill,
+    /// Further listeners, which hear of everything from before the program is loaded.
+    pub listeners: Vec<Arc<dyn MmuNotifier>>,
+    /// What is to be known of the guest's accesses.
+    pub tracking: Tracking,
+}
+
+/// Whether A and D bits are to say what the guest did, or only have to be right for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Accesses {
+    /// Nobody asks: pages that a fault brings along may look accessed from the start, where that makes the guest faster.
+    #[default]
+    Untold,
+    /// Somebody will.
+    Told,
+}
+
+/// Whose A and D bits are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AdBitsUse {
+    /// The CPU's, as the engine found it to set them.
+    #[default]
+    Engine,
+    /// None: accesses and writes are seen by taking rights away. For comparison, and to test what CPUs without these bits need.
+    Off,
+}
+
+impl AdBitsUse {
+    /// What that comes to on this engine.
+    pub(super) fn of(self, kvm: &KvmVm) -> AdBits {
+        match self {
+            Self::Engine => kvm.ad_bits(),
+            Self::Off => AdBits::None,
+        }
+    }
+}
+
+/// What is to be known of a guest's accesses. By default nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tracking {
+    /// Whether the guest is aged or its writes are logged.
+    pub accesses: Accesses,
+    /// By whose A and D bits.
+    pub ad_bits: AdBitsUse,
+    /// Entries of the dirty ring of each vCPU; `None` for no rings.
+    pub ring_entries: Option<u32>,
+}
+
+/// The engine's, with what the configuration takes away from it.
+#[derive(Debug)]
+pub(super) struct ConfiguredTlb {
+    pub(super) engine: Arc<dyn Tlb>,
+    pub(super) window: WindowFill,
+    pub(super) ad_bits: AdBits,
+}
+
+impl Tlb for ConfiguredTlb {
+    fn flush(&self, zapped: &[Zapped]) {
+        self.engine.flush(zapped);
+    }
+    fn flush_all(&self) {
+        self.engine.flush_all();
+    }
+    fn ad_bits(&self) -> AdBits {
+        self.ad_bits
+    }
+    fn prefault(&self, frames: &[Pfn]) {
+        match self.window {
+            WindowFill::Ahead => self.engine.prefault(frames),
+            WindowFill::OnDemand | WindowFill::Userfaultfd(_) => {}
+        }
+    }
+}
