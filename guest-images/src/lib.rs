@@ -4,7 +4,7 @@
 //! They are the guests that umbra ships. Each is an ordinary Linux program of a few kilobytes, `no_std`,
 //! without a C library, built from `src/guests` by the build script with nothing but `rustc` and the system's
 //! linker. So each also runs natively, and the native run is the oracle: what a guest prints on stdout and
-//! its exit status depend on its arguments alone (but for `touch --time`), never on addresses, times,
+//! its exit status depend on its arguments alone (but for `touch --time`, and for times in the answers of `memstress`), never on addresses, times,
 //! scheduling or what it runs on.
 //!
 //! | image | what it is for |
@@ -12,6 +12,7 @@
 //! | `hello`, `hello-pie` | the first run: loading of both ELF types, stack, data, bss, heap and a mapping |
 //! | `touch` | faults in a chosen order, to measure what one costs |
 //! | `threads` | the race for a stale translation, or a freed frame that is still within reach |
+//! | `memstress` | threads that touch memory on command, so that what ages and tracks it can be checked and measured |
 //! | `watcher` | mappings of umbra's own that are shown to a guest (`umbra run --adopt-demo`) |
 //! | `torture` | random memory system calls, each result and each byte read compared with a model |
 //!
@@ -79,7 +80,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 6] = [
+static IMAGES: [Image; 7] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -109,6 +110,12 @@ static IMAGES: [Image; 6] = [
         summary: "makes random memory system calls and compares all it sees with a model",
         usage: usage::TORTURE,
         elf: elf!("torture"),
+    },
+    Image {
+        name: "memstress",
+        summary: "touches pages from several threads, when a command on stdin says so",
+        usage: usage::MEMSTRESS,
+        elf: elf!("memstress"),
     },
     Image {
         name: "watcher",

@@ -17,5 +17,9 @@ pub(crate) const THREADS: &str =
 /// `torture`.
 pub(crate) const TORTURE: &str = "torture SEED[..LAST] [--ops N] [--pages N] [--trace]";
 
+/// `memstress`.
+pub(crate) const MEMSTRESS: &str = "memstress [--threads N] [--pages N] [--overlap] [--write-percent PCT] \
+                                    [--random] [--seed S] [--spin N] < COMMANDS";
+
 /// `watcher`.
 pub(crate) const WATCHER: &str = "watcher [--board HEX]";

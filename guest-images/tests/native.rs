@@ -3,7 +3,8 @@
 //! print under umbra too: it depends on the arguments alone.
 
 use std::collections::BTreeSet;
-use std::process::{Command, Output};
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
 
 /// Runs an image through the native runner.
 fn guest(line: &str) -> Output {
@@ -11,6 +12,22 @@ fn guest(line: &str) -> Output {
         .args(line.split_whitespace())
         .output()
         .expect("the runner can be started")
+}
+
+/// The same with `input` on stdin.
+fn told(line: &str, input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_guest-images"))
+        .args(line.split_whitespace())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the runner can be started");
+    let mut stdin = child.stdin.take().expect("stdin is a pipe");
+    // A guest that refuses a command reads no further.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    child.wait_with_output().expect("the runner ends")
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -125,6 +142,76 @@ fn watcher_sees_each_change() {
     );
 }
 
+/// An answer without its time, which must be a number of nanoseconds.
+fn timeless(line: &str) -> String {
+    let (verb, rest) = line.split_once(": ").expect(line);
+    let Some((time, rest)) = rest.split_once(" ns, ") else { return line.to_owned() };
+    time.parse::<u64>().expect(line);
+    format!("{verb}: {rest}")
+}
+
+#[test]
+fn memstress_does_what_each_command_says() {
+    let commands =
+        "read\nwrite\nwrite every 100\nmix times 3\nread every 7 times 2\nread every 5000\nquit\nread\n";
+    let pages = [
+        ("memstress --threads 2 --pages 1000", [2000, 2000, 20, 6000, 572, 2]),
+        ("memstress --threads 3 --pages 1000 --overlap --write-percent 40", [3000, 3000, 30, 9000, 858, 3]),
+        ("memstress --pages 10 --random --seed 5 --spin 10", [10, 10, 1, 30, 4, 1]),
+    ];
+    for (line, accesses) in pages {
+        let run = told(line, commands);
+        assert_eq!((text(&run.stderr), run.status.code()), ("", Some(0)), "{line}");
+        let got: Vec<String> = text(&run.stdout).lines().map(timeless).collect();
+        let verbs = ["read", "write", "write", "mix", "read", "read"];
+        let expected: Vec<String> =
+            verbs.iter().zip(accesses).map(|(verb, count)| format!("{verb}: {count} accesses")).collect();
+        assert_eq!(got, expected, "{line}");
+    }
+}
+
+#[test]
+fn memstress_runs_free_until_it_is_stopped() {
+    let run = told("memstress --threads 2 --pages 8", "run 1\nrun 2\nwhere\nstop\nwrite\nrun 3\n");
+    assert_eq!((text(&run.stderr), run.status.code()), ("", Some(0)));
+    let lines: Vec<&str> = text(&run.stdout).lines().collect();
+    let [first, second, place, stop, write, last] = lines[..] else { panic!("{lines:?}") };
+    assert_eq!((first, second, last), ("run: 1", "run: 2", "run: 3"));
+    assert!(place.starts_with("where: 0x") && place.ends_with("000 16"), "{place}");
+    assert!(stop.starts_with("stop: ") && stop.ends_with(" accesses"), "{stop}");
+    assert_eq!(timeless(write), "write: 16 accesses");
+}
+
+#[test]
+fn memstress_ends_with_its_input_and_refuses_what_it_does_not_know() {
+    for input in ["", "quit", "quit\n"] {
+        let run = told("memstress --threads 2", input);
+        assert_eq!((text(&run.stdout), text(&run.stderr), run.status.code()), ("", "", Some(0)), "{input:?}");
+    }
+    let long = "x".repeat(200);
+    for command in [
+        "\n",
+        "wrte",
+        "write 5",
+        "write every",
+        "write every 0",
+        "read times x",
+        "run",
+        "run x",
+        "run 1 2",
+        "stop",
+        "where 1",
+        "quit now",
+        "run 1\nread",
+        &long,
+    ] {
+        let run = told("memstress", command);
+        assert_eq!(run.status.code(), Some(2), "{command:?}");
+        assert_eq!(text(&run.stderr).lines().count(), 1, "{command:?}: {}", text(&run.stderr));
+        assert!(text(&run.stderr).contains("command"), "{command:?}: {}", text(&run.stderr));
+    }
+}
+
 /// Linux must agree with the model, or the model is wrong.
 #[test]
 fn torture_finds_no_fault_in_linux() {
@@ -175,6 +262,11 @@ fn a_wrong_command_line_ends_with_status_2_and_one_line() {
         "torture --ops 5",
         "torture 1 --pages 63",
         "torture 1 --x",
+        "memstress x",
+        "memstress --threads 0",
+        "memstress --threads 65",
+        "memstress --pages 0",
+        "memstress --write-percent 101",
         "watcher --board",
         "watcher x",
         "nonsense",

@@ -38,18 +38,28 @@ const SHUTTLE_CHANGES: Changes = &[
         "_section: section }",
         "_reader: crate::quarantine::Reader::of(listeners), _section: section }",
     ),
+    // Rings of four entries, so that scenarios come around.
+    SMALL_RINGS,
 ];
+
+/// A change: fewer entries are kept free behind soft-full, and so rings may be smaller.
+const SMALL_RINGS: (&str, &str, &str) =
+    ("shadow/dirty/ring.rs", "const RESERVED: u32 = 64;", "const RESERVED: u32 = 2;");
 
 /// The files that loom runs.
 const LOOM_FILES: &[&str] = &[
     "addr.rs",
     "mm/pte.rs",
+    "mm/write_logs.rs",
     "notifier/mod.rs",
     "notifier/interval.rs",
     "notifier/list.rs",
     "notifier/srcu.rs",
     "notifier/windows.rs",
     "notifier/young.rs",
+    "shadow/dirty/bitmap.rs",
+    "shadow/dirty/pages.rs",
+    "shadow/dirty/ring.rs",
     "shadow/entry.rs",
     "shadow/spte.rs",
 ];
@@ -68,8 +78,16 @@ const LOOM_MODULES: &[(&str, &str)] = &[
         "lib.rs",
         "pub mod addr;\npub mod mm;\npub mod mutant;\npub mod notifier;\npub mod shadow;\npub mod table;\n",
     ),
-    ("mm/mod.rs", "mod pte;\npub use pte::Pte;\n"),
-    ("shadow/mod.rs", "pub(crate) mod entry;\nmod spte;\npub use spte::{AdBits, Spte};\n"),
+    ("mm/mod.rs", "mod pte;\npub(crate) mod write_logs;\npub use pte::Pte;\n"),
+    (
+        "shadow/mod.rs",
+        "pub(crate) mod dirty;\npub(crate) mod entry;\nmod spte;\npub use spte::{AdBits, Spte};\n",
+    ),
+    (
+        "shadow/dirty/mod.rs",
+        "pub(crate) mod bitmap;\npub(crate) mod pages;\npub(crate) mod ring;\n\
+         #[derive(Debug)]\npub enum DirtyLogError { RingSize(u32) }\n",
+    ),
 ];
 
 /// Changes to loom's copy beside the mutants.
@@ -80,6 +98,13 @@ const LOOM_CHANGES: Changes = &[
     // This needs an `Mm`.
     ("notifier/mod.rs", "#[cfg(feature = \"mmu-notifier\")]\nmod get;\n", ""),
     ("notifier/mod.rs", "#[cfg(feature = \"mmu-notifier\")]\npub use get::{Shared, get};\n", ""),
+    // Each word and each entry is an object that loom follows, and each look at one a choice.
+    ("shadow/dirty/pages.rs", "const WORDS: usize = 512;", "const WORDS: usize = 2;"),
+    ("shadow/dirty/ring.rs", "const RESERVED: u32 = 64;", "const RESERVED: u32 = 1;"),
+    // The models are outside of the module.
+    ("shadow/dirty/bitmap.rs", "pub(super)", "pub(crate)"),
+    ("shadow/dirty/pages.rs", "pub(super)", "pub(crate)"),
+    ("shadow/dirty/ring.rs", "pub(super)", "pub(crate)"),
 ];
 
 type Files = BTreeMap<String, String>;

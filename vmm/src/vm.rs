@@ -113,10 +113,10 @@ impl Machine {
             access: SlotAccess::ReadWrite,
         })?;
         let handler = match config.window {
-            WindowFill::Userfaultfd => {
-                Some(crate::bench::WindowHandler::start(kvm.window()).context("cannot serve the window")?)
-            }
-            _ => None,
+            WindowFill::Userfaultfd(delay) => Some(
+                crate::bench::WindowHandler::start(kvm.window(), delay).context("cannot serve the window")?,
+            ),
+            WindowFill::Ahead | WindowFill::OnDemand => None,
         };
         let rings = config.tracking.ring_entries.map(Rings::new).transpose()?;
         Ok(Arc::new(Self {
@@ -151,7 +151,7 @@ impl Machine {
         &self.pool
     }
     /// The engine.
-    pub fn kvm(&self) -> &KvmVm {
+    pub fn kvm(&self) -> &Arc<KvmVm> {
         &self.kvm
     }
     /// The watch over what is adopted into the guest, for [`Mm::adopt`]; made when it is first asked for.
@@ -253,16 +253,24 @@ impl Host for MachineHost {
 }
 
 impl Vm {
-    /// A machine with `program` loaded, not running yet.
+    /// A machine with `program` loaded, not running yet. Its standard files are umbra's own.
     ///
     /// # Errors
     /// Whatever keeps the program from being run, in one line that says what to do.
     pub fn new(config: VmConfig, program: Program) -> Result<(Self, Regs)> {
+        Self::with_files(config, program, Files::inherit())
+    }
+
+    /// The same with other files.
+    ///
+    /// # Errors
+    /// As those of [`new`](Self::new).
+    pub fn with_files(config: VmConfig, program: Program, files: Files) -> Result<(Self, Regs)> {
         let machine = Machine::new(config)?;
         let entry = guest::load(&machine.mm, program.elf, &program.arguments)?;
         let process = Process::new(Setup {
             mm: Arc::clone(&machine.mm),
-            files: Files::inherit(),
+            files,
             host: Arc::new(MachineHost(Arc::clone(&machine))),
             exe: program.arguments.exe,
             max_threads: machine.kvm.max_vcpus().min(max_threads(&machine.pool)),

@@ -14,6 +14,7 @@
 //! | `notify` | a pte changes its frame |
 //! | [`watch`] | mappings of this very process, and what others do to them |
 //! | `zap` | taking ptes out of a range |
+//! | `write_logs` | whether somebody logs writes |
 //! | `age` | whether a page was accessed |
 //! | [`generations`](PageAge) | how long each page has been idle |
 //! | `fork` | children |
@@ -46,6 +47,7 @@ mod reap;
 mod remap;
 pub mod vma;
 pub mod watch;
+mod write_logs;
 mod zap;
 
 pub use advise::Advice;
@@ -57,6 +59,8 @@ pub use pte::Pte;
 pub use reap::Reaped;
 pub use remap::RemapFlags;
 pub use vma::{Backing, Vma, VmaFlags};
+#[cfg(feature = "mmu-notifier")]
+pub(crate) use write_logs::WriteLogging;
 
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Fill, FramePool, OutOfFrames};
@@ -65,10 +69,11 @@ use crate::notifier::Notifiers;
 use crate::notifier::interval::{IntervalNotifier, IntervalSubscription};
 #[cfg(feature = "mmu-notifier")]
 use crate::notifier::{Misuse, MmuNotifier, Subscription};
-use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockWriteGuard, Weak};
 use crate::table::{Table, Tables, index};
 use vma::VmaSet;
+use write_logs::WriteLogs;
 
 /// New mappings are placed below this address, top down; above it is room for the stack.
 pub const MMAP_BASE: Hva = Hva(TASK_SIZE - (16 << 20));
@@ -178,20 +183,7 @@ pub struct Mm {
     /// Whether a [`watch::Watch`] is over it.
     watched: AtomicBool,
     generations: generations::Generations,
-    /// Logs of writes that are open.
-    write_logs: Arc<AtomicUsize>,
-}
-
-#[cfg(feature = "mmu-notifier")]
-/// A log of writes is open: until this is dropped, secondaries are told of writes that no vCPU makes.
-#[derive(Debug)]
-pub(crate) struct WriteLogging(Arc<AtomicUsize>);
-
-#[cfg(feature = "mmu-notifier")]
-impl Drop for WriteLogging {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
+    write_logs: Arc<WriteLogs>,
 }
 
 type Family = Mutex<Vec<Weak<Mm>>>;
@@ -314,13 +306,12 @@ impl Mm {
     /// From now on and until the value is dropped, secondaries are told of writes that no vCPU makes.
     #[cfg(feature = "mmu-notifier")]
     pub(crate) fn log_writes(&self) -> WriteLogging {
-        self.write_logs.fetch_add(1, Ordering::AcqRel);
-        WriteLogging(Arc::clone(&self.write_logs))
+        WriteLogs::begin(&self.write_logs)
     }
 
     /// Tells secondaries of a write that no vCPU made, if somebody logs writes: after it, or inside the pair that it is made in.
     pub(crate) fn written(&self, range: HvaRange) {
-        if self.write_logs.load(Ordering::Acquire) > 0 {
+        if self.write_logs.is_open() {
             self.notifiers.written(range);
         }
     }

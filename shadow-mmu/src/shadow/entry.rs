@@ -90,21 +90,27 @@ pub(crate) enum Restored {
     Already,
     /// It was access-tracked, and is no longer.
     Access,
-    /// It has W now, and had not before: whoever logs writes must hear of it before the vCPU goes on (R20).
+    /// It has W now, and had not before; whoever logs writes has heard of it (R20).
     Write,
     /// Only the primary can say whether the access is allowed.
     No,
 }
 
 /// Gives the leaf what `access` needs, if tracking alone had taken it (`fast_page_fault`). The caller holds `mmu_lock` for reading: what
-/// the leaf may have is as true as the leaf.
-pub(crate) fn restore(entry: &AtomicU64, access: Access) -> Restored {
+/// the leaf may have is as true as the leaf. `record` is called before W is given, once at most.
+pub(crate) fn restore(entry: &AtomicU64, access: Access, record: impl FnOnce()) -> Restored {
+    let mut record = Some(record);
     let mut old = Spte(entry.load(Ordering::Acquire));
     loop {
         if old.rights().contains(access) {
             return Restored::Already;
         }
         let Some(new) = old.restored(access) else { return Restored::No };
+        if new.is_writable()
+            && let Some(record) = record.take()
+        {
+            record();
+        }
         match entry.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) if new.is_writable() => return Restored::Write,
             Ok(_) => return Restored::Access,

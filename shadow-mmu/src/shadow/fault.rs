@@ -141,16 +141,16 @@ impl ShadowMmu {
                     core.wait_to_retry(attempt);
                     continue;
                 }
+                // The record, then W: another vCPU may write by W as soon as it is there, and neither a harvest nor a report that only
+                // copies waits for faults (I33). Whoever takes records, and W with them, does wait for `mmu_lock` (R20).
+                if access.contains(Access::WRITE)
+                    && let Some(log) = log.filter(|log| log.protects())
+                {
+                    log.record(gfn, vcpu.ring.as_mut());
+                }
                 core.install(gfn, leaf(required, access).touched(access)).inspect(|installed| {
                     if *installed == Installed::New {
                         fresh.push(required.pfn);
-                    }
-                    // W first, then the record, and both before anybody can take W away again (R20).
-                    if access.contains(Access::WRITE)
-                        && *installed != Installed::Stale
-                        && let Some(log) = log.filter(|log| log.protects())
-                    {
-                        log.record(gfn, vcpu.ring.as_mut());
                     }
                     for &page in pinned.around() {
                         let gfn = slot.gfn_of(page.hva);
@@ -227,17 +227,17 @@ impl Core {
         vcpu: &mut VcpuMmu,
     ) -> Option<FaultCause> {
         let entry = &self.tables.leaf_table(gfn.0)?[index(gfn.0, 1)];
-        match entry::restore(entry, access) {
+        let restored = entry::restore(entry, access, || {
+            // Before W, as in `fault`.
+            if let Some(log) = log.filter(|log| log.protects()) {
+                log.record(gfn, vcpu.ring.as_mut());
+            }
+        });
+        match restored {
             Restored::No => None,
             Restored::Already => Some(FaultCause::Spurious),
             Restored::Access => Some(FaultCause::AccessTracked),
-            Restored::Write => {
-                // After W, before the vCPU goes on (R20).
-                if let Some(log) = log.filter(|log| log.protects()) {
-                    log.record(gfn, vcpu.ring.as_mut());
-                }
-                Some(FaultCause::WriteProtect)
-            }
+            Restored::Write => Some(FaultCause::WriteProtect),
         }
     }
 

@@ -166,7 +166,7 @@ impl ShadowMmu {
         self.replace_slots(|slots| slots.without(gfn).map(|(slots, slot)| (slots, Leaves::Go(slot.gfns()))))
     }
 
-    /// Publishes a log for the slot that starts at `gfn`, and arms its leaves if the log begins with none written.
+    /// Publishes a log for the slot that starts at `gfn`, and arms its leaves, or notes them where the log begins with all written.
     pub(super) fn set_log(
         &self,
         gfn: Gfn,
@@ -181,7 +181,7 @@ impl ShadowMmu {
             }
             let log = Arc::new(log(&slot.memslot));
             slot.log = Some(Arc::clone(&log));
-            let leaves = if log.begins_clean() { Leaves::Arm(slot.memslot, log) } else { Leaves::Stay };
+            let leaves = Leaves::Arm(slot.memslot, log);
             Ok((slots, leaves))
         })
     }
@@ -233,7 +233,7 @@ enum Leaves {
     Stay,
     /// These are removed.
     Go(Range<u64>),
-    /// Those of the slot lose what would hide a write from its log.
+    /// Those of the slot lose what would hide a write from its log, or are in it from the start.
     Arm(Memslot, Arc<DirtyLog>),
 }
 

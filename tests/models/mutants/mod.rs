@@ -7,10 +7,12 @@
 //! | `shadow` | the shadow map and the device IOTLB |
 //! | `notifier` | the notifier layer |
 //! | `mm` | the primary, in what it tells the layer |
+//! | `tracking` | aging, access tracking, dirty logs |
 
 mod mm;
 mod notifier;
 mod shadow;
+mod tracking;
 
 /// One change to one file of shadow-mmu.
 pub(crate) struct Mutant {
@@ -29,13 +31,43 @@ pub(crate) struct Mutant {
 }
 
 /// Changes that every copy has, so that a mutant can be written: file, text, what takes its place.
-pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[(
-    "shadow/invalidate.rs",
-    "fn change_pte(&self, hva: Hva, _: Pte)",
-    "fn change_pte(&self, hva: Hva, pte: Pte)",
-)];
+pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[
+    (
+        "shadow/invalidate.rs",
+        "fn change_pte(&self, hva: Hva, _: Pte)",
+        "fn change_pte(&self, hva: Hva, pte: Pte)",
+    ),
+    // Two locks that a mutant lets go of too early.
+    (
+        "shadow/age.rs",
+        "let _stable = self.windows.read();\n        let mut gather",
+        "let mut stable = Some(self.windows.read());\n        let mut gather",
+    ),
+    (
+        "shadow/dirty/harvest.rs",
+        "let _exclusive = core.windows.write();\n                    core.still_logs",
+        "let mut exclusive = Some(core.windows.write());\n                    core.still_logs",
+    ),
+    // What a mutant does later.
+    (
+        "shadow/entry.rs",
+        "let mut record = Some(record);",
+        "let (mut record, mut late) = (Some(record), None);",
+    ),
+    (
+        "shadow/entry.rs",
+        "Ok(_) if new.is_writable() => return Restored::Write,",
+        "Ok(_) if new.is_writable() => {\n                if let Some(record) = late {\n                    record();\n                }\n                return Restored::Write;\n            }",
+    ),
+    // What a mutant takes for what comes later.
+    (
+        "shadow/dirty/harvest.rs",
+        "// The tables first:",
+        "let in_bitmap_before = if crate::mutant::is(crate::mutant::M::PartFoundInBitmapFirst) { log.bitmap.next_part(part) } else { None };\n        // The tables first:",
+    ),
+];
 
 /// All of them. One that changes several places has an entry for each.
 pub(crate) fn all() -> impl Iterator<Item = &'static Mutant> {
-    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS].into_iter().flatten()
+    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS, tracking::MUTANTS].into_iter().flatten()
 }

@@ -14,14 +14,15 @@
 //! | races | where |
 //! | --- | --- |
 //! | R1 to R6, R12, R13, R29, R30 | `shuttle/faults.rs`; R1, R4 to R6 also `loom/sequence.rs` |
-//! | R11 | `shuttle/entries.rs`, `loom/entries.rs` |
+//! | R11 | `shuttle/entries.rs`, `loom/entries.rs`; of what is aged or logged: `shuttle/aging.rs`, `loom/tracking.rs` |
 //! | R8, R9, R17, R18, R19, R23 | `shuttle/lifetimes.rs`; R17 also `loom/sequence.rs`, R18 also `loom/listeners.rs` |
 //! | R15, R24 | `shuttle/slots.rs` |
+//! | R16, R20, R20b | `shuttle/dirty.rs`; what logs are made of: `loom/records.rs` |
 //! | R21, R22 at fork | `shuttle/changes.rs` |
 //! | R32, R33 | `shuttle/intervals.rs`, `shuttle/iotlb.rs`, `loom/listeners.rs` |
 //!
 //! No scenario: R7 (a fault of `invalidate_page` that no listener can mend), R11b (needs translations that change under a gfn),
-//! R14 (huge pages), R16, R20, R20b (dirty log), R25 (MMIO sptes), R31 (it costs time, and breaks nothing), and those of
+//! R14 (huge pages), R25 (MMIO sptes), R31 (it costs time, and breaks nothing), and those of
 //! page merging, R10, R10b, R26, R27, R28.
 //!
 //! # What the checkers do not see

@@ -31,9 +31,15 @@ mod exhaust;
 #[path = "loom/listeners.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod listeners;
+#[path = "loom/records.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod records;
 #[path = "loom/sections.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod sections;
 #[path = "loom/sequence.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod sequence;
+#[path = "loom/tracking.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod tracking;

@@ -27,12 +27,18 @@ include!(concat!(env!("OUT_DIR"), "/shuttle/lib.rs"));
 #[warn(unused, clippy::all)]
 pub mod sync;
 
+#[path = "shuttle/aging.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod aging;
 #[path = "shuttle/changes.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod changes;
 #[path = "shuttle/cpu.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod cpu;
+#[path = "shuttle/dirty.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod dirty;
 #[path = "shuttle/entries.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod entries;
@@ -57,6 +63,9 @@ mod listeners;
 #[path = "shuttle/machine.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod machine;
+#[path = "shuttle/migration.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod migration;
 #[path = "shuttle/quarantine.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod quarantine;

@@ -53,7 +53,7 @@ pub fn bench_fault(
             ("userfaultfd-thread", "umbra"),
         ],
     );
-    Ok(Report { bench: "fault".into(), host: Host::from(facts), rows, ratios, missing })
+    Ok(Report { bench: "fault".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
 }
 
 /// From the guest's line `pass 1: T ns, …`.

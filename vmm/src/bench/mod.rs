@@ -5,12 +5,21 @@
 //! medians. The runs of all rows take turns, so that a machine that changes its speed changes it for all of them. The
 //! absolute figures are the host's; compare ratios.
 
+mod access_tracking;
+mod age;
+mod age_overhead;
 mod cpu;
+mod demand_paging;
+mod dirty_log;
 mod fault;
+mod linux;
+mod memstress;
 mod notifier;
+mod phases;
 mod start;
 mod userfault;
 
+pub use memstress::{Memstress, Pass, Work};
 pub use userfault::WindowHandler;
 
 use crate::engine::kvm::HostFacts;
@@ -20,7 +29,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
+pub use access_tracking::bench_access_tracking;
+pub use age::bench_age;
+pub use age_overhead::{AgeOverhead, bench_age_overhead};
 pub use cpu::bench_cpu;
+pub use demand_paging::{DemandPaging, UffdMode, bench_demand_paging};
+pub use dirty_log::{DirtyLogWork, bench_dirty_log};
 pub use fault::bench_fault;
 pub use notifier::bench_notifier;
 pub use start::bench_start;
@@ -90,6 +104,9 @@ pub struct Report {
     /// What could not be measured, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub missing: Vec<String>,
+    /// umbra's medians once more, as the kernel's selftest of the same name prints them; empty where there is none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lines: Vec<String>,
 }
 
 impl Report {
@@ -97,6 +114,9 @@ impl Report {
     pub fn text(&self) -> String {
         let Host { kvm_backend, kernel, cpu, cpus } = &self.host;
         let mut out = format!("{} on KVM ({kvm_backend}), Linux {kernel}, {cpu}, {cpus} CPUs\n", self.bench);
+        for line in &self.lines {
+            out += &format!("{line}\n");
+        }
         let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or(0).max(4);
         out +=
             &format!("{:<width$} {:>10} {:>10} {:>10} {:>5}  unit\n", "row", "min", "median", "max", "runs");

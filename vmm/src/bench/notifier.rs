@@ -235,7 +235,7 @@ pub fn bench_notifier(
         }
         rows.push(row);
     }
-    Ok(Report { bench: "notifier".into(), host: Host::from(facts), rows, ratios, missing })
+    Ok(Report { bench: "notifier".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
 }
 
 #[cfg(test)]

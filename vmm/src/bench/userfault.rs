@@ -11,6 +11,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 const PAGE: u64 = shadow_mmu::addr::PAGE_SIZE;
@@ -23,11 +24,11 @@ pub struct WindowHandler {
 }
 
 impl WindowHandler {
-    /// Serves `range`, addresses of a shared file mapping, page aligned.
+    /// Serves `range`, addresses of a shared file mapping, page aligned; waits for `delay` before it serves a page.
     ///
     /// # Errors
     /// The host refuses userfaultfd, as it does for users without privileges.
-    pub fn start(range: Range<u64>) -> Result<Self> {
+    pub fn start(range: Range<u64>, delay: Duration) -> Result<Self> {
         let uffd = Uffd::new(Features::empty())
             .context("userfaultfd is refused: run as root, or set vm.unprivileged_userfaultfd to 1")?;
         uffd.register(&range, Mode::Missing)
@@ -37,7 +38,7 @@ impl WindowHandler {
         let thread = std::thread::Builder::new()
             .name("userfaultfd".into())
             .spawn(move || {
-                if let Err(error) = serve(&uffd, &stopped) {
+                if let Err(error) = serve(&uffd, &stopped, delay) {
                     log::error!("the window is served no longer: {error:#}");
                 }
             })
@@ -55,7 +56,7 @@ impl Drop for WindowHandler {
     }
 }
 
-fn serve(uffd: &Uffd, stop: &EventFd) -> Result<()> {
+fn serve(uffd: &Uffd, stop: &EventFd, delay: Duration) -> Result<()> {
     let wait = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     loop {
         let mut fds = [wait(uffd.fd().as_raw_fd()), wait(stop.as_raw_fd())];
@@ -72,6 +73,9 @@ fn serve(uffd: &Uffd, stop: &EventFd) -> Result<()> {
         }
         match uffd.read().context("reading a userfaultfd")? {
             Some(UffdEvent::PageFault(address)) => {
+                if !delay.is_zero() {
+                    std::thread::sleep(delay);
+                }
                 let page = address & !(PAGE - 1);
                 uffd.fill_with_zeros(page..page + PAGE).context("filling a page")?;
             }
@@ -91,7 +95,7 @@ mod tests {
         let pool = FramePool::new(16 * PAGE, FreedFrames::Keep).unwrap();
         let window = pool.map_window().unwrap();
         let start = window.as_ptr() as u64;
-        match WindowHandler::start(start..start + pool.bytes()) {
+        match WindowHandler::start(start..start + pool.bytes(), Duration::ZERO) {
             Ok(handler) => {
                 let page = (start + 3 * PAGE) as *const u8;
                 // SAFETY: inside the window, which lives; the handler fills it.

@@ -119,7 +119,7 @@ fn run_traced(
         window: match args.window {
             WindowArg::Ahead => WindowFill::Ahead,
             WindowArg::OnDemand => WindowFill::OnDemand,
-            WindowArg::Userfaultfd => WindowFill::Userfaultfd,
+            WindowArg::Userfaultfd => WindowFill::Userfaultfd(Duration::ZERO),
         },
         listeners: listener.into_iter().collect(),
         tracking: Tracking {

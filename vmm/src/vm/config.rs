@@ -8,6 +8,7 @@ use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb, Zapped};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How the pages of the window, KVM's view of the frames, come to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -17,8 +18,9 @@ pub enum WindowFill {
     Ahead,
     /// As KVM needs them.
     OnDemand,
-    /// By a thread that serves userfaultfd events: what monitors do that back guest memory themselves. For comparison.
-    Userfaultfd,
+    /// By a thread that serves userfaultfd events, each after this long: what monitors do that back guest memory themselves.
+    /// For comparison.
+    Userfaultfd(Duration),
 }
 
 /// What a machine is made of.
@@ -102,7 +104,7 @@ impl Tlb for ConfiguredTlb {
     fn prefault(&self, frames: &[Pfn]) {
         match self.window {
             WindowFill::Ahead => self.engine.prefault(frames),
-            WindowFill::OnDemand | WindowFill::Userfaultfd => {}
+            WindowFill::OnDemand | WindowFill::Userfaultfd(_) => {}
         }
     }
 }

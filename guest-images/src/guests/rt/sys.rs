@@ -34,7 +34,12 @@ pub const MREMAP_MAYMOVE: usize = 1;
 pub const MREMAP_FIXED: usize = 2;
 
 pub const MADV_DONTNEED: usize = 4;
+pub const MADV_NOHUGEPAGE: usize = 15;
 
+/// Standard input.
+pub const STDIN: usize = 0;
+
+const READ: usize = 0;
 const WRITE: usize = 1;
 const MMAP: usize = 9;
 const MPROTECT: usize = 10;
@@ -66,6 +71,12 @@ unsafe fn syscall(number: usize, args: [usize; 6]) -> Return {
              lateout("rcx") _, lateout("r11") _, options(nostack));
     }
     if (-4095..0).contains(&result) { Err(Errno(-result as i32)) } else { Ok(result as usize) }
+}
+
+/// Reads bytes from a descriptor; returns how many, zero at the end.
+pub fn read(fd: usize, bytes: &mut [u8]) -> Return {
+    // SAFETY: the kernel writes the slice and nothing else.
+    unsafe { syscall(READ, [fd, bytes.as_mut_ptr() as usize, bytes.len(), 0, 0, 0]) }
 }
 
 /// Writes bytes to a descriptor; returns how many.
@@ -189,6 +200,12 @@ pub fn futex_wait(word: &AtomicU32, value: u32) {
     // SAFETY: the kernel reads `word`. Errors (EAGAIN, EINTR) mean that the caller must look again, as it
     // does anyway.
     let _ = unsafe { syscall(FUTEX, [word.as_ptr() as usize, 0, value as usize, 0, 0, 0]) };
+}
+
+/// Wakes up to `count` threads that wait for `word` to change, however they wait.
+pub fn futex_wake(word: &AtomicU32, count: usize) {
+    // SAFETY: the kernel uses the address of `word` only. It cannot fail.
+    let _ = unsafe { syscall(FUTEX, [word.as_ptr() as usize, 1, count, 0, 0, 0]) };
 }
 
 impl fmt::Display for Errno {

@@ -30,7 +30,7 @@ impl ShadowMmu {
     /// again: from the return on, each further write is reported anew (I32).
     ///
     /// # Errors
-    /// [`DirtyLogError`]: no such slot, or it is not logged.
+    /// [`DirtyLogError`]: no such slot, or it is not logged, or its log ended meanwhile.
     pub fn get_dirty_log(&self, slot: Gfn) -> Result<DirtyPages, DirtyLogError> {
         let (memslot, log) = self.logged(slot)?;
         let core = &*self.core;
@@ -40,6 +40,7 @@ impl ShadowMmu {
             match log.config.protect {
                 ProtectOn::Get => {
                     let _exclusive = core.windows.write();
+                    core.still_logs(&log)?;
                     let mut gather = Gather::new(core.tlb.as_ref());
                     let taken = core.take_and_arm(&memslot, &log, part, &EVERY, &mut gather);
                     // Before the lock goes, and before anybody is told (R12, R20b).
@@ -95,6 +96,7 @@ impl ShadowMmu {
             }
             if any != 0 {
                 let _exclusive = core.windows.write();
+                core.still_logs(&log)?;
                 let mut gather = Gather::new(core.tlb.as_ref());
                 core.take_and_arm(&memslot, &log, part, &wanted, &mut gather);
                 core.finish(gather);
@@ -145,9 +147,22 @@ fn or_into(words: &Words, pages: &mut DirtyPages, part: u64) {
 }
 
 impl Core {
+    /// An error if `log` has ended since it was looked up: what is taken now may be missing in the next one. The caller holds
+    /// `mmu_lock`, for which that one waits before it arms. Nobody waits for `mmu_lock` with the lock of the slots held, so that may be
+    /// taken here.
+    fn still_logs(&self, log: &Arc<DirtyLog>) -> Result<(), DirtyLogError> {
+        let slots = self.slots.read();
+        let now = slots.log_of(log.slot);
+        if now.is_some_and(|now| Arc::ptr_eq(now, log)) {
+            Ok(())
+        } else {
+            Err(DirtyLogError::NotLogged(log.slot))
+        }
+    }
+
     /// The first part at or behind `part` in which a page may have been written.
     fn next_part(&self, memslot: &Memslot, log: &DirtyLog, part: u64) -> Option<u64> {
-        let in_bitmap = log.bitmap.next_part(part);
+        // The tables first: D moves from a leaf that is removed to the bitmap, before its table can go, and never back.
         let in_tables = match log.config.method {
             DirtyMethod::WriteProtect => None,
             DirtyMethod::DirtyBit => {
@@ -157,6 +172,7 @@ impl Core {
                 table.map(|table| (table.max(from) - memslot.gfn.0) / PART)
             }
         };
+        let in_bitmap = log.bitmap.next_part(part);
         in_bitmap.into_iter().chain(in_tables).min()
     }
 
@@ -176,7 +192,8 @@ impl Core {
             DirtyMethod::DirtyBit => self.for_each_entry(memslot, part, wanted, |page, gfn, leaf| {
                 if let Some(old) = entry::clear_dirty(leaf) {
                     taken[page / 64] |= 1 << (page % 64);
-                    self.hand_over_marks(old);
+                    // D is lost here; A is not.
+                    self.hand_over_marks(old.old());
                     gather.add(gfn, 1, old);
                 }
             }),
@@ -193,17 +210,26 @@ impl Core {
         });
     }
 
-    /// Arms every leaf of a slot whose log was just published. The caller holds `mmu_lock` for writing, and flushes.
+    /// Arms every leaf of a slot whose log was just published; in a log that begins with every page written, notes those that have
+    /// W instead (I33). The caller holds `mmu_lock` for writing, and flushes.
     pub(in crate::shadow) fn arm_slot(&self, memslot: &Memslot, log: &DirtyLog, gather: &mut Gather<'_>) {
         self.tables.for_each_leaf_table(memslot.gfns(), |base, table, entries| {
             for at in entries {
+                let gfn = Gfn(base + at as u64);
+                if !log.begins_clean() {
+                    if Spte(table[at].load(Ordering::Acquire)).is_writable() {
+                        log.mark(gfn);
+                    }
+                    continue;
+                }
                 let old = match log.config.method {
                     DirtyMethod::WriteProtect => entry::write_protect(&table[at]),
-                    DirtyMethod::DirtyBit => entry::clear_dirty(&table[at]),
+                    DirtyMethod::DirtyBit => {
+                        entry::clear_dirty(&table[at]).inspect(|old| self.hand_over_marks(old.old()))
+                    }
                 };
                 if let Some(old) = old {
-                    self.hand_over_marks(old);
-                    gather.add(Gfn(base + at as u64), 1, old);
+                    gather.add(gfn, 1, old);
                 }
             }
         });

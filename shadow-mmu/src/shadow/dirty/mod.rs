@@ -3,8 +3,8 @@
 //! `kvm_clear_dirty_log_protect`, `KVM_CAP_DIRTY_LOG_RING`.
 //!
 //! # How a write is seen ([`DirtyMethod`])
-//! * *Write protection.* A leaf has W only while its page is recorded (I33). The fault that gives it W records the page: W first, then the record,
-//!   both under `mmu_lock` for reading (R20). Leaves that a fault brings along, and those of reads, get no W.
+//! * *Write protection.* A leaf has W only while its page is recorded (I33). The fault that gives it W records the page: the record first, then
+//!   W, both under one hold of `mmu_lock` for reading (R20); so W is never there without its record, not even for a report that only copies. Leaves that a fault brings along, and those of reads, get no W.
 //! * *The D bit.* Nothing is recorded at faults; whoever asks reads D of every leaf. A leaf that is removed hands D to the log.
 //!
 //! # How it is reported
@@ -21,7 +21,8 @@
 //!
 //! # Switching on
 //! The log is published with the slots, so a fault that began without it starts over (I35). Then every leaf of the slot is armed, or ([`Initially::AllDirty`]) every
-//! page there is counts as written and nothing is armed.
+//! page there is counts as written and nothing is armed; pages whose leaves have W at once (I33), the others before switching on returns. A
+//! report of a log that another thread ends meanwhile is an error: what it took could be missing in the next log.
 //!
 //! # Locks
 //! The list of rings, under which entries are taken back; then as for every removal. The bitmap's is a leaf lock.
@@ -164,7 +165,7 @@ impl DirtyLog {
         self.bitmap.mark(gfn.0 - self.slot.0);
     }
 
-    /// Records that a leaf got W for the vCPU of `ring`. Under the same hold of `mmu_lock` (R20).
+    /// Records that a leaf is about to get W for the vCPU of `ring`. Under the same hold of `mmu_lock` (R20).
     pub(super) fn record(&self, gfn: Gfn, ring: Option<&mut VcpuRing>) {
         let page = gfn.0 - self.slot.0;
         let pushed = match ring {

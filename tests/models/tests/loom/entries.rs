@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A leaf entry between us and the CPU: no mark is lost, no right is lost, nothing is counted twice (R11).
+//! A leaf entry between us and the CPU: no mark is lost, no right is lost, nothing is counted twice (R11). With aging on
+//! CPUs that set no marks, and with dirty logs: [`tracking`](crate::tracking).
 
 use crate::addr::{Access, Pfn};
 use crate::exhaust::{Preemptions, exhaust};
@@ -9,11 +10,11 @@ use crate::shadow::{AdBits, Spte};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
-const RW: Access = Access::READ.union(Access::WRITE);
-const PFN: Pfn = Pfn(7);
+pub(crate) const RW: Access = Access::READ.union(Access::WRITE);
+pub(crate) const PFN: Pfn = Pfn(7);
 
 /// The CPU writes through the entry, as the walk of the Intel manual does: checks the rights, sets A and D. Whether it could.
-fn cpu_writes(entry: &AtomicU64) -> bool {
+pub(crate) fn cpu_writes(entry: &AtomicU64) -> bool {
     let mut old = Spte(entry.load(Ordering::Relaxed));
     loop {
         if !old.rights().contains(Access::WRITE) {
@@ -27,7 +28,7 @@ fn cpu_writes(entry: &AtomicU64) -> bool {
     }
 }
 
-fn spawn<R: 'static>(
+pub(crate) fn spawn<R: 'static>(
     entry: &Arc<AtomicU64>,
     run: impl FnOnce(&AtomicU64) -> R + 'static,
 ) -> loom::thread::JoinHandle<R> {
@@ -35,7 +36,7 @@ fn spawn<R: 'static>(
     loom::thread::spawn(move || run(&entry))
 }
 
-fn now(entry: &AtomicU64) -> Spte {
+pub(crate) fn now(entry: &AtomicU64) -> Spte {
     Spte(entry.load(Ordering::Relaxed))
 }
 

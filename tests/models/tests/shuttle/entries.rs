@@ -13,7 +13,7 @@ use crate::shadow::FaultAroundPolicy;
 use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// What was written through the leaf of `at` is known to be: D is in the leaf, or with the frame (I25).
-fn check_dirty(machine: &Machine, at: Hva) {
+pub(crate) fn check_dirty(machine: &Machine, at: Hva) {
     let pte = machine.mm.lookup(at).unwrap().0;
     let (spte, flags) = (machine.spte(at), machine.pool.frame(pte.pfn()).flags());
     machine.must(spte.is_dirty() || flags.contains(FrameFlags::DIRTY), || {

@@ -5,11 +5,11 @@
 //! are off. [`Machine::finish`] checks everything that must hold at the end of any scenario: what CPUs noted, the audit, the
 //! poison of free frames, that each cached translation has its leaf (I28), and that no frame is lost.
 
-use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
+use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SHIFT, PAGE_SIZE};
 use crate::cpu::{CPUS, SoftTlb, Vcpu};
 use crate::frame::{FramePool, FreedFrames};
 use crate::mm::{Backing, FaultRequest, MapFlags, Mm};
-use crate::shadow::{FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
+use crate::shadow::{AdBits, FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Points, points};
 use std::sync::OnceLock;
@@ -52,18 +52,40 @@ impl Machine {
         machine
     }
 
+    /// The same with CPUs that do with A and D what `ad` says.
+    pub(crate) fn with_ad_bits(ad: AdBits) -> Self {
+        let machine = Self::unshadowed(ad);
+        machine.make_shadow();
+        machine
+    }
+
+    /// The same with a slot of 16 MiB. What goes through a whole slot is short then, and schedules are about what matters.
+    pub(crate) fn small(ad: AdBits) -> Self {
+        let machine = Self::unshadowed(ad);
+        machine.make_shadow_of(Memslot { pages: 16 << 20 >> PAGE_SHIFT, ..Self::slot() });
+        machine
+    }
+
     /// One whose shadow map is still to be made.
     pub(crate) fn without_shadow() -> Self {
+        Self::unshadowed(AdBits::AfterFlush)
+    }
+
+    fn unshadowed(ad: AdBits) -> Self {
         let pool = Arc::new(FramePool::new(FRAMES * PAGE_SIZE, FreedFrames::Poison).unwrap());
         let mm = Mm::new(Arc::clone(&pool)).unwrap();
-        let tlb = Arc::new(SoftTlb::new(&pool));
+        let tlb = Arc::new(SoftTlb::new(&pool, ad));
         Self { pool, mm, tlb, shadow: OnceLock::new() }
     }
 
     /// Makes the shadow map.
     pub(crate) fn make_shadow(&self) {
+        self.make_shadow_of(Self::slot());
+    }
+
+    fn make_shadow_of(&self, slot: Memslot) {
         let shadow = ShadowMmu::new(Arc::clone(&self.mm), self.tlb.clone()).unwrap();
-        shadow.add_slot(Self::slot()).unwrap();
+        shadow.add_slot(slot).unwrap();
         assert!(self.shadow.set(shadow).is_ok(), "a machine has one shadow map");
     }
 

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Everything at once: small random programs of vCPUs, of threads that change the address space, of aging and of listeners
-//! that come and go. The programs are drawn from shuttle's own generator, so a replay repeats them.
+//! Everything at once: small random programs of vCPUs, of threads that change the address space, of aging, of dirty logs and of
+//! listeners that come and go. The programs are drawn from shuttle's own generator, so a replay repeats them.
 
 use crate::addr::{Gpa, Hva, HvaRange, PAGE_SIZE};
 use crate::cpu::{CPUS, Vcpu, tagged};
 use crate::explore::explore;
 use crate::listeners::Probe;
 use crate::machine::{Machine, READ, RW, page, task};
+use crate::migration::{Migration, SLOT, Writes};
 use crate::mm::{Advice, Backing, MapFlags, RemapFlags};
 use crate::mutant::M;
-use crate::shadow::{FaultAroundPolicy, NoTlb, ShadowMmu, VcpuMmu};
+use crate::shadow::{
+    AdBits, DirtyLogConfig, DirtyMethod, DirtyRecords, FaultAroundPolicy, Initially, NoTlb, ProtectOn,
+    ShadowMmu, VcpuMmu,
+};
 use crate::sync::Arc;
 use shuttle::rand::{Rng, thread_rng};
 
@@ -67,7 +71,11 @@ fn run_host(machine: &Machine, forks: Forks) {
             1 => drop(machine.map_at(at, pages, if below(2) == 0 { RW } else { READ })),
             2 => drop(mm.madvise(at, len, Advice::DontNeed)),
             3 => drop(mm.mprotect(at, len, if below(2) == 0 { RW } else { READ })),
-            4 => drop(machine.poke(at, tagged(at, 7))),
+            4 => {
+                machine.poke(at, tagged(at, 7));
+                // As by a system call, which tells.
+                mm.written(HvaRange::page(at));
+            }
             5 => drop(machine.peek(at)),
             // The page keeps its values, which are another page's now; so it is dropped where it lands.
             _ => {
@@ -126,6 +134,59 @@ fn storm(forks: Forks) {
         task(|| run_listener(&machine)),
     ]);
     machine.finish();
+}
+
+/// Some log of writes that `ad` allows. One that begins with every page that is there would not have what only an object has.
+fn any_log(ad: AdBits, shared: MapFlags) -> DirtyLogConfig {
+    let methods = [DirtyMethod::WriteProtect, DirtyMethod::DirtyBit];
+    let method = methods[below(if ad == AdBits::None { 1 } else { 2 }) as usize];
+    // No vCPU has a ring, so all is in the bitmap.
+    let rings = method == DirtyMethod::WriteProtect && below(2) == 0;
+    let records = if rings { DirtyRecords::Rings } else { DirtyRecords::Bitmap };
+    let protect = [ProtectOn::Get, ProtectOn::Clear][below(2) as usize];
+    let all = protect == ProtectOn::Clear && shared == MapFlags::PRIVATE && below(2) == 0;
+    let initially = if all { Initially::AllDirty } else { Initially::Clean };
+    DirtyLogConfig { method, records, protect, initially }
+}
+
+/// The same programs, aged by passes, on CPUs of any kind, with a log that begins somewhere in the middle, and audits.
+fn storm_logged() {
+    let ad = [AdBits::Unflushed, AdBits::AfterFlush, AdBits::None][below(3) as usize];
+    let machine = Machine::small(ad);
+    let shared = [MapFlags::PRIVATE, MapFlags::SHARED][below(2) as usize];
+    machine.mm.mmap(BASE, PAGES * PAGE_SIZE, RW, shared | MapFlags::FIXED, Backing::Anonymous).unwrap();
+    let pages: Vec<Hva> = (0..PAGES).map(|n| page(BASE, n)).collect();
+    let config = any_log(ad, shared);
+    let (writes, mut migration) = (Writes::default(), None);
+    machine.race([
+        task(|| run_vcpu(&machine, 0)),
+        task(|| run_vcpu(&machine, 1)),
+        task(|| run_host(&machine, Forks::No)),
+        task(|| {
+            run_aging(&machine);
+            machine.mm.age();
+        }),
+        task(|| {
+            machine.shadow().enable_dirty_log(SLOT, config).unwrap();
+            let begun = migration.insert(Migration::begin(&machine, &writes, &pages, config));
+            (0..2).for_each(|_| begun.round());
+        }),
+        task(|| {
+            for _ in 0..2 {
+                let report = machine.shadow().audit(&machine.mm);
+                let first = report.violations.first();
+                machine.must(first.is_none(), || format!("{config:?}: {first:?}"));
+            }
+        }),
+    ]);
+    migration.unwrap().finish();
+    machine.finish();
+}
+
+#[test]
+fn nothing_goes_wrong_in_a_storm_that_is_logged() {
+    let mutants = [M::ReportDoesNotFlush, M::SwitchedOnUnarmed, M::RemovedNotLogged, M::ZapNotTold];
+    explore("storm_logged", storm_logged, &mutants);
 }
 
 #[test]

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The benchmarks that go through phases, with very little memory: the shape of what they print and the names in it. Never a
+//! time: how fast anything is, a test cannot tell.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use common::{code, finish, kvm, stderr, umbra};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::process::Output;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(120);
+const FAILED: i32 = 125;
+
+fn bench(words: &str) -> Output {
+    finish(umbra().arg("bench").args(words.split_whitespace()), b"", LIMIT)
+}
+
+/// The report of two runs, as JSON.
+#[track_caller]
+fn report(words: &str) -> Value {
+    let output = bench(&format!("{words} --runs 2 --json"));
+    assert_eq!(code(output.status), 0, "{words}: {}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for row in report["rows"].as_array().unwrap() {
+        assert_eq!(row["runs"], 2, "{row}");
+        let figure = |name: &str| row[name].as_f64().unwrap();
+        assert!(0.0 <= figure("min") && figure("min") <= figure("median"), "{row}");
+        assert!(figure("median") <= figure("max"), "{row}");
+    }
+    for ratio in report["ratios"].as_object().unwrap().values() {
+        assert!(ratio.as_f64().unwrap().is_finite(), "{report}");
+    }
+    report
+}
+
+/// Names of the rows, with their units.
+fn rows(report: &Value) -> BTreeMap<String, String> {
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let rows = report["rows"].as_array().unwrap();
+    rows.iter().map(|row| (text(&row["name"]), text(&row["unit"]))).collect()
+}
+
+fn median(report: &Value, name: &str) -> f64 {
+    let rows = report["rows"].as_array().unwrap();
+    rows.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("no row {name}"))["median"]
+        .as_f64()
+        .unwrap()
+}
+
+/// Lines of the text that the selftest of the same name prints too.
+#[track_caller]
+fn prints(words: &str, starts: &[&str]) {
+    let output = bench(&format!("{words} --runs 1"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+    for start in starts {
+        assert!(text.lines().any(|line| line.starts_with(start)), "no line `{start}` in:\n{text}");
+    }
+}
+
+#[track_caller]
+fn refused(words: &str, status: i32, says: &str) {
+    let output = bench(words);
+    assert_eq!(code(output.status), status, "{words}: {}", stderr(&output));
+    assert!(stderr(&output).contains(says), "{words}: {}", stderr(&output));
+    assert!(output.stdout.is_empty(), "{words}");
+}
+
+#[test]
+fn demand_paging_has_the_metrics_of_the_selftest_for_each_contestant() {
+    if !kvm() {
+        return;
+    }
+    let report = report("demand_paging -v 2 -b 256K -u MISSING -d 1");
+    assert_eq!(report["bench"], "demand_paging");
+    let rows = rows(&report);
+    for contestant in ["umbra", "kvm-demand-paging", "userfaultfd-thread", "native"] {
+        let is_missing = report["missing"]
+            .as_array()
+            .is_some_and(|missing| missing.iter().any(|why| why.as_str().unwrap().starts_with(contestant)));
+        // Who may not use userfaultfd is told so.
+        if contestant == "userfaultfd-thread" && is_missing {
+            continue;
+        }
+        for (metric, unit) in [
+            ("Total guest execution time", "ms"),
+            ("Per-vcpu demand paging rate", "pgs/sec/vcpu"),
+            ("Overall demand paging rate", "pgs/sec"),
+        ] {
+            assert_eq!(rows[&format!("{contestant}.{metric}")], unit, "{report}");
+        }
+        let each = median(&report, &format!("{contestant}.Per-vcpu demand paging rate"));
+        let all = median(&report, &format!("{contestant}.Overall demand paging rate"));
+        assert!((all / each - 2.0).abs() < 1e-6, "{report}");
+    }
+    assert!(
+        report["ratios"]
+            .get("umbra.Overall demand paging rate/kvm-demand-paging.Overall demand paging rate")
+            .is_some()
+    );
+    prints(
+        "demand_paging -b 64K -o -v 2",
+        &["Total guest execution time: ", "Per-vcpu demand paging rate:\t", "Overall demand paging rate:\t"],
+    );
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    if !kvm() {
+        return;
+    }
+    refused("demand_paging -u MINOR", FAILED, "MISSING");
+    refused("demand_paging -b 64K -d 5", FAILED, "-u MISSING");
+    refused("dirty_log -b 64K -M ring -m d-bit", FAILED, "-m write-protect");
+    for (words, says) in [
+        ("demand_paging -b 5000", "whole number of pages"),
+        ("demand_paging -b 1T", "256G"),
+        ("demand_paging -v 0", "0"),
+        ("demand_paging -u both", "MISSING"),
+        ("dirty_log -i 1", "2"),
+        ("dirty_log -m guess", "d-bit"),
+        ("dirty_log -w 101", "101"),
+        ("age --pages 0", "0"),
+    ] {
+        refused(words, 2, says);
+    }
+}
+
+const ACCESSES: [&str; 5] = [
+    "Populating memory",
+    "Writing to populated memory",
+    "Reading from populated memory",
+    "Writing to idle memory",
+    "Reading from idle memory",
+];
+
+#[test]
+fn access_tracking_goes_through_the_phases_of_the_selftest() {
+    if !kvm() {
+        return;
+    }
+    let report = report("access_tracking -v 2 -b 2M");
+    let rows = rows(&report);
+    for (contestant, by) in [("umbra", "lru_gen"), ("native", "clear_refs")] {
+        let marks = ["", ", again"].map(|again| format!("Mark memory idle ({by}){again}"));
+        for phase in ACCESSES.into_iter().chain(marks.iter().map(String::as_str)) {
+            assert_eq!(rows[&format!("{contestant}.{phase}")], "ms", "{report}");
+        }
+        assert_eq!(rows[&format!("{contestant}.Still idle")], "%");
+    }
+    // Every page was touched before each marking, and aging flushes where it must: none is missed but those that a TLB hides.
+    assert!(median(&report, "umbra.Still idle") < 10.0, "{report}");
+    let starts: Vec<String> = ACCESSES.iter().map(|name| format!("{name}: ")).collect();
+    let mut starts: Vec<&str> = starts.iter().map(String::as_str).collect();
+    starts.extend(["Mark memory idle (lru_gen): ", "Still idle: "]);
+    prints("access_tracking -b 256K -o -v 2", &starts);
+}
+
+#[test]
+fn dirty_log_logs_every_write_whatever_the_method() {
+    if !kvm() {
+        return;
+    }
+    for options in ["", "-g", "-m write-protect", "-m write-protect -g", "-M ring"] {
+        let report = report(&format!("dirty_log -v 2 -b 2M -i 3 {options}"));
+        let rows = rows(&report);
+        let is_cleared = !options.contains("-g") && !options.contains("ring");
+        for phase in [
+            "Populate memory time",
+            "Enabling dirty logging time",
+            "Disabling dirty logging time",
+            "Get dirty log",
+        ] {
+            assert_eq!(rows[&format!("umbra.{phase}")], "ms", "{report}");
+        }
+        for iteration in 1..=3 {
+            for what in ["dirty memory", "get dirty log"] {
+                assert!(rows.contains_key(&format!("umbra.Iteration {iteration} {what} time")), "{report}");
+            }
+            let clear = format!("umbra.Iteration {iteration} clear dirty log time");
+            assert_eq!(rows.contains_key(&clear), is_cleared, "{options}: {report}");
+        }
+        assert_eq!(rows.contains_key("umbra.Clear dirty log"), is_cleared, "{report}");
+        // 2 vCPUs × 2 MiB, all written.
+        assert_eq!(median(&report, "umbra.Dirty pages"), 1024.0, "{options}: {report}");
+    }
+}
+
+#[test]
+fn dirty_log_with_random_writes_finds_some_pages() {
+    if !kvm() {
+        return;
+    }
+    let report = report("dirty_log -b 2M -i 2 -a -r 7 -w 30");
+    let dirty = median(&report, "umbra.Dirty pages");
+    assert!(0.0 < dirty && dirty < 512.0, "{report}");
+    prints(
+        "dirty_log -b 256K",
+        &[
+            "Populate memory time: ",
+            "Enabling dirty logging time: ",
+            "Iteration 1 dirty memory time: ",
+            "Iteration 2 get dirty log time: ",
+            "Iteration 2 clear dirty log time: ",
+            "Disabling dirty logging time: ",
+            "Get dirty log over 2 iterations took ",
+            "Clear dirty log over 2 iterations took ",
+        ],
+    );
+}
+
+#[test]
+fn age_measures_each_state_beside_linux_and_the_limit() {
+    if !kvm() {
+        return;
+    }
+    let report = report("age --pages 3000");
+    let rows = rows(&report);
+    for state in ["all-young", "1pct-young", "none-young"] {
+        for contestant in ["umbra", "clear_refs+smaps"] {
+            assert_eq!(rows[&format!("{contestant}.{state}")], "ns/page", "{report}");
+        }
+        let ratio = format!("clear_refs+smaps.{state}/umbra.{state}");
+        assert!(report["ratios"].get(&ratio).is_some(), "{report}");
+    }
+    assert_eq!(rows["table-read"], "ns/page");
+    assert!(report["ratios"].get("umbra.none-young/table-read").is_some(), "{report}");
+}
+
+#[test]
+fn age_overhead_runs_the_same_work_with_and_without() {
+    if !kvm() {
+        return;
+    }
+    let report = report("age --overhead --bytes 2M --interval 10ms --window 50ms");
+    assert_eq!(report["bench"], "age-overhead");
+    let rows = rows(&report);
+    for row in ["umbra.plain", "umbra.aged", "umbra.aged.aging pass"] {
+        assert_eq!(rows[row], "ms");
+        assert!(median(&report, row) > 0.0, "{report}");
+    }
+    assert!(!rows.contains_key("umbra.plain.aging pass"), "{report}");
+    assert!(report["ratios"].get("slowdown").is_some(), "{report}");
+}

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `bench age --overhead`: what aging costs the guest that is aged.
+//!
+//! One vCPU goes over its memory again and again, with arithmetic after each access, and times itself. Runs without aging and
+//! runs with a pass every so often take turns, in one and the same guest.
+//!
+//! | row | what |
+//! | --- | --- |
+//! | `umbra.plain` | one round over the memory while nobody looks |
+//! | `umbra.aged` | the same with a pass of aging every interval, as `umbra run --age` makes it |
+//! | `umbra.aged-unflushed` | the same with passes that do not flush; only where this host needs a flush for A to be set again |
+//! | `….aging pass` | one pass of aging; its time is not the guest's where there are more CPUs than one |
+//!
+//! `slowdown` is the time of `umbra.aged` over that of `umbra.plain`, less one; `slowdown-unflushed` that of the other. On hosts
+//! that need the flush the latter is a lower bound: there no access after the first pass sets A.
+
+use super::access_tracking::track;
+use super::memstress::{Memstress, Work};
+use super::phases::{Contestant, Phase, measure_phases, median};
+use super::{Host, Report};
+use crate::engine::kvm::HostFacts;
+use crate::vm::WindowFill;
+use anyhow::Result;
+use shadow_mmu::mm::Mm;
+use shadow_mmu::shadow::{AdBits, FaultAroundPolicy};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AgeOverhead {
+    /// Pages of the guest.
+    pub pages: u64,
+    /// From one pass to the next.
+    pub interval: Duration,
+    /// About how long one run takes.
+    pub window: Duration,
+}
+
+/// Steps of arithmetic after each access: some 0.2 µs.
+const SPIN: u64 = 100;
+
+/// Runs the benchmark, `runs` times a row.
+///
+/// # Errors
+/// What keeps umbra from running a guest at all.
+pub fn bench_age_overhead(
+    facts: &HostFacts,
+    options: &AgeOverhead,
+    runs: usize,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
+    let work = Work { spin: SPIN, ..Work::new(1, options.pages) };
+    work.expect_room(1)?;
+    let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead);
+    let mut memstress = Memstress::guest_prepared(config, &work, track)?;
+    memstress.pass("write")?;
+    let host_bits = memstress.expect_machine()?.kvm().tlb().ad_bits();
+    let memstress = RefCell::new(memstress);
+    let run = |aging: Option<AdBits>| {
+        let memstress = &memstress;
+        let mut times = 1;
+        move || {
+            let (phases, fitting) = rounds(&mut memstress.borrow_mut(), times, aging, options)?;
+            // What the first run, which does not count, has shown.
+            times = fitting;
+            Ok(phases)
+        }
+    };
+    let mut contestants: Vec<Contestant<'_>> =
+        vec![("umbra.plain", Box::new(run(None))), ("umbra.aged", Box::new(run(Some(host_bits))))];
+    if host_bits == AdBits::AfterFlush {
+        contestants.push(("umbra.aged-unflushed", Box::new(run(Some(AdBits::Unflushed)))));
+    }
+    let (mut rows, missing) = measure_phases(runs, contestants, progress)?;
+    for row in &mut rows {
+        row.name = row.name.trim_end_matches('.').to_owned();
+    }
+    let mut ratios = BTreeMap::new();
+    for (name, row) in [("slowdown", "umbra.aged"), ("slowdown-unflushed", "umbra.aged-unflushed")] {
+        if let (Some(aged), Some(plain)) = (median(&rows, row), median(&rows, "umbra.plain")) {
+            ratios.insert(name.into(), aged / plain - 1.0);
+        }
+    }
+    memstress.into_inner().finish()?;
+    Ok(Report {
+        bench: "age-overhead".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        lines: Vec::new(),
+    })
+}
+
+/// Goes over the memory `times` times, with a thread that ages if there is `aging`. Milliseconds a round, those of a pass, and how
+/// many rounds would have filled the window.
+fn rounds(
+    memstress: &mut Memstress,
+    times: u64,
+    aging: Option<AdBits>,
+    options: &AgeOverhead,
+) -> Result<(Vec<Phase>, u64)> {
+    let command = format!("mix times {times}");
+    let machine = memstress.expect_machine()?;
+    // As after a start: what the last run left without A, and unflushed, would never be young again.
+    machine.shadow().set_ad_bits(aging.unwrap_or(AdBits::AfterFlush));
+    machine.kvm().tlb().flush_all();
+    memstress.pass("read")?;
+    let machine = memstress.expect_machine()?;
+    let mm = Arc::clone(machine.mm());
+    let (done, ended) = channel();
+    let (round, pass) = std::thread::scope(|scope| {
+        let ager = aging.map(|_| scope.spawn(move || age_until(&mm, options.interval, &ended)));
+        let answer = memstress.pass(&command);
+        drop(done);
+        (answer, ager.and_then(|ager| ager.join().ok()))
+    });
+    let time = round?.time;
+    let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+    let each = milliseconds(time) / times as f64;
+    let mut phases = vec![Phase::new("", "ms", each)];
+    phases.extend(pass.map(|pass| Phase::time("aging pass", pass)));
+    Ok((phases, (milliseconds(options.window) / each).ceil().clamp(1.0, 1e9) as u64))
+}
+
+/// A pass every `interval`, the first at once, until `ended` is hung up; the mean time of a pass. One that takes longer than the
+/// interval is followed by the next at the next multiple of it.
+fn age_until(mm: &Mm, interval: Duration, ended: &Receiver<()>) -> Duration {
+    let (mut spent, mut passes) = (Duration::ZERO, 0_u32);
+    let mut next = Instant::now();
+    loop {
+        let began = Instant::now();
+        mm.age();
+        spent += began.elapsed();
+        passes += 1;
+        while next <= Instant::now() {
+            next += interval;
+        }
+        match ended.recv_timeout(next.saturating_duration_since(Instant::now())) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => return spent / passes,
+        }
+    }
+}
