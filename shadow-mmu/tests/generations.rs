@@ -26,7 +26,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 /// Aligned to 2 MiB.
 const BASE: Hva = Hva(0x7000_0000);
-/// More than twice around the four bits, with full looks in between.
+/// Around the five bits and on, with full looks in between.
 const PASSES: u64 = 3 * FULL_LOOK;
 
 /// Private memory in two tables, written before the script begins.

@@ -3,15 +3,15 @@
 //!
 //! A *pass* ([`Mm::age`]) begins a generation: it asks every secondary which pages were accessed since the last pass, looks at the
 //! primary's own marks, and notes the new generation at each page that was. A page's age is the number of passes since. Nothing
-//! else is kept: four bits of the primary pte say in which generation a page was last found young, so that a page takes
+//! else is kept: five bits of the primary pte say in which generation a page was last found young, so that a page takes
 //! its age along when it moves, and a secondary that loses its entry loses nothing. What that entry knew of accesses since the last
 //! pass it tells the frame, and the pass asks the frame. Only where one pte maps it: of a frame that several share (the zero frame always)
 //! an access whose entry was lost before the pass goes unnoticed, as nobody can say whose it was.
 //!
-//! # Four bits
-//! 0 says that no pass has found the page young. Otherwise they hold the generation modulo 15, plus 1: good for ages up to 14. A pass
-//! that comes upon an age of 14 sets it back to [`OLDEST`], above which ages are not told apart; so a page that stays idle is written
-//! every seventh pass, and every page is looked at in every pass.
+//! # Five bits
+//! 0 says that no pass has found the page young. Otherwise they hold the generation modulo 31, plus 1: good for ages up to 30. Every
+//! [`LEVEL`] passes, ages above [`OLDEST`], which are not told apart, are set back to it; so no age comes near 30, not even of a page
+//! that moves behind the back of a pass and is missed by it.
 //!
 //! # Cost
 //! A pass reads the leaf tables of the primary once. Of those of a shadow map it reads the ones that a CPU went through ([`Look`]); every
@@ -33,6 +33,8 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 pub const OLDEST: u8 = 7;
 /// Every this many passes a secondary looks at everything.
 pub const FULL_LOOK: u64 = 16;
+/// Every this many passes the ages of old pages are levelled.
+const LEVEL: u64 = 8;
 /// Pages of one part of a pass.
 const PART: u64 = 8192;
 /// Generations that the tag tells apart.
@@ -102,6 +104,29 @@ fn age_of(pte: Pte, generation: u64) -> PageAge {
     }
 }
 
+/// Notes `generation` at each of 64 pages that is young by its own mark, or by its bit in `young`. The caller holds the page-table lock.
+fn age_entries(entries: &[AtomicU64; 64], young: u64, generation: u64, pass: &mut AgingPass) {
+    let now = tag_of(generation, 0);
+    // Eight at a time: most are idle, and eight are asked as fast as one.
+    for (eight, first) in entries.as_chunks::<8>().0.iter().zip((0..).step_by(8)) {
+        let ptes = eight.each_ref().map(|entry| Pte(entry.load(Ordering::Relaxed)));
+        pass.present += ptes.iter().map(|pte| u64::from(pte.is_present())).sum::<u64>();
+        let mut young = young >> first & 0xff;
+        for (at, pte) in ptes.iter().enumerate() {
+            young |= u64::from(pte.is_young()) << at;
+        }
+        if young == 0 {
+            continue;
+        }
+        for (at, (entry, pte)) in eight.iter().zip(ptes).enumerate() {
+            if young >> at & 1 != 0 && pte.is_present() {
+                pass.young += 1;
+                entry.store(pte.old().with_tag(now).0, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
 impl Mm {
     /// Passes so far.
     pub fn generation(&self) -> u64 {
@@ -146,24 +171,43 @@ impl Mm {
         frames: Frames,
         pass: &mut AgingPass,
     ) {
-        let (now, wraps, oldest) =
-            (tag_of(generation, 0), tag_of(generation, GENERATIONS - 1), tag_of(generation, OLDEST.into()));
         self.for_each_leaf(part, |base, leaf, _| {
             // A part is made of whole tables.
-            for (entries, &bits) in leaf.entries().chunks(64).zip(young.of_table(base.page())) {
-                for (at, entry) in entries.iter().enumerate() {
-                    let pte = Pte(entry.load(Ordering::Relaxed));
-                    pass.present += u64::from(pte.is_present());
-                    let told = frames == Frames::Ask && pte.is_present() && self.take_accessed(pte);
-                    if pte.is_present() && (told || pte.is_young() || bits >> at & 1 != 0) {
-                        pass.young += 1;
-                        entry.store(pte.old().with_tag(now).0, Ordering::Relaxed);
-                    } else if pte.tag() == wraps {
-                        entry.store(pte.with_tag(oldest).0, Ordering::Relaxed);
-                    }
+            for (entries, &bits) in leaf.entries().as_chunks().0.iter().zip(young.of_table(base.page())) {
+                let told = match frames {
+                    Frames::Ask => self.accesses_of(entries),
+                    Frames::Skip => 0,
+                };
+                age_entries(entries, bits | told, generation, pass);
+            }
+        });
+        if generation.is_multiple_of(LEVEL) {
+            self.level(part, generation);
+        }
+    }
+
+    /// Sets ages that are not told apart back to the least of them.
+    fn level(&self, part: HvaRange, generation: u64) {
+        let oldest = tag_of(generation, OLDEST.into());
+        // A bit for each tag of a higher age.
+        let older =
+            (u64::from(OLDEST) + 1..GENERATIONS).fold(0u32, |tags, age| tags | 1 << tag_of(generation, age));
+        self.for_each_leaf(part, |_, leaf, _| {
+            for entry in leaf.entries() {
+                let pte = Pte(entry.load(Ordering::Relaxed));
+                if older >> pte.tag() & 1 != 0 {
+                    entry.store(pte.with_tag(oldest).0, Ordering::Relaxed);
                 }
             }
         });
+    }
+
+    /// Of which of these pages the frames were told that they were accessed, a bit each.
+    fn accesses_of(&self, entries: &[AtomicU64]) -> u64 {
+        entries.iter().enumerate().fold(0, |bits, (at, entry)| {
+            let pte = Pte(entry.load(Ordering::Relaxed));
+            bits | u64::from(self.take_accessed(pte)) << at
+        })
     }
 
     /// Whether the frame of `pte` was told of an access, by an entry that only this page can have had. The mark goes in any case: a
@@ -213,7 +257,7 @@ mod tests {
     use crate::addr::Pfn;
 
     #[test]
-    fn a_tag_tells_ages_up_to_fourteen_in_every_generation() {
+    fn a_tag_tells_ages_up_to_thirty_in_every_generation() {
         for generation in 1..100 {
             for age in 0..GENERATIONS {
                 let pte = Pte::anonymous(Pfn(1)).with_tag(tag_of(generation, age));

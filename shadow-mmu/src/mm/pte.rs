@@ -11,7 +11,7 @@
 //! | 10 | the frame belongs to an [`Object`](super::Object) (page cache or shared memory) |
 //! | 11 | a page of an [adopted mapping](super::watch) of the host: no frame of the pool |
 //! | 12–51 | pfn |
-//! | 52–55 | when it was last found young, see [`generations`](super::PageAge) |
+//! | 52–56 | when it was last found young, see [`generations`](super::PageAge) |
 //!
 //! The pfn of an adopted page lies beyond the pool's frames: there is no reference to hold, no map count, nothing to copy or
 //! to pin, as for the ptes of Linux's `VM_PFNMAP` mappings.
@@ -36,7 +36,7 @@ impl Pte {
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
     const TAG_SHIFT: u32 = 52;
     /// Values of the tag.
-    pub(super) const TAGS: u8 = 16;
+    pub(super) const TAGS: u8 = 32;
 
     /// No page.
     pub const NONE: Self = Self(0);

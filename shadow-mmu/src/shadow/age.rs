@@ -91,11 +91,16 @@ impl Core {
                 let mut gfn = base + entries.start as u64;
                 for some in table[entries].chunks(64) {
                     let mut bits = 0;
-                    for (at, leaf) in some.iter().enumerate() {
-                        if let Some(old) = entry::clear_young(leaf, ad) {
-                            bits |= 1 << at;
-                            if flush {
-                                gather.add(Gfn(gfn + at as u64), 1, old);
+                    for (eight, first) in some.chunks(8).zip((0..).step_by(8)) {
+                        if !entry::is_any_young(eight, ad) {
+                            continue;
+                        }
+                        for (at, leaf) in (first..).zip(eight) {
+                            if let Some(old) = entry::clear_young(leaf, ad) {
+                                bits |= 1 << at;
+                                if flush {
+                                    gather.add(Gfn(gfn + at), 1, old);
+                                }
                             }
                         }
                     }

@@ -58,6 +58,13 @@ pub(crate) fn take(entry: &AtomicU64) -> Spte {
     Spte(entry.swap(0, Ordering::AcqRel))
 }
 
+/// Whether one of these leaves may be young. Most are not, and to look at eight costs little more than to look at one.
+#[inline]
+pub(crate) fn is_any_young(entries: &[AtomicU64], ad: AdBits) -> bool {
+    let all = entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed));
+    Spte(all).is_young(ad)
+}
+
 /// Clears what says that the leaf was accessed, and returns the leaf as it was seen if it was young. Nothing else of it can be lost
 /// (I48: a lost W or D is never tolerated, a lost A is). The caller holds `mmu_lock` for reading.
 #[inline]

@@ -89,8 +89,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "a pass looks at the primary's own marks only.",
         file: "mm/generations.rs",
         behind: "",
-        original: "(told || pte.is_young() || bits >> at & 1 != 0)",
-        replacement: "(told || pte.is_young())",
+        original: "bits | told, generation",
+        replacement: "told, generation",
     },
     Mutant {
         name: "FastPathWithoutStep",
