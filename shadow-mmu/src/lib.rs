@@ -42,11 +42,11 @@
 //!              ├─ notifier: state of the intervals (never held over a callback)
 //!              ├─ iommu: translations
 //!              └─ shadow: active pairs
-//!                  └─ shadow: slots
-//!                      └─ shadow: mmu_lock (above it, alone: the list of rings)
-//!                          ├─ Tlb::flush, the engine's own
-//!                          ├─ shadow: bitmap of a dirty log
-//!                          └─ frame: free list
+//!                  └─ shadow: mmu_lock (above it, alone: the list of rings)
+//!                      ├─ Tlb::flush, the engine's own
+//!                      ├─ shadow: slots (a leaf: nothing is waited for with it held)
+//!                      ├─ shadow: bitmap of a dirty log
+//!                      └─ frame: free list
 //! ```
 //! The fault path never calls into `Mm` with `mmu_lock` held. Who is in a read section (an op, a pair) waits for no mmap_lock, for
 //! `Mm::release` holds that while it waits for sections to end. Every lock comes from [`sync`].

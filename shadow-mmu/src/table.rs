@@ -37,6 +37,8 @@ impl Link {
     const PRESENT: u64 = 1;
     /// A: set from the start, so that a CPU need not; one that goes through a link whose A was cleared sets it again.
     pub const ACCESSED: u64 = 1 << 5;
+    /// For who clears A: a look at the table with A clear has found nothing. The CPU ignores it.
+    pub const IDLE: u64 = 1 << 9;
     /// Writable, user, accessed: the leaf decides.
     const OPEN: u64 = 1 << 1 | 1 << 2 | Self::ACCESSED;
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
@@ -48,6 +50,14 @@ impl Link {
     /// Whether it leads anywhere.
     pub fn is_present(self) -> bool {
         self.0 & Self::PRESENT != 0
+    }
+    /// A.
+    pub fn is_accessed(self) -> bool {
+        self.0 & Self::ACCESSED != 0
+    }
+    /// Whether nobody can have accessed what the table maps: it was noted as idle, and no CPU went through the link since.
+    pub fn is_idle(self) -> bool {
+        self.0 & (Self::ACCESSED | Self::IDLE) == Self::IDLE
     }
     /// The frame of the table.
     pub fn pfn(self) -> Pfn {
@@ -119,6 +129,17 @@ impl Tables {
         }
         let leaf = (2..=TOP).rev().try_fold(self.root, |table, level| self.next(table, page, level))?;
         Some(self.pool.words(leaf))
+    }
+
+    /// Sets A of the link to the leaf table that covers `page`, as a CPU does that goes through it.
+    pub fn mark_accessed(&self, page: u64) {
+        let table = (3..=TOP).rev().try_fold(self.root, |table, level| self.next(table, page, level));
+        if let Some(link) = table.map(|table| &self.pool.words(table)[index(page, 2)]) {
+            let now = Link(link.load(Ordering::Relaxed));
+            if now.is_present() && !now.is_accessed() {
+                link.fetch_or(Link::ACCESSED, Ordering::AcqRel);
+            }
+        }
     }
 
     /// The leaf table that covers `page`, made if there is none.

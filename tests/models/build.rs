@@ -60,6 +60,7 @@ const LOOM_FILES: &[&str] = &[
     "shadow/dirty/bitmap.rs",
     "shadow/dirty/pages.rs",
     "shadow/dirty/ring.rs",
+    "shadow/dirty/runs.rs",
     "shadow/entry.rs",
     "shadow/spte.rs",
 ];
@@ -85,7 +86,7 @@ const LOOM_MODULES: &[(&str, &str)] = &[
     ),
     (
         "shadow/dirty/mod.rs",
-        "pub(crate) mod bitmap;\npub(crate) mod pages;\npub(crate) mod ring;\n\
+        "pub(crate) mod bitmap;\npub(crate) mod pages;\npub(crate) mod ring;\nmod runs;\n\
          #[derive(Debug)]\npub enum DirtyLogError { RingSize(u32) }\n",
     ),
 ];
@@ -105,6 +106,7 @@ const LOOM_CHANGES: Changes = &[
     ("shadow/dirty/bitmap.rs", "pub(super)", "pub(crate)"),
     ("shadow/dirty/pages.rs", "pub(super)", "pub(crate)"),
     ("shadow/dirty/ring.rs", "pub(super)", "pub(crate)"),
+    ("shadow/dirty/runs.rs", "pub(super)", "pub(crate)"),
 ];
 
 type Files = BTreeMap<String, String>;

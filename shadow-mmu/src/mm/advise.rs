@@ -164,6 +164,8 @@ impl Mm {
             for (mm, map) in std::iter::once((self, &*map)).chain(others) {
                 for there in map.vmas.iter().filter_map(|vma| mapped_part(vma, object, &pages)) {
                     mm.zap(there, Event::Clear);
+                    // Also where no pte was: the object's bytes go.
+                    mm.written(there);
                 }
             }
             object.drop_pages(pages);

@@ -16,7 +16,7 @@
 
 use super::{Mm, Pte, Vma, VmaFlags, count};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE, Pfn};
-use crate::frame::{Fill, FramePool, OutOfFrames};
+use crate::frame::{Fill, FrameFlags, FramePool, OutOfFrames};
 use crate::mm::object::NoPage;
 use crate::notifier::Event;
 use crate::table::index;
@@ -479,6 +479,10 @@ impl Mm {
                     }
                 }
             };
+            if self.pool.frame(frame).map_count() == 0 {
+                // What was known of it is of who had it mapped before.
+                self.pool.frame(frame).take_flags(FrameFlags::ACCESSED);
+            }
             self.pool.frame(frame).add_map();
             leaf.set(index(page.page(), 1), pte);
             count(if required { &self.stats.demand_pages } else { &self.stats.ahead_pages }, 1);

@@ -225,9 +225,10 @@ impl Mm {
     /// `visit` is called with the mmap lock and a page-table lock held, and must not call this `Mm`.
     pub fn for_each_age(&self, mut visit: impl FnMut(&Vma, HvaRange, PageAge)) {
         let map = self.map.read();
-        let generation = self.generation();
         for vma in map.vmas.iter() {
             self.for_each_leaf(vma.range, |base, leaf, entries| {
+                // Under the lock of the table: a pass that has been here has told its number before.
+                let generation = self.generation();
                 let mut run: Option<(HvaRange, PageAge)> = None;
                 for at in entries {
                     let pte = leaf.get(at);

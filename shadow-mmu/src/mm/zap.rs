@@ -4,6 +4,7 @@
 use super::{Mm, Pte, count};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::{Event, InvalidateGuard};
+use std::ops::Range;
 
 impl Mm {
     /// Clears every pte of `range` inside one pair and frees what they held. The caller holds the mmap lock.
@@ -22,20 +23,31 @@ impl Mm {
         let mut frames = Vec::new();
         let mut cleared = 0;
         self.for_each_leaf(range, |base, leaf, entries| {
-            let before = cleared;
-            for at in entries.clone() {
+            // What is read there next are other bytes, but where it was zeros.
+            let mut written = entries.start..entries.start;
+            let tell = |run: &Range<usize>| {
+                let at = |entry: usize| Hva(base.0 + entry as u64 * PAGE_SIZE);
+                if !run.is_empty() {
+                    self.written(HvaRange { start: at(run.start), end: at(run.end) });
+                }
+            };
+            for at in entries {
                 let pte = leaf.get(at);
-                if pte.is_present() {
-                    leaf.set(at, Pte::NONE);
-                    frames.extend(pte.counted_frame());
-                    cleared += 1;
+                if !pte.is_present() {
+                    continue;
+                }
+                leaf.set(at, Pte::NONE);
+                frames.extend(pte.counted_frame());
+                cleared += 1;
+                if !pte.is_zero() {
+                    if written.end != at {
+                        tell(&written);
+                        written.start = at;
+                    }
+                    written.end = at + 1;
                 }
             }
-            if cleared > before {
-                // What is read there next are other bytes.
-                let at = |entry: usize| Hva(base.0 + entry as u64 * PAGE_SIZE);
-                self.written(HvaRange { start: at(entries.start), end: at(entries.end) });
-            }
+            tell(&written);
         });
         drop(pair);
         frames.iter().for_each(|&pfn| self.pool.frame(pfn).remove_map());

@@ -14,7 +14,7 @@
 //! | `invalidate_page` | the mmap lock | yes |
 //! | `invalidate_range`, `change_pte`, the young ops of 4.x | a page-table lock | no |
 //! | `test_clear_young` | the mmap lock for reading | yes |
-//! | `written` | what the writer holds: the mmap lock, or the lock of an access by a device | no |
+//! | `written` | what the writer holds: the mmap lock, a page-table lock, or the lock of an access by a device | no |
 //!
 //! Every op and every pair is a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections, cannot
 //! be done inside of one; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks.

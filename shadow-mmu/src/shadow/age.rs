@@ -8,10 +8,12 @@
 //! access-tracked has lost W, and whoever protects it next, and finds nothing to do, must not return before our flush (R16).
 //!
 //! # Tables that are passed over
-//! A CPU on its way to a leaf sets A in the link to its table. When a look at a whole table has found nothing young, A of the link is cleared, and
-//! while it stays clear there is nothing to look at. A CPU that had set A of the link just before, and sets that of the leaf just after the
-//! look, is not seen until the next [`Look::Everything`]; nor is one that went through a link that it has cached. Both are false negatives,
-//! which aging tolerates; the ops of 4.x, which answer for every page of their range, look at everything.
+//! A CPU on its way to a leaf sets A in the link to its table. When a look at a whole table has found nothing young, A of the link is cleared. When the
+//! next look finds it still clear, and again nothing young, the table is noted as idle, and passed over until A of the link is set.
+//! Two looks, for a CPU may have set A of the link before it was cleared and set that of the leaf after the first look was there; the second
+//! one finds it. What is missed is a CPU that takes longer than the time between two passes from the link to the leaf, and on CPUs that
+//! keep links cached, one that got the link from its cache; both until the next [`Look::Everything`]. The ops of 4.x, which answer for every page of their
+//! range, look at everything.
 
 use super::gather::Gather;
 use super::{AdBits, Core, ShadowMmu, entry};
@@ -83,7 +85,8 @@ impl Core {
         let mut gather = Gather::new(self.tlb.as_ref());
         for (slot, gfns) in slots.parts_of(young.range()) {
             self.tables.for_each_leaf_link(gfns, |base, link, table, entries| {
-                if skip && !is_marked(link) {
+                let marks = Link(link.load(Ordering::Acquire));
+                if skip && marks.is_idle() {
                     return;
                 }
                 let whole = entries.len() as u64 == ENTRIES;
@@ -110,8 +113,8 @@ impl Core {
                     }
                     gfn += some.len() as u64;
                 }
-                if !any && whole && ad != AdBits::None && is_marked(link) {
-                    link.fetch_and(!Link::ACCESSED, Ordering::AcqRel);
+                if ad != AdBits::None && whole {
+                    note(link, marks, any);
                 }
             });
         }
@@ -127,7 +130,14 @@ impl Core {
     }
 }
 
-/// Whether a CPU went through the link since its mark was cleared.
-fn is_marked(link: &AtomicU64) -> bool {
-    link.load(Ordering::Relaxed) & Link::ACCESSED != 0
+/// Notes at the link of a table what a look at all of it came to, which began when the link was `seen`.
+fn note(link: &AtomicU64, seen: Link, any_young: bool) {
+    match (seen.is_accessed(), any_young) {
+        // In use.
+        (_, true) => {}
+        // The first look that found nothing; a walk may be under way.
+        (true, false) => _ = link.fetch_and(!(Link::ACCESSED | Link::IDLE), Ordering::AcqRel),
+        // The second. A walk that begins now sets A.
+        (false, false) => _ = link.fetch_or(Link::IDLE, Ordering::AcqRel),
+    }
 }

@@ -99,6 +99,8 @@ pub(crate) enum Restored {
     Access,
     /// It has W now, and had not before; whoever logs writes has heard of it (R20).
     Write,
+    /// Both.
+    AccessAndWrite,
     /// Only the primary can say whether the access is allowed.
     No,
 }
@@ -119,8 +121,9 @@ pub(crate) fn restore(entry: &AtomicU64, access: Access, record: impl FnOnce()) 
             record();
         }
         match entry.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) if new.is_writable() => return Restored::Write,
-            Ok(_) => return Restored::Access,
+            Ok(_) if !new.is_writable() => return Restored::Access,
+            Ok(_) if old.is_present() => return Restored::Write,
+            Ok(_) => return Restored::AccessAndWrite,
             Err(now) => old = Spte(now),
         }
     }

@@ -22,7 +22,7 @@ pub enum FaultCause {
     Mapped,
     /// A write got a copy of its own.
     CopyOnWrite,
-    /// The leaf had lost W to a dirty log, and got it back without asking the address space.
+    /// The leaf had no W because a dirty log wants to hear of the write, or because the CPU sets no D, and got it without asking the address space.
     WriteProtect,
     /// The leaf was access-tracked.
     AccessTracked,
@@ -167,9 +167,11 @@ impl ShadowMmu {
             match installed {
                 Ok(Installed::Stale) => core.drop_stale(gfn, &pinned),
                 Ok(Installed::Already) => {
+                    core.stats.pf_spurious.fetch_add(1, Ordering::Relaxed);
                     return Ok(FaultOutcome { cause: FaultCause::Spurious, retries: attempt });
                 }
                 Ok(Installed::New | Installed::Upgraded) => {
+                    core.tables.mark_accessed(gfn.0);
                     core.stats.pf_fixed.fetch_add(1, Ordering::Relaxed);
                     if fresh.len() > 1 {
                         core.stats.around_installed.fetch_add(fresh.len() as u64 - 1, Ordering::Relaxed);
@@ -233,12 +235,15 @@ impl Core {
                 log.record(gfn, vcpu.ring.as_mut());
             }
         });
-        match restored {
-            Restored::No => None,
-            Restored::Already => Some(FaultCause::Spurious),
-            Restored::Access => Some(FaultCause::AccessTracked),
-            Restored::Write => Some(FaultCause::WriteProtect),
-        }
+        let cause = match restored {
+            Restored::No => return None,
+            Restored::Already => return Some(FaultCause::Spurious),
+            Restored::Access | Restored::AccessAndWrite => FaultCause::AccessTracked,
+            Restored::Write => FaultCause::WriteProtect,
+        };
+        // The leaf's A was set here, not by a CPU on its way through the link.
+        self.tables.mark_accessed(gfn.0);
+        Some(cause)
     }
 
     /// Installs `new` for `gfn`, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for reading and has
@@ -262,8 +267,8 @@ impl Core {
             HvaRange::page(required.hva)
         );
         self.stats.stale_leaves.fetch_add(1, Ordering::Relaxed);
-        let slots = self.slots.read().clone();
         let _exclusive = self.windows.write();
+        let slots = self.slots.read().clone();
         let mut gather = Gather::new(self.tlb.as_ref());
         self.zap(&slots, gfn.0..gfn.0 + 1, &mut gather);
         self.seq.removed();

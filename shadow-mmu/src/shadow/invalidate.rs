@@ -12,8 +12,9 @@ use crate::table::LOWER_HALF_PAGES;
 impl Core {
     /// Drops the leaves of one page, as a removal of its own.
     fn drop_page(&self, hva: Hva) {
-        let slots = self.slots.read().clone();
         let _exclusive = self.windows.write();
+        // Under the lock, for there is no pair that would keep them: a log that begins meanwhile must hear of D.
+        let slots = self.slots.read().clone();
         let mut gather = Gather::new(self.tlb.as_ref());
         for gfns in slots.gfns_of(HvaRange::page(hva)) {
             self.zap(&slots, gfns, &mut gather);

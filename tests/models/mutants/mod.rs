@@ -56,8 +56,8 @@ pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[
     ),
     (
         "shadow/entry.rs",
-        "Ok(_) if new.is_writable() => return Restored::Write,",
-        "Ok(_) if new.is_writable() => {\n                if let Some(record) = late {\n                    record();\n                }\n                return Restored::Write;\n            }",
+        "Ok(_) if !new.is_writable() => return Restored::Access,",
+        "Ok(_) if !new.is_writable() => return Restored::Access,\n            Ok(_) if let Some(record) = late.take() => {\n                record();\n                return Restored::Write;\n            }",
     ),
     // What a mutant takes for what comes later.
     (

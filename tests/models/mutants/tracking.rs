@@ -81,8 +81,8 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "I48: a table that CPUs use is passed over by the next look.",
         file: "shadow/age.rs",
         behind: "",
-        original: "!any && whole && ad != AdBits::None && is_marked(link)",
-        replacement: "whole && ad != AdBits::None && is_marked(link)",
+        original: "note(link, marks, any);",
+        replacement: "note(link, marks, false);",
     },
     Mutant {
         name: "PassIgnoresSecondaries",
@@ -259,7 +259,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         breaks: "I34: nobody says that there are other bytes where pages were taken away.",
         file: "mm/zap.rs",
         behind: "",
-        original: "self.written(HvaRange { start: at(entries.start), end: at(entries.end) });",
+        original: "self.written(HvaRange { start: at(run.start), end: at(run.end) });",
         replacement: "",
     },
     Mutant {
@@ -300,7 +300,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         file: "shadow/dirty/bitmap.rs",
         behind: "",
         original: "let mut parts = self.parts.write();
-        if parts.get(&part).is_some_and(Part::is_empty) {
+        if parts.get(&part).is_some_and(is_empty) {
             parts.remove(&part);
         }",
         replacement: "self.parts.write().remove(&part);",
@@ -311,7 +311,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         file: "shadow/dirty/bitmap.rs",
         behind: "",
         original: "let mut parts = self.parts.write();
-        if parts.get(&part).is_some_and(Part::is_empty) {
+        if parts.get(&part).is_some_and(is_empty) {
             parts.remove(&part);
         }",
         replacement: "",

@@ -17,6 +17,7 @@ use shadow_mmu::mm::{FaultError, FaultRequest, Mm};
 use shadow_mmu::notifier::Misuse;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory};
 
 /// The guest's memory.
@@ -176,6 +177,10 @@ impl UserMemory {
         let slice = slices.next().ok_or(Errno::EFAULT)?.map_err(fault)?;
         let word = slice.get_atomic_ref::<AtomicU32>(0).map_err(|_| Errno::EFAULT)?;
         let old = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, &mut change);
+        if old.is_ok() {
+            // vm-memory does not tell of what goes through a reference.
+            slice.bitmap().mark_dirty(0, 4);
+        }
         Ok(old.unwrap_or_else(|unchanged| unchanged))
     }
 }

@@ -77,6 +77,8 @@ impl Watcher {
     fn clear(&self, map: &Map, pfns: &Range<u32>, event: Event) {
         for (range, _) in showing(map, pfns) {
             self.mm.zap(range, event);
+            // Also where no pte was: the mapping's own bytes have gone.
+            self.mm.written(range);
         }
     }
 

@@ -5,39 +5,35 @@
 //! reading by who sets or takes bits, for writing by who adds or drops a part. It is a leaf lock.
 //!
 //! A guest chooses which pages it writes, and must not make umbra's memory grow by it. So there is a limit of parts, and beyond it a part has
-//! no bits of its own: all its pages count as written once one is. A record too many costs its reader time, one too few would
-//! cost data (I37).
+//! no bits of its own: all its pages count as written once one is (*whole*). Such parts are kept by runs; where there are too many of those,
+//! they become one with all that is between them. A record too many costs its reader time, one too few would cost data (I37).
 
 use super::pages::{PART, WORDS, place};
+use super::runs::Runs;
 use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-/// Pages of a part, each written or not.
-#[derive(Debug)]
-enum Part {
-    Bits(Box<[AtomicU64; WORDS]>),
-    /// All of them are.
-    All,
+/// Runs of parts without bits of their own at most.
+const WHOLE_MOST: usize = 1024;
+
+type Part = Box<[AtomicU64; WORDS]>;
+
+fn filled(word: impl Fn(usize) -> u64) -> Part {
+    Box::new(std::array::from_fn(|at| AtomicU64::new(word(at))))
 }
 
-impl Part {
-    fn filled(word: u64) -> Self {
-        Self::Bits(Box::new(std::array::from_fn(|_| AtomicU64::new(word))))
-    }
-
-    fn is_empty(&self) -> bool {
-        match self {
-            Self::Bits(words) => words.iter().all(|word| word.load(Ordering::Relaxed) == 0),
-            Self::All => false,
-        }
-    }
+fn is_empty(part: &Part) -> bool {
+    part.iter().all(|word| word.load(Ordering::Relaxed) == 0)
 }
 
 /// Pages of a memslot, by their offset in it.
 #[derive(Debug)]
 pub(super) struct Bitmap {
     parts: RwLock<BTreeMap<u64, Part>>,
+    /// Pages that count as written as a whole: parts, cut off where the slot ends. Below the lock of `parts`.
+    whole: RwLock<Runs>,
     /// Pages of the slot.
     pages: u64,
     /// Parts that have bits of their own at most.
@@ -47,63 +43,80 @@ pub(super) struct Bitmap {
 impl Bitmap {
     /// No page of `pages`.
     pub(super) fn new(pages: u64, limit: usize) -> Self {
-        Self { parts: RwLock::default(), pages, limit }
+        Self { parts: RwLock::default(), whole: RwLock::default(), pages, limit }
     }
 
     /// Adds `page`.
     pub(super) fn mark(&self, page: u64) {
         let (part, word, bit) = place(page);
-        let set = |part: &Part| {
-            if let Part::Bits(words) = part {
-                // Most are set already; then the cache line stays shared. Release: a reader that takes the bit sees what was written.
-                if words[word].load(Ordering::Relaxed) & bit == 0 {
-                    words[word].fetch_or(bit, Ordering::AcqRel);
-                }
+        let set = |words: &Part| {
+            // Most are set already; then the cache line stays shared. Release: a reader that takes the bit sees what was written.
+            if words[word].load(Ordering::Relaxed) & bit == 0 {
+                words[word].fetch_or(bit, Ordering::AcqRel);
             }
         };
-        if let Some(part) = self.parts.read().get(&part) {
-            return set(part);
+        if let Some(words) = self.parts.read().get(&part) {
+            return set(words);
+        }
+        if self.whole.read().contains(page) {
+            return;
         }
         let mut parts = self.parts.write();
-        let with_bits = parts.len() < self.limit;
-        set(parts.entry(part).or_insert_with(|| if with_bits { Part::filled(0) } else { Part::All }));
+        if parts.len() < self.limit || parts.contains_key(&part) {
+            return set(parts.entry(part).or_insert_with(|| filled(|_| 0)));
+        }
+        let mut whole = self.whole.write();
+        whole.insert(self.pages_of(part));
+        if whole.len() > WHOLE_MOST {
+            whole.collapse();
+        }
     }
 
-    /// The first part at or behind `part` that has a page.
+    /// Adds every page of `pages`.
+    pub(super) fn mark_range(&self, pages: Range<u64>) {
+        const LONG: u64 = PART;
+        if pages.end - pages.start < LONG {
+            return pages.for_each(|page| self.mark(page));
+        }
+        let mut whole = self.whole.write();
+        whole.insert(pages);
+        if whole.len() > WHOLE_MOST {
+            whole.collapse();
+        }
+    }
+
+    /// The pages of a part that the slot has.
+    fn pages_of(&self, part: u64) -> Range<u64> {
+        let first = part.saturating_mul(PART).min(self.pages);
+        first..first.saturating_add(PART).min(self.pages)
+    }
+
+    /// The first part at or behind `part` that has bits of its own.
     pub(super) fn next_part(&self, part: u64) -> Option<u64> {
         self.parts.read().range(part..).next().map(|(&part, _)| part)
     }
 
-    /// The bits of those pages of part `part` that the slot has.
-    fn mask(&self, part: u64, word: usize) -> u64 {
-        let first = part * PART + word as u64 * 64;
-        match self.pages.saturating_sub(first) {
-            0 => 0,
-            left @ 1..64 => (1 << left) - 1,
-            _ => !0,
-        }
+    /// Pages that count as written as a whole.
+    pub(super) fn whole(&self) -> Runs {
+        self.whole.read().clone()
+    }
+
+    /// Takes those of `pages` that count as written as a whole.
+    pub(super) fn take_whole(&self, pages: Range<u64>) -> Runs {
+        self.whole.write().take(pages)
     }
 
     /// The words of one part, added to `into`.
     pub(super) fn copy(&self, part: u64, into: &mut [u64; WORDS]) {
-        match self.parts.read().get(&part) {
-            None => {}
-            Some(Part::Bits(words)) => {
-                into.iter_mut()
-                    .zip(words.iter())
-                    .for_each(|(into, word)| *into |= word.load(Ordering::Acquire));
-            }
-            Some(Part::All) => {
-                into.iter_mut().enumerate().for_each(|(at, into)| *into |= self.mask(part, at));
-            }
+        if let Some(words) = self.parts.read().get(&part) {
+            into.iter_mut().zip(words.iter()).for_each(|(into, word)| *into |= word.load(Ordering::Acquire));
         }
     }
 
-    /// Takes those bits of one part that `wanted` has, and returns which were set.
+    /// Takes those bits of one part that `wanted` has, and returns which were set. What counts as written as a whole has no bits.
     pub(super) fn take(&self, part: u64, wanted: &[u64; WORDS]) -> Box<[u64; WORDS]> {
         let mut taken = Box::new([0; WORDS]);
-        self.give_bits_of_its_own(part);
-        if let Some(Part::Bits(words)) = self.parts.read().get(&part) {
+        if let Some(words) = self.parts.read().get(&part) {
             for ((taken, word), &wanted) in taken.iter_mut().zip(words.iter()).zip(wanted) {
                 if wanted != 0 && word.load(Ordering::Relaxed) & wanted != 0 {
                     *taken = word.fetch_and(!wanted, Ordering::AcqRel) & wanted;
@@ -112,33 +125,32 @@ impl Bitmap {
         }
         // Under the write lock nobody sets a bit, so what is empty stays so until it is dropped.
         let mut parts = self.parts.write();
-        if parts.get(&part).is_some_and(Part::is_empty) {
+        if parts.get(&part).is_some_and(is_empty) {
             parts.remove(&part);
         }
         taken
     }
 
-    /// A part of which all pages count as written gets bits, all set: some are about to be taken.
-    fn give_bits_of_its_own(&self, part: u64) {
-        let all = |parts: &BTreeMap<u64, Part>| matches!(parts.get(&part), Some(Part::All));
-        if !all(&self.parts.read()) {
+    /// What counts as written as a whole in a part gets bits, all set: some are about to be taken. The reader's doing, not the guest's, so
+    /// it has no limit.
+    pub(super) fn give_bits_of_its_own(&self, part: u64) {
+        let pages = self.pages_of(part);
+        if self.whole.read().iter().all(|run| run.end <= pages.start || pages.end <= run.start) {
             return;
         }
         let mut parts = self.parts.write();
-        if all(&parts) {
-            let words = std::array::from_fn(|at| AtomicU64::new(self.mask(part, at)));
-            parts.insert(part, Part::Bits(Box::new(words)));
+        let words = parts.entry(part).or_insert_with(|| filled(|_| 0));
+        for page in self.whole.write().take(pages).iter().flatten() {
+            let (_, at, bit) = place(page);
+            words[at].fetch_or(bit, Ordering::AcqRel);
         }
     }
 
     /// Whether `page` is there.
     pub(super) fn contains(&self, page: u64) -> bool {
         let (part, word, bit) = place(page);
-        match self.parts.read().get(&part) {
-            None => false,
-            Some(Part::Bits(words)) => words[word].load(Ordering::Acquire) & bit != 0,
-            Some(Part::All) => true,
-        }
+        let has = |words: &Part| words[word].load(Ordering::Acquire) & bit != 0;
+        self.parts.read().get(&part).is_some_and(has) || self.whole.read().contains(page)
     }
 }
 
@@ -170,14 +182,25 @@ mod tests {
         bitmap.mark(5);
         bitmap.mark(PART + 5);
         assert!(!bitmap.contains(6) && bitmap.contains(PART + 6));
-        let mut words = [0; WORDS];
-        bitmap.copy(1, &mut words);
-        assert_eq!(words[..3], [!0, (1 << 36) - 1, 0]);
+        assert_eq!(bitmap.whole().iter().collect::<Vec<_>>(), vec![PART..PART + 100]);
         let mut only = [0; WORDS];
         only[0] = 1;
+        bitmap.give_bits_of_its_own(1);
         assert_eq!(bitmap.take(1, &only)[0], 1);
         assert!(!bitmap.contains(PART) && bitmap.contains(PART + 1), "the others are still to be told");
         assert_eq!(bitmap.take(1, &EVERY)[..2], [!1, (1 << 36) - 1]);
-        assert_eq!(bitmap.next_part(1), None);
+        assert_eq!((bitmap.next_part(1), bitmap.whole().len()), (None, 0));
+    }
+
+    #[test]
+    fn i37_however_far_apart_a_guest_writes_the_bitmap_stays_small() {
+        let bitmap = Bitmap::new(1 << 35, 4);
+        for part in 0..20_000 {
+            bitmap.mark(2 * part * PART + 7);
+        }
+        assert!((0..20_000).all(|part| bitmap.contains(2 * part * PART + 7)));
+        assert!(bitmap.parts.read().len() == 4 && bitmap.whole().len() <= WHOLE_MOST);
+        bitmap.mark_range(0..1 << 35);
+        assert!(bitmap.contains((1 << 35) - 1) && bitmap.whole().len() == 1);
     }
 }

@@ -4,7 +4,7 @@
 //! A report goes through the slot 128 MiB at a time, each under its own hold of `mmu_lock` for writing, with its own flush in it; so a fault
 //! waits for one part at most. The log is no snapshot of one moment, as KVM's is none: what it promises, it promises for each page.
 
-use super::pages::{PART, WORDS, bits};
+use super::pages::{PART, WORDS, bits, place};
 use super::{DirtyGfn, DirtyLog, DirtyLogError, DirtyMethod, DirtyPages, ProtectOn};
 use crate::addr::Gfn;
 use crate::shadow::gather::Gather;
@@ -50,6 +50,7 @@ impl ShadowMmu {
                 ProtectOn::Clear => {
                     // Nothing is taken, so nothing is excluded but the removal of tables.
                     let _stable = core.windows.read();
+                    core.still_logs(&log)?;
                     let mut words = [0; WORDS];
                     log.bitmap.copy(part, &mut words);
                     if log.config.method == DirtyMethod::DirtyBit {
@@ -63,6 +64,21 @@ impl ShadowMmu {
             }
             next = part + 1;
         }
+        // Last, as what D told of moves here and never back. And whoever found nothing at all must have looked at a log that is there.
+        let exclusive = core.windows.write();
+        core.still_logs(&log)?;
+        let whole = match log.config.protect {
+            ProtectOn::Clear => log.bitmap.whole(),
+            ProtectOn::Get => {
+                let taken = log.bitmap.take_whole(0..memslot.pages);
+                let mut gather = Gather::new(core.tlb.as_ref());
+                taken.iter().for_each(|run| core.arm_run(&memslot, &log, run, &mut gather));
+                core.finish(gather);
+                taken
+            }
+        };
+        drop(exclusive);
+        whole.iter().for_each(|run| pages.add_whole(run));
         Ok(pages)
     }
 
@@ -97,10 +113,28 @@ impl ShadowMmu {
             if any != 0 {
                 let _exclusive = core.windows.write();
                 core.still_logs(&log)?;
+                log.bitmap.give_bits_of_its_own(part);
                 let mut gather = Gather::new(core.tlb.as_ref());
                 core.take_and_arm(&memslot, &log, part, &wanted, &mut gather);
                 core.finish(gather);
             }
+        }
+        for run in dirty.whole_runs() {
+            let run = run.start.max(pages.start)..run.end.min(pages.end);
+            if run.is_empty() {
+                continue;
+            }
+            let _exclusive = core.windows.write();
+            core.still_logs(&log)?;
+            let mut gather = Gather::new(core.tlb.as_ref());
+            log.bitmap.take_whole(run.clone());
+            let mut next = run.start / PART;
+            while let Some(part) = log.bitmap.next_part(next).filter(|part| part * PART < run.end) {
+                log.bitmap.take(part, &words_of(part, &run));
+                next = part + 1;
+            }
+            core.arm_run(&memslot, &log, run, &mut gather);
+            core.finish(gather);
         }
         Ok(())
     }
@@ -130,13 +164,26 @@ impl ShadowMmu {
                 core.finish(gather);
             }
         }
-        if count > 0 {
-            rings.iter().for_each(|ring| ring.wake());
-        }
-        // A ring whose vCPU is gone and that nobody collects from.
+        // Those whose vCPU is gone and that nobody collects from.
         rings.retain(|ring| Arc::strong_count(ring) > 1);
+        let all = rings.clone();
+        drop(rings);
+        if count > 0 {
+            all.iter().for_each(|ring| ring.wake());
+        }
         count
     }
+}
+
+/// The words of those pages of a part that lie in `run`.
+fn words_of(part: u64, run: &Range<u64>) -> Words {
+    let mut words = [0; WORDS];
+    let first = part * PART;
+    for page in run.start.max(first)..run.end.min(first + PART) {
+        let (_, word, bit) = place(page);
+        words[word] |= bit;
+    }
+    words
 }
 
 /// Adds the words of one part, if they have a bit.
@@ -213,15 +260,25 @@ impl Core {
     /// Arms every leaf of a slot whose log was just published; in a log that begins with every page written, notes those that have
     /// W instead (I33). The caller holds `mmu_lock` for writing, and flushes.
     pub(in crate::shadow) fn arm_slot(&self, memslot: &Memslot, log: &DirtyLog, gather: &mut Gather<'_>) {
+        if log.begins_clean() {
+            return self.arm_run(memslot, log, 0..memslot.pages, gather);
+        }
         self.tables.for_each_leaf_table(memslot.gfns(), |base, table, entries| {
             for at in entries {
-                let gfn = Gfn(base + at as u64);
-                if !log.begins_clean() {
-                    if Spte(table[at].load(Ordering::Acquire)).is_writable() {
-                        log.mark(gfn);
-                    }
-                    continue;
+                if Spte(table[at].load(Ordering::Acquire)).is_writable() {
+                    let gfn = Gfn(base + at as u64);
+                    log.mark(gfn);
                 }
+            }
+        });
+    }
+
+    /// Makes the next write of each of `pages` of the slot be seen. The caller as above.
+    fn arm_run(&self, memslot: &Memslot, log: &DirtyLog, pages: Range<u64>, gather: &mut Gather<'_>) {
+        let gfns = memslot.gfn.0 + pages.start..memslot.gfn.0 + pages.end;
+        self.tables.for_each_leaf_table(gfns, |base, table, entries| {
+            for at in entries {
+                let gfn = Gfn(base + at as u64);
                 let old = match log.config.method {
                     DirtyMethod::WriteProtect => entry::write_protect(&table[at]),
                     DirtyMethod::DirtyBit => {

@@ -16,6 +16,9 @@
 //! there, is told by [`written`](crate::notifier::MmuNotifier::written), and goes to the bitmap also where vCPUs have rings. A device's write is told
 //! right after it is made, so a report may miss it that was made between the two; the next one has it.
 //!
+//! A mapping that is made brings bytes along that nobody wrote: of a file, or of shared memory that was mapped elsewhere. A reader takes the
+//! pages of a new VMA with an object for written.
+//!
 //! A record may say that a page was written which was not yet, or never, but never the reverse (I37). Pages are guest frames: memory that is mapped at two
 //! addresses is reported at the one that was written.
 //!
@@ -31,6 +34,7 @@ mod bitmap;
 mod harvest;
 mod pages;
 mod ring;
+mod runs;
 
 pub use pages::DirtyPages;
 pub use ring::{DirtyGfn, DirtyRing, RING_LEAST, RING_MOST, VcpuRing};
@@ -116,6 +120,11 @@ pub enum DirtyLogError {
     /// `AllDirty` without `ProtectOn::Clear`.
     #[error("a log that begins with every page written is cleared by its reader: it needs protect on clear")]
     AllDirtyNeedsClear,
+    /// Inside a pair or an op of this thread: it would wait for itself.
+    #[error(
+        "inside a notifier callback or a pair a dirty log can be neither begun nor ended: it would wait for itself"
+    )]
+    InsideCallback,
     /// A log whose report arms has nothing to clear (`EINVAL`).
     #[error("this log is cleared by its report")]
     ClearedByGet,
@@ -196,18 +205,20 @@ impl Core {
         let slots = self.slots.read().clone();
         for (slot, gfns) in slots.parts_of(range) {
             if let Some(log) = slots.log_of(slot.gfn) {
-                gfns.for_each(|gfn| log.mark(Gfn(gfn)));
+                log.bitmap.mark_range(gfns.start - slot.gfn.0..gfns.end - slot.gfn.0);
             }
         }
     }
 }
 
 impl ShadowMmu {
-    /// Begins to log writes to the slot that starts at `slot`. Waits until no pair is open.
+    /// Begins to log writes to the slot that starts at `slot`. Waits until no pair is open, as every change of slots; a guest that changes its
+    /// mappings without pause makes it wait for as long as it does.
     ///
     /// # Errors
     /// [`DirtyLogError`].
     pub fn enable_dirty_log(&self, slot: Gfn, config: DirtyLogConfig) -> Result<(), DirtyLogError> {
+        self.refuse_inside()?;
         if config.records == DirtyRecords::Rings && config.method == DirtyMethod::DirtyBit {
             return Err(DirtyLogError::RingsNeedFaults);
         }
@@ -238,16 +249,23 @@ impl ShadowMmu {
         let slots = self.slots();
         let (Some(memslot), Some(log)) = (slots.find(slot), slots.log_of(slot)) else { return };
         self.mm.for_each_age(|_, range, _| {
-            memslot.gfns_of(range).for_each(|gfn| log.mark(Gfn(gfn)));
+            let gfns = memslot.gfns_of(range);
+            log.bitmap.mark_range(gfns.start.saturating_sub(slot.0)..gfns.end.saturating_sub(slot.0));
         });
     }
 
-    /// Ends the log of the slot that starts at `slot`. Waits until no pair is open. W comes back page by page, without asking the primary.
+    /// Ends the log of the slot that starts at `slot`. Waits until no pair is open. W comes back page by page, without asking the primary. Rings keep
+    /// what they have: a vCPU that waits for room goes on waiting until its ring was harvested and reset.
     ///
     /// # Errors
     /// [`DirtyLogError::NotLogged`], [`DirtyLogError::Slot`].
     pub fn disable_dirty_log(&self, slot: Gfn) -> Result<(), DirtyLogError> {
+        self.refuse_inside()?;
         self.unset_log(slot)
+    }
+
+    fn refuse_inside(&self) -> Result<(), DirtyLogError> {
+        if self.mm.notifiers().inside() { Err(DirtyLogError::InsideCallback) } else { Ok(()) }
     }
 
     /// From now on [`reset_dirty_rings`](Self::reset_dirty_rings) takes back entries of this ring too, until nobody else has it.

@@ -111,13 +111,13 @@ impl DirtyRing {
         self.used() >= self.size() - RESERVED
     }
 
-    /// From now on `wake` is called whenever entries were taken back.
+    /// From now on `wake` is called whenever entries were taken back, of any ring. It must not call this function.
     pub fn on_reset(&self, wake: impl Fn() + Send + Sync + 'static) {
         *self.wake.lock() = Some(Box::new(wake));
     }
 
     /// Calls `visit` with every entry that the vCPU has pushed and nobody has harvested, in order, and marks them harvested. Returns how
-    /// many there were.
+    /// many there were. `visit` must not harvest the same ring.
     pub fn harvest(&self, mut visit: impl FnMut(DirtyGfn)) -> u32 {
         let mut next = self.harvested.lock();
         let mut count = 0;

@@ -81,6 +81,7 @@ fn whole_part() {
     });
     let mut only = [0; WORDS];
     only[0] = 0b11;
+    bitmap.give_bits_of_its_own(0);
     let first = bitmap.take(0, &only)[0];
     marker.join().unwrap();
     let second = bitmap.take(0, &EVERY);

@@ -72,7 +72,8 @@ fn track() {
     let here = entry::clear_young(&entry, AdBits::None).is_some();
     let (restored, there) = (fault.join().unwrap(), ager.join().unwrap());
     let left = now(&entry);
-    assert_eq!(restored, Restored::Write, "the leaf had no W, and may have it");
+    let gave_write = matches!(restored, Restored::Write | Restored::AccessAndWrite);
+    assert!(gave_write, "the leaf had no W, and may have it: {restored:?}");
     assert!(left.is_dirty(), "W came back, and D with it: {left:?} (I25)");
     assert!(left.is_leaf() && left.is_legal() && left.pfn() == PFN, "{left:?}");
     // Tracked last, or restored last: then with all that was asked for (I50).
@@ -93,7 +94,8 @@ fn restore() {
     let reader = entry::restore(&entry, READ, || {});
     let writer = writer.join().unwrap();
     let left = now(&entry);
-    assert_eq!(writer, Restored::Write, "who gives W says so, for the log (R20)");
+    let gave_write = matches!(writer, Restored::Write | Restored::AccessAndWrite);
+    assert!(gave_write, "who gives W says so, for the statistics: {writer:?}");
     assert!(matches!(reader, Restored::Access | Restored::Already), "{reader:?}");
     assert!(left.rights() == RW && left.is_dirty(), "a write or a right is lost: {left:?}");
 }
