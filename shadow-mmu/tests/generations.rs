@@ -42,6 +42,8 @@ const SOME_PAGES: u64 = 300;
 /// Private memory that moves between two places.
 const HOMES: [u64; 2] = [5120, 6181];
 const MOVED_PAGES: u64 = 64;
+/// A page of its own, far from the others.
+const HOT: Hva = Hva(0x7000_0000 + (1 << 30));
 
 /// What the pages should be like.
 #[derive(Debug, Default)]
@@ -218,6 +220,8 @@ fn passes_run_beside_everything_that_changes_the_space() {
         let machine = Machine::with_ad_bits(8192, ad);
         let script = Script::new(&machine, 9);
         drop(script);
+        // Shared, so that no fork makes its frame one of several ptes.
+        machine.map_at(HOT, 1, RW, MapFlags::SHARED);
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let stop_all = StopOnDrop(&stop);
@@ -239,6 +243,21 @@ fn passes_run_beside_everything_that_changes_the_space() {
                     let pass = machine.mm.age();
                     assert!(pass.young <= pass.present);
                     machine.mm.for_each_age(|vma, range, _| assert!(vma.range.contains(range.start)));
+                }
+            });
+            // Beside the passes; a page that is always in use is never told as old.
+            scope.spawn(|| {
+                let mut vcpu = machine.vcpu(2, Off);
+                while !stop.load(Ordering::SeqCst) {
+                    let generation = machine.mm.generation();
+                    vcpu.write(HOT, 1).unwrap();
+                    machine.mm.age();
+                    let age = machine.age_of(HOT);
+                    let passed = machine.mm.generation() - generation;
+                    // One more: the write may have been found by a pass that was under way. Where nothing is flushed, it may have gone
+                    // unseen.
+                    let most = if ad == AdBits::Unflushed { OLDEST } else { 1 + passed.min(6) as u8 };
+                    assert!(age <= Some(PageAge::Passes(most)), "{age:?} after {passed} passes, {ad:?}");
                 }
             });
             let mut random = Random(77);

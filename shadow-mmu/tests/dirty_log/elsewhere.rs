@@ -2,6 +2,8 @@
 //! What no vCPU writes and is logged all the same: devices, and mappings that go, come and move. And the audit of a log (I33).
 
 use super::*;
+use crate::common::ALL_GFNS;
+use shadow_mmu::addr::HvaRange;
 use shadow_mmu::iommu;
 use shadow_mmu::mm::{Advice, RemapFlags};
 use vm_memory::{Bytes, GuestAddress};
@@ -97,6 +99,57 @@ fn i34_pages_that_go_or_move_are_logged() {
             machine.check();
             machine.finish();
         }
+    }
+}
+
+/// Of a range that goes, what was there; and not where it was zeros.
+#[test]
+fn i34_what_was_not_there_or_held_zeros_is_not_logged_when_it_goes() {
+    let machine = Machine::new(200);
+    machine.map_at(BASE, 512, RW, MapFlags::PRIVATE | MapFlags::NORESERVE);
+    let mut vcpu = machine.vcpu(0, Off);
+    [3, 4, 90].iter().for_each(|&n| vcpu.write(page(BASE, n), n).unwrap());
+    [5, 200].iter().for_each(|&n| assert_eq!(vcpu.read(page(BASE, n)), Ok(0)));
+    machine.shadow.enable_dirty_log(SLOT, bitmap_log(WriteProtect, ProtectOn::Get)).unwrap();
+    machine.mm.madvise(BASE, pages(512), Advice::DontNeed).unwrap();
+    assert_eq!(report(&machine), [3, 4, 90]);
+    machine.finish();
+}
+
+/// Shared memory has its bytes in the object: a hole takes them also where no pte is left that shows them.
+#[test]
+fn i34_a_hole_in_shared_memory_is_logged_whoever_had_it_mapped() {
+    let machine = Machine::new(64);
+    machine.map_at(BASE, 4, RW, MapFlags::SHARED);
+    let mut vcpu = machine.vcpu(0, Off);
+    vcpu.write(page(BASE, 1), 7).unwrap();
+    machine.shadow.enable_dirty_log(SLOT, bitmap_log(WriteProtect, ProtectOn::Get)).unwrap();
+    machine.mm.madvise(BASE, pages(4), Advice::DontNeed).unwrap();
+    report(&machine);
+    machine.mm.madvise(page(BASE, 1), pages(1), Advice::Remove).unwrap();
+    assert_eq!(report(&machine), [1]);
+    assert_eq!(vcpu.read(page(BASE, 1)), Ok(0));
+    machine.finish();
+}
+
+/// However many places a guest writes at, a report stays small, and what it clears is cleared.
+#[test]
+fn i37_a_report_of_a_guest_that_writes_everywhere_is_a_few_runs() {
+    const APART: u64 = 1 << 16;
+    for protect in [ProtectOn::Get, ProtectOn::Clear] {
+        let machine = Machine::new(64);
+        machine.map_at(BASE, 4, RW, MapFlags::PRIVATE);
+        machine.shadow.enable_dirty_log(SLOT, bitmap_log(WriteProtect, protect)).unwrap();
+        let at = |n: u64| Hva((n * APART) << 12);
+        (0..4000).for_each(|n| machine.mm.notifiers().written(HvaRange::page(at(n))));
+        let dirty = machine.shadow.get_dirty_log(SLOT).unwrap();
+        assert!((0..4000).all(|n| dirty.contains(at(n).page())));
+        assert!(dirty.runs().count() < 1500 && dirty.whole_runs().count() <= 1024);
+        if protect == ProtectOn::Clear {
+            machine.shadow.clear_dirty_log(SLOT, 0..ALL_GFNS, &dirty).unwrap();
+        }
+        assert!(machine.shadow.get_dirty_log(SLOT).unwrap().is_empty());
+        machine.finish();
     }
 }
 

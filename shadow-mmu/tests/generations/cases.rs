@@ -142,6 +142,20 @@ fn an_access_is_found_though_its_leaf_was_lost_before_the_pass() {
     }
 }
 
+/// A mark that a frame kept from who had it mapped before says nothing of who has it now.
+#[test]
+fn a_page_that_comes_along_is_not_young_by_what_its_frame_was_told_before() {
+    let machine = Machine::new(64);
+    machine.map_at(BASE, 8, RW, MapFlags::SHARED);
+    let mut vcpu = machine.vcpu(0, Fixed(8));
+    (0..8).for_each(|n| vcpu.write(page(BASE, n), n).unwrap());
+    machine.mm.madvise(BASE, pages(8), Advice::DontNeed).unwrap();
+    assert_eq!(vcpu.read(BASE), Ok(0), "brings its neighbours along");
+    assert_eq!(machine.ages().len(), 8);
+    assert_eq!(found(&machine), [0]);
+    machine.finish();
+}
+
 /// The tolerance: nobody can say whose access a shared frame was told of.
 #[test]
 fn an_access_to_a_shared_frame_whose_leaf_was_lost_is_missed_and_told_of_nobody_else() {
