@@ -269,4 +269,34 @@ mod tests {
         assert_eq!(user.update_u32(page, |_| None), Ok(5));
         assert_eq!(user.load_u32(page), Ok(5));
     }
+
+    #[test]
+    fn what_umbra_writes_is_in_a_log_of_writes() {
+        use shadow_mmu::addr::Gfn;
+        use shadow_mmu::shadow::{
+            DirtyLogConfig, DirtyMethod, DirtyRecords, Initially, Memslot, NoTlb, ProtectOn, ShadowMmu,
+            SlotAccess,
+        };
+        let fixture = Fixture::new();
+        let user = fixture.user();
+        let (words, bytes) = (fixture.map_pages(1), fixture.map_pages(1));
+        let shadow = ShadowMmu::new(Arc::clone(&user.mm), Arc::new(NoTlb)).unwrap();
+        let all = Memslot { gfn: Gfn(0), pages: 1 << 35, hva: Hva(0), access: SlotAccess::ReadWrite };
+        shadow.add_slot(all).unwrap();
+        let log = DirtyLogConfig {
+            method: DirtyMethod::WriteProtect,
+            records: DirtyRecords::Bitmap,
+            protect: ProtectOn::Get,
+            initially: Initially::Clean,
+        };
+        shadow.enable_dirty_log(Gfn(0), log).unwrap();
+        let written = || shadow.get_dirty_log(Gfn(0)).unwrap().iter().collect::<Vec<_>>();
+        user.update_u32(words + 8, |_| None).unwrap();
+        assert!(written().is_empty());
+        user.update_u32(words + 8, Some).unwrap();
+        assert_eq!(written(), [words / PAGE_SIZE]);
+        user.write(bytes, b"x").unwrap();
+        user.load_u32(words).unwrap();
+        assert_eq!(written(), [bytes / PAGE_SIZE]);
+    }
 }
