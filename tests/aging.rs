@@ -2,6 +2,9 @@
 //! `umbra run --age`, `--wss`, `--heatmap` and the stalls in `--stats`: guests that touch known pages, and what is
 //! told of them.
 //!
+//! Exact numbers of accessed pages are expected where KVM or umbra sees accesses in software. A CPU that walks the tables itself may set A for
+//! pages that nobody touched ([`Exactness`]).
+//!
 //! Nothing here depends on how fast a machine is: where a number is exact, no timer takes part in it (the interval is longer than
 //! the test, and the pass or reading at the end is the only one); else a test waits until what must come has come.
 
@@ -9,7 +12,7 @@
 
 mod common;
 
-use common::pages::{NEVER, Running, pages, reports, row};
+use common::pages::{Exactness, NEVER, Running, exactness, pages, reports, row};
 use common::{code, finish, folder, kvm, run, stderr};
 use serde_json::Value;
 use std::os::unix::process::ExitStatusExt;
@@ -49,7 +52,13 @@ fn what_was_touched_is_young_and_what_was_only_brought_in_is_not() {
         assert_eq!(told[0]["passes"], 1);
         let row = row(&told[0], at).unwrap();
         assert_eq!((row["start"].as_u64().unwrap(), row["rights"].as_str().unwrap()), (at, "rw-p"));
-        assert_eq!((ages(row)[0], row["untouched_kib"].as_u64().unwrap()), (44, 212), "{bits}: {row}");
+        let (young, untouched) = (ages(row)[0], row["untouched_kib"].as_u64().unwrap());
+        assert_eq!(young + untouched, 256, "{bits}: {row}");
+        match exactness(bits) {
+            Exactness::Exact => assert_eq!(young, 44, "{bits}: {row}"),
+            // All that was touched, and not all that was brought in.
+            Exactness::CpuGuesses => assert!((44..256).contains(&young), "{bits}: {row}"),
+        }
     }
 }
 
@@ -69,9 +78,13 @@ fn on_sigusr1_what_is_idle_is_old_and_what_is_used_is_not() {
             |report| {
                 let Some(row) = row(report, at) else { return false };
                 let ages = ages(row);
-                report["passes"].as_u64().unwrap() > 8
-                    && ages[7] == 64
-                    && ages[..3].iter().sum::<u64>() == 128
+                let (idle, used) = (ages[7], ages[..3].iter().sum::<u64>());
+                let is_told = match exactness(bits) {
+                    Exactness::Exact => (idle, used) == (64, 128),
+                    // Some that are used look idle for a while, and some of the others are looked at ahead of need.
+                    Exactness::CpuGuesses => idle >= 32 && used >= 64,
+                };
+                report["passes"].as_u64().unwrap() > 8 && is_told
             },
         );
         assert_adds_up(&told);

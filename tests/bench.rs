@@ -9,7 +9,7 @@ mod common;
 use common::{code, finish, kvm, stderr, umbra};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -116,6 +116,7 @@ fn what_cannot_be_measured_is_refused() {
     refused("demand_paging -u MINOR", FAILED, "MISSING");
     refused("demand_paging -b 64K -d 5", FAILED, "-u MISSING");
     refused("dirty_log -b 64K -M ring -m d-bit", FAILED, "-m write-protect");
+    refused("dirty_log -b 64K -M ring -g", FAILED, "leave it out");
     for (words, says) in [
         ("demand_paging -b 5000", "whole number of pages"),
         ("demand_paging -b 1T", "256G"),
@@ -125,8 +126,34 @@ fn what_cannot_be_measured_is_refused() {
         ("dirty_log -m guess", "d-bit"),
         ("dirty_log -w 101", "101"),
         ("age --pages 0", "0"),
+        ("age --overhead --pages 5", "--overhead"),
+        ("age --overhead --interval 0.000000001", "at least 1ms"),
     ] {
         refused(words, 2, says);
+    }
+}
+
+/// A limit on open files under which umbra starts and no guest does.
+#[test]
+fn a_benchmark_without_umbra_has_failed_and_says_once_why() {
+    if !kvm() {
+        return;
+    }
+    for words in [
+        "access_tracking -b 64K",
+        "demand_paging -b 64K",
+        "dirty_log -b 64K",
+        "age --pages 16",
+        "age --overhead --bytes 64K",
+        "fault --pages 16",
+    ] {
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -n 14; exec \"$0\" bench --runs 1 \"$@\""]).arg(umbra().get_program());
+        command.args(words.split_whitespace()).env_remove("RUST_LOG");
+        let output = finish(&mut command, b"", LIMIT);
+        let said = stderr(&output);
+        assert_eq!((code(output.status), output.stdout.len()), (FAILED, 0), "{words}: {said}");
+        assert_eq!(said.matches("os error 24").count(), 1, "{words}: {said}");
     }
 }
 

@@ -308,12 +308,42 @@ fn bad_options_are_explained() {
 }
 
 #[test]
+fn a_pass_of_aging_is_a_line_for_each_block() {
+    if !kvm() {
+        return;
+    }
+    // The only pass is the one at the end: the program's block and the stack's.
+    let options = ["--age", "600m", "--trace", "notifier=json"];
+    let output = finish(&mut run(&options, &["hello"]), b"", LIMIT);
+    let asked = objects(&stderr(&output)).into_iter().filter(|event| event["op"] == "test_clear_young");
+    let asked: Vec<_> = asked
+        .map(|event| {
+            let members: Vec<_> = event.as_object().unwrap().keys().cloned().collect();
+            assert_eq!(members, ["end", "op", "pages", "start", "tid", "time_ns"]);
+            (event["start"].as_u64().unwrap(), event["pages"].as_u64().unwrap())
+        })
+        .collect();
+    assert_eq!(asked, [(0, 8192), (0x7fff_fe00_0000, 8192)]);
+}
+
+#[test]
 fn help_names_every_field_of_the_json() {
     let output = umbra().args(["run", "--help"]).output().unwrap();
     let help = String::from_utf8(output.stdout).unwrap();
-    for word in
-        ["time_ns", "tid", "op", "reason", "start", "end", "pages", "blockable", "duration_ns", "pte", "lost"]
-    {
+    for word in [
+        "time_ns",
+        "tid",
+        "op",
+        "reason",
+        "start",
+        "end",
+        "pages",
+        "blockable",
+        "duration_ns",
+        "pte",
+        "lost",
+        "test_clear_young",
+    ] {
         assert!(help.contains(word), "no `{word}` in:\n{help}");
     }
 }

@@ -12,6 +12,27 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// An interval so long that the only pass, and the only reading, is the one at the end.
 pub const NEVER: &str = "600m";
 
+/// How exactly A bits say which pages were accessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(dead_code, reason = "not every test looks at A")]
+pub enum Exactness {
+    /// These and no others: accesses are faults, or KVM shadows the guest's tables and sets A for those that it serves.
+    Exact,
+    /// The CPU sets A, for prefetches and speculative accesses too, and for none while it has the translation cached.
+    CpuGuesses,
+}
+
+/// That of this host with `--ad-bits BITS`.
+#[allow(dead_code, reason = "not every test looks at A")]
+pub fn exactness(bits: &str) -> Exactness {
+    let facts = vmm::engine::kvm::host_facts(&vmm::cli::kvm_device());
+    if bits == "off" || facts.kvm_backend.walks_in_software() {
+        Exactness::Exact
+    } else {
+        Exactness::CpuGuesses
+    }
+}
+
 /// Every report of this kind on stderr.
 pub fn reports(said: &str, kind: &str) -> Vec<Value> {
     let objects = said.lines().filter(|line| line.starts_with('{'));

@@ -15,6 +15,7 @@
 
 pub mod aging;
 pub mod bench;
+mod causes;
 pub mod cli;
 pub mod dirty_rate;
 pub mod engine;

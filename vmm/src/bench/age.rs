@@ -14,14 +14,16 @@
 //! the clock stopped, and so the guest's next accesses are seen.
 //!
 //! Before every run of every row 256 MiB are walked through, with the clock stopped, so that no table is in a cache. Every run
-//! checks that it has found the pages that were touched: all of them after a flush; nine in ten where a TLB may hide an access.
+//! checks that it has found the pages that were touched: all of them and no other where KVM sets A, in software; where the CPU does, nine in
+//! ten, for a TLB may hide an access, and some that were not touched, for CPUs set A ahead of accesses too.
 //! Linux's files are about the whole process, which has a few dozen pages more; they give a sum for a mapping where umbra
 //! notes an age a page.
 
-use super::access_tracking::{pages_within, track};
+use super::access_tracking::{TOLD, pages_within};
 use super::linux::LinuxPages;
 use super::memstress::{Memstress, Work};
-use super::{Host, Measure, Report, measure, ratios};
+use super::{Contestant, Host, Measure, Report, measure, ratios};
+use crate::causes::one_line;
 use crate::engine::kvm::HostFacts;
 use crate::vm::WindowFill;
 use anyhow::{Context, Result, bail};
@@ -30,6 +32,7 @@ use shadow_mmu::mm::PageAge;
 use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb};
 use std::cell::RefCell;
 use std::hint::black_box;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -39,6 +42,8 @@ const STATES: [(&str, Option<&str>, u64); 3] =
 
 /// Words of a table.
 const ENTRIES: usize = 512;
+/// Pages that may look accessed where none was.
+const GUESSES: u64 = 64;
 /// More than a cache holds.
 const COLD_BYTES: usize = 256 << 20;
 
@@ -74,20 +79,15 @@ pub fn bench_age(
         let flushes = [(&names[0], Flush::Between), (&names[1], Flush::Within)];
         for (name, flush) in flushes.into_iter().filter(|(_, flush)| *flush == Flush::Between || needs_flush)
         {
-            rows.push((name, Box::new(move || guest.harvest(command, expected, flush, cold))));
+            rows.push(Contestant::required(name, move || guest.harvest(command, expected, flush, cold)));
         }
         let native = native.as_ref();
-        rows.push((
-            &names[2],
-            Box::new(move || match native {
-                Ok((memstress, linux)) => {
-                    linux_harvest(&mut memstress.borrow_mut(), linux, command, pages, cold)
-                }
-                Err(error) => bail!("{error:#}"),
-            }),
-        ));
+        rows.push(Contestant::optional(&names[2], move || match native {
+            Ok((memstress, linux)) => linux_harvest(&mut memstress.borrow_mut(), linux, command, pages, cold),
+            Err(error) => bail!("{}", one_line(error)),
+        }));
     }
-    rows.push(("table-read", Box::new(|| Ok(table.read(&cold)))));
+    rows.push(Contestant::required("table-read", || Ok(table.read(&cold))));
     let (rows, missing) = measure("ns/page", runs, rows, progress)?;
 
     let linux_over_umbra = STATES
@@ -116,6 +116,27 @@ enum Flush {
     Within,
 }
 
+/// Who sets A, and so how exactly it says what was accessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exactness {
+    /// A KVM that shadows the guest's tables and walks them for each access that it is told of.
+    Software,
+    /// The CPU. A translation that it has cached may hide an access, and it may set A for what was never accessed: for prefetches and
+    /// for speculative accesses (Intel SDM vol. 3, 4.10.2.3).
+    Cpu,
+}
+
+impl Exactness {
+    /// How many pages may be found young where so many were accessed. A prefetcher runs ahead of an access, one page beyond it at
+    /// most; and a CPU that guesses what comes next may guess a few pages anywhere.
+    fn may_find(self, accessed: u64) -> RangeInclusive<u64> {
+        match self {
+            Self::Software => accessed..=accessed,
+            Self::Cpu => accessed * 9 / 10..=accessed * 2 + GUESSES,
+        }
+    }
+}
+
 /// A guest whose memory is all there.
 struct Guest {
     memstress: RefCell<Memstress>,
@@ -123,18 +144,21 @@ struct Guest {
     pages: u64,
     tlb: Arc<dyn Tlb>,
     host_bits: AdBits,
+    exactness: Exactness,
 }
 
 impl Guest {
     fn new(pages: u64) -> Result<Self> {
         let work = Work::new(1, pages);
-        let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead);
-        let mut memstress = Memstress::guest_prepared(config, &work, track)?;
+        let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead, TOLD);
+        let mut memstress = Memstress::guest(config, &work)?;
         memstress.pass("write")?;
         let region = memstress.region()?;
-        let tlb = memstress.expect_machine()?.kvm().tlb();
+        let kvm = memstress.expect_machine()?.kvm();
+        let (tlb, backend) = (kvm.tlb(), kvm.facts().kvm_backend);
         let host_bits = tlb.ad_bits();
-        Ok(Self { memstress: RefCell::new(memstress), region, pages, tlb, host_bits })
+        let exactness = if backend.walks_in_software() { Exactness::Software } else { Exactness::Cpu };
+        Ok(Self { memstress: RefCell::new(memstress), region, pages, tlb, host_bits, exactness })
     }
 
     /// Nanoseconds a page of one pass after `command`, which touches `expected` pages.
@@ -167,10 +191,12 @@ impl Guest {
                 young += pages_within(range, self.region);
             }
         });
-        let least = if self.host_bits == AdBits::Unflushed { expected / 10 * 9 } else { expected };
-        if young < least || young > expected {
+        let found = self.exactness.may_find(expected);
+        if !found.contains(&young) {
             bail!(
-                "the pass found {young} pages young where {expected} had been touched: this is a bug of umbra's"
+                "the pass found {young} pages young where {expected} had been touched; here it may find {} to {}",
+                found.start(),
+                found.end()
             );
         }
         Ok(time.as_nanos() as f64 / self.pages as f64)
@@ -257,6 +283,18 @@ impl TableRead {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cpu_may_miss_some_and_guess_some_and_software_may_not() {
+        for accessed in [0, 7, 1000] {
+            assert_eq!(Exactness::Software.may_find(accessed), accessed..=accessed);
+            assert!(Exactness::Cpu.may_find(accessed).contains(&(accessed + 1)));
+            // Below ten pages too.
+            assert_eq!(Exactness::Cpu.may_find(accessed).contains(&(accessed / 2)), accessed == 0);
+        }
+        assert_eq!(Exactness::Cpu.may_find(7).start(), &6);
+        assert!(!Exactness::Cpu.may_find(1000).contains(&10_000));
+    }
 
     #[test]
     fn every_table_is_read_once() {

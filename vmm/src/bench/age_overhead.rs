@@ -14,10 +14,10 @@
 //! `slowdown` is the time of `umbra.aged` over that of `umbra.plain`, less one; `slowdown-unflushed` that of the other. On hosts
 //! that need the flush the latter is a lower bound: there no access after the first pass sets A.
 
-use super::access_tracking::track;
+use super::access_tracking::TOLD;
 use super::memstress::{Memstress, Work};
-use super::phases::{Contestant, Phase, measure_phases, median};
-use super::{Host, Report};
+use super::phases::{Phase, measure_phases, median};
+use super::{Contestant, Host, Report};
 use crate::engine::kvm::HostFacts;
 use crate::vm::WindowFill;
 use anyhow::Result;
@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 pub struct AgeOverhead {
     /// Pages of the guest.
     pub pages: u64,
-    /// From one pass to the next.
+    /// From one pass to the next; passes that would begin while one is running are left out.
     pub interval: Duration,
     /// About how long one run takes.
     pub window: Duration,
@@ -55,8 +55,10 @@ pub fn bench_age_overhead(
 ) -> Result<Report> {
     let work = Work { spin: SPIN, ..Work::new(1, options.pages) };
     work.expect_room(1)?;
-    let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead);
-    let mut memstress = Memstress::guest_prepared(config, &work, track)?;
+    let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead, TOLD);
+    let mut memstress = Memstress::guest(config, &work)?;
+    // Rounds are fitted to the window by one of them, and a machine may slow down.
+    memstress.expect(options.window.saturating_mul(2));
     memstress.pass("write")?;
     let host_bits = memstress.expect_machine()?.kvm().tlb().ad_bits();
     let memstress = RefCell::new(memstress);
@@ -70,10 +72,12 @@ pub fn bench_age_overhead(
             Ok(phases)
         }
     };
-    let mut contestants: Vec<Contestant<'_>> =
-        vec![("umbra.plain", Box::new(run(None))), ("umbra.aged", Box::new(run(Some(host_bits))))];
+    let mut contestants = vec![
+        Contestant::required("umbra.plain", run(None)),
+        Contestant::required("umbra.aged", run(Some(host_bits))),
+    ];
     if host_bits == AdBits::AfterFlush {
-        contestants.push(("umbra.aged-unflushed", Box::new(run(Some(AdBits::Unflushed)))));
+        contestants.push(Contestant::required("umbra.aged-unflushed", run(Some(AdBits::Unflushed))));
     }
     let (mut rows, missing) = measure_phases(runs, contestants, progress)?;
     for row in &mut rows {
@@ -131,18 +135,40 @@ fn rounds(
 /// interval is followed by the next at the next multiple of it.
 fn age_until(mm: &Mm, interval: Duration, ended: &Receiver<()>) -> Duration {
     let (mut spent, mut passes) = (Duration::ZERO, 0_u32);
-    let mut next = Instant::now();
+    let start = Instant::now();
     loop {
         let began = Instant::now();
         mm.age();
         spent += began.elapsed();
         passes += 1;
-        while next <= Instant::now() {
-            next += interval;
-        }
-        match ended.recv_timeout(next.saturating_duration_since(Instant::now())) {
+        match ended.recv_timeout(until_next(start.elapsed(), interval)) {
             Err(RecvTimeoutError::Timeout) => {}
             Ok(()) | Err(RecvTimeoutError::Disconnected) => return spent / passes,
         }
+    }
+}
+
+/// How long after `elapsed` the next multiple of `interval` comes, counted from the same time: never at once, so a tick that has passed is
+/// left out. By division: a pass may take as long as millions of intervals.
+fn until_next(elapsed: Duration, interval: Duration) -> Duration {
+    let into = elapsed.as_nanos() % interval.as_nanos().max(1);
+    // Less than `elapsed`, whose nanoseconds fit for centuries.
+    interval.saturating_sub(Duration::from_nanos(into as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missed_ticks_are_left_out_however_many_there_are() {
+        let ms = Duration::from_millis;
+        assert_eq!(until_next(ms(0), ms(100)), ms(100));
+        assert_eq!(until_next(ms(99), ms(100)), ms(1));
+        assert_eq!(until_next(ms(100), ms(100)), ms(100));
+        assert_eq!(until_next(ms(350), ms(100)), ms(50));
+        // A year of them, a nanosecond each.
+        assert_eq!(until_next(ms(31_557_600_000), Duration::from_nanos(1)), Duration::from_nanos(1));
+        assert_eq!(until_next(ms(5), Duration::ZERO), Duration::ZERO);
     }
 }

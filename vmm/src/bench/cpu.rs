@@ -5,7 +5,7 @@
 //! come in, is left out: what is measured is the speed of code that needs nothing from anyone. A pass is long, some 20 ms,
 //! because the guest looks at the clock around each, and without a vDSO that is a system call.
 
-use super::{Host, Measure, NativeImage, Report, measure, output, ratios, umbra};
+use super::{Contestant, Host, Measure, NativeImage, Report, measure, output, ratios, umbra};
 use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result};
 use std::process::Command;
@@ -26,8 +26,10 @@ pub fn bench_cpu(
     let passes = passes.max(2).to_string();
     let work = ["--time", "--pages", PAGES, "--passes", passes.as_str(), "--spin", "20000"];
     let rows: Vec<Measure<'_>> = vec![
-        ("umbra", Box::new(|| seconds(&output(Command::new(&umbra).args(["run", "touch"]).args(work))?))),
-        ("native", Box::new(|| seconds(&output(native.command().args(work))?))),
+        Contestant::required("umbra", || {
+            seconds(&output(Command::new(&umbra).args(["run", "touch"]).args(work))?)
+        }),
+        Contestant::optional("native", || seconds(&output(native.command().args(work))?)),
     ];
     let (rows, missing) = measure("s", runs, rows, progress)?;
     let ratios = ratios(&rows, &[("native", "umbra")]);

@@ -14,10 +14,10 @@
 //! are in the page cache and not mapped yet, umbra does not have: see [`UffdMode::Minor`].
 
 use super::memstress::{Memstress, Work};
-use super::phases::{Contestant, Phase, measure_phases, median, selftest_time};
-use super::{Host, Report, ratios};
+use super::phases::{Phase, measure_phases, median, selftest_time};
+use super::{Contestant, Host, Report, ratios};
 use crate::engine::kvm::HostFacts;
-use crate::vm::WindowFill;
+use crate::vm::{Tracking, WindowFill};
 use anyhow::{Result, bail};
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::time::Duration;
@@ -50,6 +50,14 @@ pub struct DemandPaging {
     pub delay: Duration,
 }
 
+impl DemandPaging {
+    /// What the delays of all pages add up to: one thread serves them all.
+    fn delays(&self) -> Duration {
+        let nanoseconds = self.delay.as_nanos().saturating_mul(self.work.total_pages().into());
+        Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+    }
+}
+
 /// Runs the benchmark, `runs` times a contestant.
 ///
 /// # Errors
@@ -70,16 +78,22 @@ pub fn bench_demand_paging(
         _ => {}
     }
     work.expect_room(1)?;
-    let guest = |policy, window| move || populate(Memstress::guest(work.config(policy, window), work)?, work);
-    let mut contestants: Vec<Contestant<'_>> = vec![
-        ("umbra", Box::new(guest(FaultAroundPolicy::Adaptive, WindowFill::Ahead))),
-        ("kvm-demand-paging", Box::new(guest(ALL_AT_ONCE, WindowFill::OnDemand))),
+    let guest = |policy, window| {
+        move || {
+            let config = work.config(policy, window, Tracking::default());
+            populate(Memstress::guest(config, work)?, work, options.delays())
+        }
+    };
+    let mut contestants = vec![
+        Contestant::required("umbra", guest(FaultAroundPolicy::Adaptive, WindowFill::Ahead)),
+        Contestant::required("kvm-demand-paging", guest(ALL_AT_ONCE, WindowFill::OnDemand)),
     ];
     if uffd.is_some() {
-        contestants
-            .push(("userfaultfd-thread", Box::new(guest(ALL_AT_ONCE, WindowFill::Userfaultfd(*delay)))));
+        let window = WindowFill::Userfaultfd(*delay);
+        contestants.push(Contestant::optional("userfaultfd-thread", guest(ALL_AT_ONCE, window)));
     }
-    contestants.push(("native", Box::new(|| populate(Memstress::native(work)?, work))));
+    contestants
+        .push(Contestant::optional("native", || populate(Memstress::native(work)?, work, Duration::ZERO)));
     let (rows, missing) = measure_phases(runs, contestants, progress)?;
 
     let overall = |name: &str| format!("{name}.{OVERALL}");
@@ -97,8 +111,9 @@ pub fn bench_demand_paging(
     Ok(Report { bench: "demand_paging".into(), host: Host::from(facts), rows, ratios, missing, lines })
 }
 
-/// Touches everything for the first time; rates as the selftest computes them.
-fn populate(mut memstress: Memstress, work: &Work) -> Result<Vec<Phase>> {
+/// Touches everything for the first time, which may take `expected`; rates as the selftest computes them.
+fn populate(mut memstress: Memstress, work: &Work, expected: Duration) -> Result<Vec<Phase>> {
+    memstress.expect(expected);
     let time = memstress.pass("write")?.time;
     memstress.finish()?;
     let rate = work.pages as f64 / time.as_secs_f64();

@@ -10,7 +10,7 @@
 //!
 //! The guest times itself, from before the first page to after the last; one further page is touched before.
 
-use super::{Host, Measure, Report, measure, output, ratios, umbra};
+use super::{Contestant, Host, Measure, Report, measure, output, ratios, umbra};
 use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result};
 use std::process::Command;
@@ -28,21 +28,24 @@ pub fn bench_fault(
     let umbra = umbra()?;
     let run = |options: &'static [&'static str]| {
         let umbra = umbra.clone();
-        Box::new(move || {
+        move || {
             // Room for the pages, their tables, and the reserve that pages ahead of need stay clear of.
             let memory = format!("{}K", (pages * 4 * 5 / 4).max(1 << 10) + (16 << 10));
             let mut command = Command::new(&umbra);
             command.args(["run", "--memory", &memory]).args(options);
             command.args(["touch", "--prime", "--time", "--pages", &pages.to_string()]);
             microseconds_a_page(&output(&mut command)?, pages)
-        }) as Box<dyn FnMut() -> Result<f64>>
+        }
     };
     // A window of 16 GiB is cut to the mapping: the first fault maps all of it.
     let rows: Vec<Measure<'_>> = vec![
-        ("umbra", run(&[])),
-        ("umbra-no-fault-around", run(&["--fault-around", "off"])),
-        ("kvm-demand-paging", run(&["--fault-around", "16G", "--window", "on-demand"])),
-        ("userfaultfd-thread", run(&["--fault-around", "16G", "--window", "userfaultfd"])),
+        Contestant::required("umbra", run(&[])),
+        Contestant::required("umbra-no-fault-around", run(&["--fault-around", "off"])),
+        Contestant::required("kvm-demand-paging", run(&["--fault-around", "16G", "--window", "on-demand"])),
+        Contestant::optional(
+            "userfaultfd-thread",
+            run(&["--fault-around", "16G", "--window", "userfaultfd"]),
+        ),
     ];
     let (rows, missing) = measure("us/page", runs, rows, progress)?;
     let ratios = ratios(

@@ -5,7 +5,8 @@
 //! sleep. So whoever holds a [`Memstress`] knows exactly which pages were touched between two of its own actions, and
 //! disturbs nothing while it looks.
 //!
-//! One thread drives. It never waits for ever: an answer, the program's end and a limit all wake it. Dropping a
+//! One thread drives. It never waits for ever: an answer, the program's end and a limit all wake it. The limit grows with the memory;
+//! who asks for what takes longer than touching it says so by [`Memstress::expect`]. Dropping a
 //! [`Memstress`] ends the program, whatever it is doing; [`Memstress::finish`] lets it end by itself and looks at how.
 
 #[cfg(test)]
@@ -25,8 +26,8 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
-/// No single command takes so long, not even a gigabyte by userfaultfd.
-const LIMIT: Duration = Duration::from_secs(600);
+/// How much longer than expected an answer may take, before the program is given up.
+const GRACE: Duration = Duration::from_secs(600);
 
 /// What the program says of one pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,8 @@ pub struct Memstress {
     /// What came of the next answer so far.
     partial: Vec<u8>,
     is_over: bool,
+    /// How long an answer may take.
+    limit: Duration,
 }
 
 impl Memstress {
@@ -62,18 +65,6 @@ impl Memstress {
     /// # Errors
     /// What keeps umbra from running a guest.
     pub fn guest(config: VmConfig, work: &Work) -> Result<Self> {
-        Self::guest_prepared(config, work, |_| Ok(()))
-    }
-
-    /// The same; `prepare` is given the machine before the program runs its first instruction.
-    ///
-    /// # Errors
-    /// As above, and those of `prepare`.
-    pub fn guest_prepared(
-        config: VmConfig,
-        work: &Work,
-        prepare: impl FnOnce(&Machine) -> Result<()>,
-    ) -> Result<Self> {
         let (guest_stdin, stdin) = io::pipe().context("cannot make a pipe")?;
         let (stdout, guest_stdout) = io::pipe().context("cannot make a pipe")?;
         let image = guest_images::find("memstress").context("the guest `memstress` is not bundled")?;
@@ -94,9 +85,9 @@ impl Memstress {
             stdout,
             partial: Vec::new(),
             is_over: false,
+            limit: work.pass_at_most().saturating_add(GRACE),
         };
         if let Place::Guest { vm, .. } = &memstress.place {
-            prepare(vm.machine())?;
             vm.start(entry)?;
         }
         memstress.ready()
@@ -116,7 +107,9 @@ impl Memstress {
         // The child's ends of the pipes go with it, so that its end is seen.
         drop(command);
         let place = Place::Native { child, _image: image };
-        let memstress = Self { place, stdin: Some(stdin), stdout, partial: Vec::new(), is_over: false };
+        let limit = work.pass_at_most().saturating_add(GRACE);
+        let memstress =
+            Self { place, stdin: Some(stdin), stdout, partial: Vec::new(), is_over: false, limit };
         memstress.ready()
     }
 
@@ -124,6 +117,11 @@ impl Memstress {
     fn ready(mut self) -> Result<Self> {
         self.region()?;
         Ok(self)
+    }
+
+    /// From now on commands may take this much longer than touching all memory once.
+    pub fn expect(&mut self, longer: Duration) {
+        self.limit = self.limit.saturating_add(longer);
     }
 
     /// The machine, if it is a guest.
@@ -153,7 +151,7 @@ impl Memstress {
     /// Sends `command` and waits for the answer: what follows `verb: `.
     ///
     /// # Errors
-    /// The program ended, or did not answer for minutes.
+    /// The program ended, or took much longer than [expected](Self::expect).
     pub fn command(&mut self, command: &str) -> Result<String> {
         self.send(command)?;
         self.answer(command)
@@ -196,14 +194,19 @@ impl Memstress {
     /// Waits until `other` is readable, or there is an answer (or none will come, as asking for it tells). Whether `other` is.
     ///
     /// # Errors
-    /// Nothing of that for minutes.
+    /// Nothing of that for as long.
     pub fn wait_beside(&self, other: BorrowedFd<'_>) -> Result<bool> {
         let fds = [self.stdout.as_raw_fd(), self.exited(), other.as_raw_fd()];
-        let ready = wait(fds, Instant::now() + LIMIT)?;
+        let ready = wait(fds, self.deadline())?;
         if ready == [false; 3] {
-            bail!("memstress said nothing for {} s", LIMIT.as_secs());
+            bail!("memstress said nothing for {} s", self.limit.as_secs());
         }
         Ok(ready[2])
+    }
+
+    /// When what is waited for now is given up; `None` is never.
+    fn deadline(&self) -> Option<Instant> {
+        Instant::now().checked_add(self.limit)
     }
 
     /// Readable at its end; -1 where the end is that of its stdout.
@@ -263,7 +266,7 @@ impl Memstress {
 
     /// The next line of its stdout.
     fn line(&mut self) -> Result<String> {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = self.deadline();
         loop {
             if let Some(end) = self.partial.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.partial.drain(..=end).collect();
@@ -282,7 +285,7 @@ impl Memstress {
             } else if over {
                 self.is_over = true;
             } else {
-                bail!("memstress said nothing for {} s", LIMIT.as_secs());
+                bail!("memstress said nothing for {} s", self.limit.as_secs());
             }
             if self.is_over {
                 match self.machine().and_then(Machine::death) {
@@ -311,21 +314,24 @@ impl Drop for Memstress {
     }
 }
 
-/// Waits until one of `fds` can be read (negative ones are left out), or is closed at its other end, or until `deadline`.
-fn wait<const N: usize>(fds: [RawFd; N], deadline: Instant) -> Result<[bool; N]> {
+/// Waits until one of `fds` can be read (negative ones are left out), or is closed at its other end, or until `deadline`, if there is one.
+fn wait<const N: usize>(fds: [RawFd; N], deadline: Option<Instant>) -> Result<[bool; N]> {
     let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let milliseconds = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
+        let left =
+            deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
+        let milliseconds = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
         // SAFETY: `polled` is a live array of so many.
         let ready = unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, milliseconds) };
-        if ready >= 0 {
+        if ready < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error).context("poll");
+            }
+        } else if ready > 0 || left.is_zero() {
             return Ok(polled.map(|fd| fd.revents != 0));
         }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error).context("poll");
-        }
+        // Else more is left than poll can count, or its clock is a little ahead.
     }
 }
 

@@ -8,6 +8,7 @@
 mod access_tracking;
 mod age;
 mod age_overhead;
+mod contestant;
 mod cpu;
 mod demand_paging;
 mod dirty_log;
@@ -24,6 +25,7 @@ pub use userfault::WindowHandler;
 
 use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result, bail};
+use contestant::{Contestant, take_turns};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -137,40 +139,21 @@ impl Report {
     }
 }
 
-/// One row to be measured: its name, and how to get one figure.
-type Measure<'a> = (&'a str, Box<dyn FnMut() -> Result<f64> + 'a>);
+/// One row to be measured: a run gives one figure.
+type Measure<'a> = Contestant<'a, f64>;
 
-/// Measures `rows` in turn, `runs` times each after one turn that does not count. A row that fails the first time is left out
-/// and named with its reason; one that fails later is an error.
+/// Measures `rows` in turn, `runs` times each after one turn that does not count, and names those that could not be measured.
+///
+/// # Errors
+/// Those of [`take_turns`].
 fn measure(
     unit: &str,
     runs: usize,
-    mut rows: Vec<Measure<'_>>,
+    rows: Vec<Measure<'_>>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(Vec<Row>, Vec<String>)> {
-    if runs == 0 {
-        bail!("a benchmark needs at least one run");
-    }
-    let mut missing = Vec::new();
-    rows.retain_mut(|(name, run)| {
-        progress(&format!("{name}: warming up"));
-        match run() {
-            Ok(_) => true,
-            Err(error) => {
-                missing.push(format!("{name}: {error:#}"));
-                false
-            }
-        }
-    });
-    let mut values = vec![Vec::new(); rows.len()];
-    for turn in 1..=runs {
-        for ((name, run), values) in rows.iter_mut().zip(&mut values) {
-            progress(&format!("{name}: run {turn} of {runs}"));
-            values.push(run().with_context(|| (*name).to_owned())?);
-        }
-    }
-    progress("");
-    Ok((rows.iter().zip(values).map(|((name, _), values)| Row::of(name, unit, values)).collect(), missing))
+    let (turns, missing) = take_turns(runs, rows, progress)?;
+    Ok((turns.into_iter().map(|(name, values)| Row::of(name, unit, values)).collect(), missing))
 }
 
 /// Medians of `rows`, one over another, for the pairs of names of which both were measured.
@@ -237,7 +220,7 @@ mod tests {
     #[test]
     fn a_row_that_cannot_be_measured_is_named_and_the_rest_is_measured() {
         let rows: Vec<Measure<'_>> =
-            vec![("good", Box::new(|| Ok(2.0))), ("bad", Box::new(|| bail!("no root")))];
+            vec![Contestant::required("good", || Ok(2.0)), Contestant::optional("bad", || bail!("no root"))];
         let (rows, missing) = measure("s", 3, rows, &mut |_| {}).unwrap();
         assert_eq!(rows.len(), 1);
         assert_eq!(missing, ["bad: no root"]);

@@ -203,17 +203,14 @@ pub fn bench_notifier(
 
     let mut measures: Vec<Measure<'_>> = Vec::new();
     for (name, contestant) in &contestants {
-        measures.push((name, Box::new(|| Ok(nanoseconds_a_pair(&**contestant, 0, window)))));
+        measures.push(Measure::required(name, || Ok(nanoseconds_a_pair(&**contestant, 0, window))));
     }
     for (((_, contestant), name), throughput) in contestants.iter().zip(&together).zip(&throughputs) {
-        measures.push((
-            name,
-            Box::new(move || {
-                let each = nanoseconds_on_threads(&**contestant, threads, window);
-                throughput.borrow_mut().push(each.iter().map(|nanoseconds| 1e9 / nanoseconds).sum());
-                Ok(each.iter().sum::<f64>() / each.len() as f64)
-            }),
-        ));
+        measures.push(Measure::required(name, move || {
+            let each = nanoseconds_on_threads(&**contestant, threads, window);
+            throughput.borrow_mut().push(each.iter().map(|nanoseconds| 1e9 / nanoseconds).sum());
+            Ok(each.iter().sum::<f64>() / each.len() as f64)
+        }));
     }
     let (mut rows, missing) = measure("ns/pair", runs, measures, progress)?;
 

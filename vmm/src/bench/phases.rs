@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Benchmarks that go through phases: each run of a contestant gives several figures, one a phase.
 //!
-//! As in [`measure`](super::measure) the contestants take turns, one turn goes before those that count, and a contestant
-//! that fails in it is left out and named with its reason.
+//! As in [`measure`](super::measure) the contestants [take turns](take_turns).
 
 use super::Row;
-use anyhow::{Context, Result, bail};
+use super::contestant::{Contestant, take_turns};
+use anyhow::Result;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -29,42 +29,22 @@ impl Phase {
     }
 }
 
-/// Who is measured, and how to make one run.
-pub(super) type Contestant<'a> = (&'a str, Box<dyn FnMut() -> Result<Vec<Phase>> + 'a>);
-
 /// Rows `CONTESTANT.PHASE` of `runs` runs each, in the order of the first run, and what could not be measured.
 ///
 /// # Errors
-/// A contestant fails after its first run; `runs` is zero.
+/// Those of [`take_turns`].
 pub(super) fn measure_phases(
     runs: usize,
-    mut contestants: Vec<Contestant<'_>>,
+    contestants: Vec<Contestant<'_, Vec<Phase>>>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<(Vec<Row>, Vec<String>)> {
-    if runs == 0 {
-        bail!("a benchmark needs at least one run");
-    }
-    let mut missing = Vec::new();
-    contestants.retain_mut(|(name, run)| {
-        progress(&format!("{name}: warming up"));
-        match run() {
-            Ok(_) => true,
-            Err(error) => {
-                missing.push(format!("{name}: {error:#}"));
-                false
-            }
-        }
+    let (turns, missing) = take_turns(runs, contestants, progress)?;
+    let rows = turns.into_iter().flat_map(|(name, turns)| {
+        let mut figures = Figures::default();
+        turns.into_iter().for_each(|phases| figures.add(phases));
+        figures.rows(name)
     });
-    let mut figures = vec![Figures::default(); contestants.len()];
-    for turn in 1..=runs {
-        for ((name, run), figures) in contestants.iter_mut().zip(&mut figures) {
-            progress(&format!("{name}: run {turn} of {runs}"));
-            figures.add(run().with_context(|| (*name).to_owned())?);
-        }
-    }
-    progress("");
-    let rows = contestants.iter().zip(figures).flat_map(|((name, _), figures)| figures.rows(name)).collect();
-    Ok((rows, missing))
+    Ok((rows.collect(), missing))
 }
 
 /// The figures of one contestant, by phase.
@@ -106,18 +86,16 @@ pub(super) fn selftest_time(milliseconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use anyhow::bail;
 
     #[test]
     fn each_phase_is_a_row() {
         let mut turn = 0.0;
-        let good: Contestant<'_> = (
-            "good",
-            Box::new(|| {
-                turn += 1.0;
-                Ok(vec![Phase::new("b", "s", turn), Phase::new("a", "pages", 7.0)])
-            }),
-        );
-        let bad: Contestant<'_> = ("bad", Box::new(|| bail!("no root")));
+        let good = Contestant::required("good", || {
+            turn += 1.0;
+            Ok(vec![Phase::new("b", "s", turn), Phase::new("a", "pages", 7.0)])
+        });
+        let bad = Contestant::optional("bad", || bail!("no root"));
         let (rows, missing) = measure_phases(3, vec![good, bad], &mut |_| {}).unwrap();
         assert_eq!(missing, ["bad: no root"]);
         let names: Vec<_> = rows.iter().map(|row| (row.name.as_str(), row.unit.as_str(), row.runs)).collect();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `bench start`: from the command to its end, for the smallest guest there is.
 
-use super::{Host, Measure, NativeImage, Report, measure, output, ratios, umbra};
+use super::{Contestant, Host, Measure, NativeImage, Report, measure, output, ratios, umbra};
 use crate::engine::kvm::HostFacts;
 use anyhow::Result;
 use std::process::Command;
@@ -19,8 +19,8 @@ pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str
         Ok(began.elapsed().as_secs_f64() * 1e3)
     };
     let rows: Vec<Measure<'_>> = vec![
-        ("umbra", Box::new(|| timed(Command::new(&umbra).args(["run", "hello"])))),
-        ("native", Box::new(|| timed(&mut native.command()))),
+        Contestant::required("umbra", || timed(Command::new(&umbra).args(["run", "hello"]))),
+        Contestant::optional("native", || timed(&mut native.command())),
     ];
     let (rows, missing) = measure("ms", runs, rows, progress)?;
     let ratios = ratios(&rows, &[("umbra", "native")]);

@@ -8,7 +8,7 @@ use crate::bench::{
     bench_start,
 };
 use crate::engine::kvm::{HostFacts, host_facts};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::shadow::{DirtyMethod, DirtyRecords, ProtectOn};
@@ -97,7 +97,8 @@ struct DirtyLogArgs {
     /// Seed of the random numbers.
     #[arg(short = 'r', long, value_name = "SEED", default_value_t = 1)]
     random_seed: u64,
-    /// Let reading the log arm pages again, instead of clearing it (no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    /// Let reading the log arm pages again, instead of clearing it (no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). Not for rings, which are never
+    /// cleared.
     #[arg(short = 'g', long)]
     no_manual_protect: bool,
     /// Where the log is kept: in one bitmap, or in a ring for each vCPU, which only faults can fill.
@@ -123,8 +124,8 @@ enum Method {
 
 #[derive(Debug, Args)]
 struct AgeArgs {
-    /// Pages that are present.
-    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = clap::value_parser!(u64).range(1..=1 << 26))]
+    /// Pages that are present. With --overhead the memory is given by --bytes.
+    #[arg(long, value_name = "N", default_value_t = 1 << 20, conflicts_with = "overhead", value_parser = clap::value_parser!(u64).range(1..=1 << 26))]
     pages: u64,
     /// Measure instead what aging costs a CPU-bound guest that is aged.
     #[arg(long)]
@@ -132,11 +133,11 @@ struct AgeArgs {
     /// Memory of that guest: bytes, or with K, M, G.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = pages, requires = "overhead")]
     bytes: Pages,
-    /// From one pass to the next.
-    #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = parse::duration, requires = "overhead")]
+    /// From one pass to the next, at least 1ms.
+    #[arg(long, value_name = "DURATION", default_value = "100ms", value_parser = parse::interval, requires = "overhead")]
     interval: Duration,
     /// About how long each run of that guest takes.
-    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse::duration, requires = "overhead")]
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse::interval, requires = "overhead")]
     window: Duration,
 }
 
@@ -175,8 +176,13 @@ fn pages(text: &str) -> Result<Pages, String> {
 }
 
 impl DirtyLogArgs {
-    fn options(&self) -> DirtyLogWork {
-        DirtyLogWork {
+    fn options(&self) -> Result<DirtyLogWork> {
+        if self.no_manual_protect && self.mode == Records::Ring {
+            bail!(
+                "-g is about the bitmap: a ring is armed again when it is harvested, with or without it; leave it out"
+            );
+        }
+        Ok(DirtyLogWork {
             work: Work {
                 write_percent: self.write_percent,
                 random: self.random_access,
@@ -193,7 +199,7 @@ impl DirtyLogArgs {
                 Records::Ring => DirtyRecords::Rings,
             },
             protect: if self.no_manual_protect { ProtectOn::Get } else { ProtectOn::Clear },
-        }
+        })
     }
 }
 
@@ -208,7 +214,7 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     let facts = host_facts(&kvm_device());
     let needs_kvm = !matches!(args.bench, Bench::Notifier { .. });
     if let Some(obstacle) = facts.obstacle.as_ref().filter(|_| needs_kvm) {
-        anyhow::bail!("cannot use KVM: {obstacle}");
+        bail!("cannot use KVM: {obstacle}");
     }
     let live = std::io::stderr().is_terminal();
     let mut progress = |line: &str| {
@@ -244,7 +250,7 @@ fn measure(facts: &HostFacts, bench: Bench, runs: usize, progress: &mut dyn FnMu
             bench_demand_paging(facts, &options, runs, progress)
         }
         Bench::AccessTracking { memory } => bench_access_tracking(facts, &memory.work(), runs, progress),
-        Bench::DirtyLog(args) => bench_dirty_log(facts, &args.options(), runs, progress),
+        Bench::DirtyLog(args) => bench_dirty_log(facts, &args.options()?, runs, progress),
         Bench::Age(AgeArgs { pages, overhead: false, .. }) => bench_age(facts, pages, runs, progress),
         Bench::Age(AgeArgs { bytes, interval, window, .. }) => {
             let options = AgeOverhead { pages: bytes.0, interval, window };

@@ -2,6 +2,7 @@
 //! `umbra doctor`.
 
 use super::kvm_device;
+use crate::causes::one_line;
 use crate::engine::kvm::{Effort, FlushReport, HostFacts, KvmVm, host_facts};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -69,7 +70,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
                 }
                 report.flush = Some(flush);
             }
-            Err(error) => report.advice.push(format!("{error:#}")),
+            Err(error) => report.advice.push(one_line(&error)),
         }
     }
     if report.host.cpus < 2 {

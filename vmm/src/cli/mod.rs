@@ -17,6 +17,7 @@ mod reports;
 mod run;
 mod trace;
 
+use crate::causes::one_line;
 use clap::{Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -84,7 +85,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // One line, causes and all; a broken pipe is the reader's decision and no news.
             if !is_broken_pipe(&error) {
-                eprintln!("umbra: {error:#}");
+                eprintln!("umbra: {}", one_line(&error));
             }
             ExitCode::from(FAILED)
         }

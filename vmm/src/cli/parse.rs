@@ -70,6 +70,19 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     if duration.is_zero() { Err(format!("{text} is no time at all")) } else { Ok(duration) }
 }
 
+/// How often something is to be done: a [`duration`] from a millisecond to a year.
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
+    /// More often than this umbra would do nothing else.
+    const LEAST: Duration = Duration::from_millis(1);
+    /// Clocks can count this far.
+    const MOST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+    match duration(text)? {
+        short if short < LEAST => Err(format!("{text} is too short: give at least 1ms")),
+        long if long > MOST => Err(format!("{text} is too long: give at most a year, 525600m")),
+        interval => Ok(interval),
+    }
+}
+
 /// `NAME=VALUE`, or `NAME` to pass on umbra's own.
 pub(super) fn environment(text: &str) -> Result<String, String> {
     match text.split_once('=') {
@@ -110,8 +123,8 @@ pub(super) fn dirty_rate(text: &str) -> Result<RateArg, String> {
             "json" => format.replace(Format::Json).is_some(),
             "text" => format.replace(Format::Text).is_some(),
             _ => {
-                let bad = |_| format!("`{word}` is neither `json` nor an interval, as 1s or 100ms");
-                every.replace(duration(word).map_err(bad)?).is_some()
+                let bad = |why| format!("`{word}` is neither `json` nor an interval, as 1s or 100ms: {why}");
+                every.replace(interval(word).map_err(bad)?).is_some()
             }
         };
         if twice {
@@ -172,6 +185,17 @@ mod tests {
     }
 
     #[test]
+    fn intervals_are_neither_too_short_nor_too_long() {
+        assert_eq!(interval("1ms"), Ok(Duration::from_millis(1)));
+        assert_eq!(interval("0.001"), Ok(Duration::from_millis(1)));
+        assert_eq!(interval("525600m"), Ok(Duration::from_secs(365 * 24 * 3600)));
+        assert!(interval("0.9ms").is_err_and(|why| why.contains("at least 1ms")));
+        assert!(interval("0.000000001").is_err_and(|why| why.contains("at least 1ms")));
+        assert!(interval("99999999999").is_err_and(|why| why.contains("at most")));
+        assert!(interval("0").is_err() && interval("often").is_err());
+    }
+
+    #[test]
     fn environment_wants_a_name() {
         assert_eq!(environment("A=b=c"), Ok("A=b=c".into()));
         assert!(environment("=x").is_err());
@@ -195,7 +219,7 @@ mod tests {
         assert_eq!(dirty_rate("json"), arg(1000, Format::Json));
         assert_eq!(dirty_rate("100ms,json"), arg(100, Format::Json));
         assert_eq!(dirty_rate("json,0.5"), arg(500, Format::Json));
-        for bad in ["", "xml", "1s,2s", "json,text", "json,", "0"] {
+        for bad in ["", "xml", "1s,2s", "json,text", "json,", "0", "json,0.1ms"] {
             assert!(dirty_rate(bad).is_err(), "{bad}");
         }
     }

@@ -4,12 +4,12 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use super::*;
-use crate::vm::WindowFill;
+use crate::vm::{Tracking, WindowFill};
 use shadow_mmu::shadow::FaultAroundPolicy;
 
 /// A small machine, if there can be one here.
 fn guest(work: &Work) -> Option<Memstress> {
-    let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead);
+    let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead, Tracking::default());
     if !config.kvm_device.exists() {
         println!("skipped: no {}", config.kvm_device.display());
         return None;
@@ -55,6 +55,30 @@ fn one_that_runs_is_ended_by_the_drop() {
         drop(memstress);
         assert!(pid.is_none_or(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists()));
     }
+}
+
+#[test]
+fn the_limit_is_beyond_what_was_asked_for() {
+    let work = Work::new(2, 1000);
+    for mut memstress in both(&work) {
+        assert!(memstress.limit >= GRACE + work.pass_at_most());
+        // 1,000 pages, a second each; and a window that no clock can count: a wait without end, and no panic.
+        memstress.expect(Duration::from_secs(1000));
+        assert!(memstress.limit >= GRACE + Duration::from_secs(1000) && memstress.deadline().is_some());
+        memstress.expect(Duration::MAX);
+        assert_eq!(memstress.deadline(), None);
+        assert_eq!(memstress.pass("read").unwrap().accesses, 2000);
+        memstress.finish().unwrap();
+    }
+}
+
+#[test]
+fn a_limit_ends_a_wait() {
+    let mut memstress = Memstress::native(&Work::new(1, 4)).unwrap();
+    memstress.limit = Duration::from_millis(1);
+    // Nobody has asked for anything.
+    let error = memstress.answer("read").unwrap_err();
+    assert!(format!("{error:#}").contains("said nothing"), "{error:#}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::frame::FreedFrames;
 use shadow_mmu::shadow::FaultAroundPolicy;
+use std::time::Duration;
 
 /// What `memstress` is to touch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +55,20 @@ impl Work {
         }
     }
 
+    /// Longer than one pass over all of it takes, whoever serves its faults.
+    pub(super) fn pass_at_most(&self) -> Duration {
+        let accesses = self.pages.saturating_mul(self.threads.into());
+        // No access takes a millisecond: a fault that copies a page and is looked at by a log takes a tenth.
+        Duration::from_millis(accesses)
+    }
+
     /// A machine for it: room for the pages, their tables, and the reserve that pages ahead of need stay clear of.
-    pub fn config(&self, fault_around: FaultAroundPolicy, window: WindowFill) -> VmConfig {
+    pub fn config(
+        &self,
+        fault_around: FaultAroundPolicy,
+        window: WindowFill,
+        tracking: Tracking,
+    ) -> VmConfig {
         let bytes = self.total_pages().saturating_mul(PAGE_SIZE);
         let threads = u64::from(self.threads) << 20;
         VmConfig {
@@ -65,7 +78,7 @@ impl Work {
             freed: FreedFrames::Keep,
             window,
             listeners: Vec::new(),
-            tracking: Tracking::default(),
+            tracking,
         }
     }
 

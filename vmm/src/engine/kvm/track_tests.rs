@@ -142,7 +142,8 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// After each pass the young pages are those that the guest accessed since the last one, and D of a page's leaf says whether it wrote. What
+/// After each pass the young pages are those that the guest accessed since the last one (and where the CPU itself sets A, which it may do ahead
+/// of accesses, perhaps more), and D of a page's leaf says whether it wrote. What
 /// faults bring along is neither.
 #[test]
 fn i48_a_pass_finds_exactly_the_pages_that_a_real_cpu_accessed() {
@@ -178,7 +179,14 @@ fn i48_a_pass_finds_exactly_the_pages_that_a_real_cpu_accessed() {
                 young.extend(pages.map(|page| page - SLOT.0));
             }
         });
-        assert_eq!(young, accessed, "round {round}");
+        if guest.kvm.facts().kvm_backend.walks_in_software() {
+            assert_eq!(young, accessed, "round {round}");
+        } else {
+            // The CPU may set A ahead of accesses too, for what has a leaf.
+            assert!(young.is_superset(&accessed), "round {round}: {accessed:?} in {young:?}");
+            // What it has cached would not be seen in the next round.
+            guest.kvm.tlb().flush_all();
+        }
         let dirty = BTreeSet::from_iter(guest.shadow.get_dirty_log(SLOT).unwrap().iter());
         assert_eq!(dirty, written, "round {round}");
     }
