@@ -45,10 +45,7 @@ fn a_dirty_rate_counts_what_is_written_and_not_what_is_read() {
         }
         let summary = &reports(&rest, "dirty_rate_summary")[0];
         let row = row(summary, at).unwrap();
-        assert!(
-            row["pages"].as_u64().unwrap() >= 5 && summary["intervals"].as_u64().unwrap() >= 2,
-            "{summary}"
-        );
+        assert!(row["pages"].as_u64().unwrap() >= 5 && summary["cut_short"]["pages"].is_u64(), "{summary}");
     }
 }
 
@@ -68,16 +65,24 @@ fn no_write_is_lost_whatever_the_ring_holds() {
         // A small ring was full many times, and its vCPU waited.
         let stats: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
         let waited = stats["stalls"]["ring_full"]["count"].as_u64().unwrap_or(0);
-        match method {
-            ["--dirty-log", "ring:128"] => assert!(waited >= 3000 / 64 - 1, "{stats}"),
-            [.., "bitmap"] | [] => assert_eq!(waited, 0, "{stats}"),
-            _ => {}
+        match method.iter().find(|word| word.starts_with("ring")) {
+            Some(&"ring:128") => assert!(waited >= 3000 / 64 - 1, "{stats}"),
+            Some(_) => {}
+            None => assert_eq!(waited, 0, "{stats}"),
         }
+        let (causes, vcpus) = (stats["stalls"].as_object().unwrap(), &stats["stalls"]["vcpus"]);
+        let all: u64 = causes.values().filter_map(|times| times["count"].as_u64()).sum();
+        assert_eq!(
+            (vcpus[0]["count"].as_u64(), vcpus[1].is_null()),
+            (Some(all), true),
+            "one thread: {stats}"
+        );
     }
 }
 
+/// That a thread which waits for its ring is reached is a test of `guest::thread`'s; here its last wait must not be lost.
 #[test]
-fn a_guest_that_waits_for_its_ring_can_be_ended() {
+fn a_guest_that_fills_its_ring_over_and_over_can_be_ended() {
     if !kvm() {
         return;
     }
@@ -86,6 +91,44 @@ fn a_guest_that_waits_for_its_ring_can_be_ended() {
     let output = finish(&mut run(&options, &guest), b"", LIMIT);
     assert_eq!(code(output.status), 128 + libc::SIGKILL, "{}", stderr(&output));
     assert!(stderr(&output).contains("pages a second written over"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_guest_that_writes_everywhere_is_told_of_in_few_words() {
+    if !kvm() {
+        return;
+    }
+    // A page in each of 5,120 parts of 128 MiB, every second one: 20 times as many as have a bit a page. All but one are unmapped at once.
+    let source = r#"
+        #define _GNU_SOURCE
+        #include <stdio.h>
+        #include <sys/mman.h>
+        int main() {
+            volatile char *kept = 0;
+            for (unsigned long n = 0; n < 5120; n++) {
+                void *at = (void *)((1UL << 32) + n * (256UL << 20));
+                volatile char *p = mmap(at, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+                if (p == MAP_FAILED) return 1;
+                *p = 1;
+                if (n == 5000) kept = p; else munmap((void *)p, 4096);
+            }
+            printf("%lu\n", (unsigned long)kept);
+        }"#;
+    let program = cc(&folder("dirty-everywhere"), "everywhere", source, STATIC);
+    for method in METHODS {
+        let options = [&["--memory", "32M", "--dirty-rate=600m,json"], method].concat();
+        let output = finish(&mut run(&options, &[&program]), b"", LIMIT);
+        assert_eq!(code(output.status), 0, "{}", stderr(&output));
+        let at: u64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
+        let told = &reports(&stderr(&output), "dirty_rate")[0];
+        let kept = row(told, at).unwrap();
+        let (known, unsure) = (kept["pages"].as_u64().unwrap(), kept["unsure_pages"].as_u64().unwrap());
+        assert_eq!(known + unsure, 1, "{method:?}: the page is told of, and no page beside it: {kept}");
+        let pages = told["pages"].as_u64().unwrap();
+        assert!((256..8192).contains(&pages), "{method:?}: not more than the guest has frames: {told}");
+        assert!(told["unsure_pages"].as_u64().unwrap() >= 1 << 15, "{method:?}: {told}");
+        assert!(told["vmas"].as_array().unwrap().len() < 20, "{method:?}: {told}");
+    }
 }
 
 #[test]
@@ -129,12 +172,23 @@ fn bad_options_are_explained() {
         (&["--dirty-rate", "--dirty-log", "list"], &["`list`", "ring:ENTRIES"]),
         (&["--dirty-log", "ring"], &["--dirty-rate"]),
         (&["--dirty-method", "d-bit"], &["--dirty-rate"]),
+        (&["--dirty-rate=0.1ms"], &["1ms"]),
+        (&["--age", "0.000000001"], &["1ms"]),
     ] {
         let output = finish(&mut run(options, &["hello"]), b"", LIMIT);
         assert_eq!(code(output.status), 2, "{options:?}: {}", stderr(&output));
         for word in words {
             assert!(stderr(&output).contains(word), "no `{word}` in: {}", stderr(&output));
         }
+    }
+}
+
+#[test]
+fn the_demo_logs_no_writes() {
+    for option in [["--dirty-log", "ring:128"], ["--dirty-method", "d-bit"]] {
+        let output = finish(&mut run(&[&["--adopt-demo"], &option[..]].concat(), &[""; 0]), b"", LIMIT);
+        assert_eq!(code(output.status), 2, "{option:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("--adopt-demo"), "{}", stderr(&output));
     }
 }
 

@@ -4,15 +4,22 @@
 //! A page counts once an interval, however often it is written in that. What was written is known by address; which mapping was there is
 //! looked up when the log is read, so pages that were unmapped since are a row of their own.
 //!
+//! A guest that writes everywhere makes the log forget single pages: it reports whole ranges then ([`DirtyPages::whole_runs`]), perhaps of all
+//! its addresses. Their pages are told apart, as *unsure*. Nothing here goes through pages one by one: an interval costs time for its runs and for
+//! what is mapped.
+//!
 //! The summary goes by a mapping's first address, which a heap that grows keeps. A guest that makes mappings all day must not make it grow:
-//! it follows [`MAX_VMAS`] of them, and adds up the rest.
+//! it follows [`MAX_VMAS`] of them, and adds up the rest. The interval that the guest's end cuts short is no part of means and peaks, unless it is
+//! the only one: its rate says little, and a mean with it could be above every peak.
 
 use crate::aging::vma_rights;
 use serde::Serialize;
-use shadow_mmu::addr::PAGE_SHIFT;
+use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::mm::Vma;
+use shadow_mmu::shadow::DirtyPages;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::ops::Range;
 use std::time::Duration;
 
 /// Mappings that the summary follows.
@@ -67,6 +74,8 @@ pub struct Written {
     pub pages: u64,
     /// The same by the second.
     pub pages_per_s: f64,
+    /// Further pages, of which the log knows no more than that it may be them: something near was written.
+    pub unsure_pages: u64,
 }
 
 /// One reading of the log.
@@ -82,6 +91,8 @@ pub struct Interval {
     pub pages: u64,
     /// The same by the second.
     pub pages_per_s: f64,
+    /// Further pages that may have been written.
+    pub unsure_pages: u64,
     /// By mapping, ascending; without those of which nothing was written.
     pub vmas: Vec<Written>,
 }
@@ -90,40 +101,54 @@ fn per_second(pages: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { pages as f64 / seconds } else { 0.0 }
 }
 
-impl Interval {
-    /// `pages`, by page number and ascending, were written from `from` to `to` after logging began; `vmas` is what is mapped now,
-    /// ascending.
-    pub fn new(pages: impl Iterator<Item = u64>, vmas: &[Vma], from: Duration, to: Duration) -> Self {
-        let seconds = to.saturating_sub(from).as_secs_f64();
-        let mut counts = vec![0u64; vmas.len()];
-        let (mut all, mut unmapped, mut at) = (0, 0, 0);
-        for page in pages {
-            all += 1;
+/// How many pages of `runs`, ascending, are in each of `vmas`, ascending too; behind those the pages that are in none.
+fn count(runs: impl Iterator<Item = Range<u64>>, vmas: &[Vma]) -> Vec<u64> {
+    let none = vmas.len();
+    let mut counts = vec![0; none + 1];
+    let mut at = 0;
+    for run in runs {
+        let mut page = run.start;
+        while page < run.end {
             while vmas.get(at).is_some_and(|vma| vma.range.end.page() <= page) {
                 at += 1;
             }
-            match vmas.get(at) {
-                Some(vma) if vma.range.start.0 <= page << PAGE_SHIFT => counts[at] += 1,
-                _ => unmapped += 1,
-            }
+            let (row, end) = match vmas.get(at) {
+                Some(vma) if vma.range.start.page() <= page => (at, vma.range.end.page().min(run.end)),
+                Some(next) => (none, next.range.start.page().min(run.end)),
+                None => (none, run.end),
+            };
+            counts[row] += end - page;
+            page = end;
         }
-        let of = |place, pages| Written { place, pages, pages_per_s: per_second(pages, seconds) };
-        let mut written: Vec<_> = vmas
-            .iter()
-            .zip(counts)
-            .filter(|(_, pages)| *pages > 0)
-            .map(|(vma, pages)| of(Place::of(vma), pages))
-            .collect();
-        if unmapped > 0 {
-            written.push(of(Place::without_mapping("unmapped since"), unmapped));
-        }
+    }
+    counts
+}
+
+impl Interval {
+    /// `pages`, by page number, were written from `from` to `to` after logging began; `vmas` is what is mapped now, ascending.
+    pub fn new(pages: &DirtyPages, vmas: &[Vma], from: Duration, to: Duration) -> Self {
+        let seconds = to.saturating_sub(from).as_secs_f64();
+        let (all, unsure) = (count(pages.runs(), vmas), count(pages.whole_runs(), vmas));
+        let places = vmas.iter().map(Some).chain([None]);
+        let of = |((vma, all), unsure_pages): ((Option<&Vma>, u64), u64)| {
+            let pages = all - unsure_pages;
+            (all > 0).then(|| Written {
+                place: vma.map_or_else(|| Place::without_mapping("unmapped since"), Place::of),
+                pages,
+                pages_per_s: per_second(pages, seconds),
+                unsure_pages,
+            })
+        };
+        let vmas: Vec<_> = places.zip(all).zip(unsure).filter_map(of).collect();
+        let pages = vmas.iter().map(|row| row.pages).sum();
         Self {
             report: "dirty_rate",
             from_s: from.as_secs_f64(),
             seconds,
-            pages: all,
-            pages_per_s: per_second(all, seconds),
-            vmas: written,
+            pages,
+            pages_per_s: per_second(pages, seconds),
+            unsure_pages: vmas.iter().map(|row| row.unsure_pages).sum(),
+            vmas,
         }
     }
 
@@ -137,10 +162,21 @@ impl Interval {
         );
         for written in &self.vmas {
             // Writing to a string cannot fail.
-            let _ = writeln!(out, "{:>12.0}  {}", written.pages_per_s, written.place.text());
+            if written.pages > 0 {
+                let _ = writeln!(out, "{:>12.0}  {}", written.pages_per_s, written.place.text());
+            }
+            if written.unsure_pages > 0 {
+                let (place, size) = (written.place.text(), mib(written.unsure_pages));
+                let _ = writeln!(out, "{:>12}  {place}: perhaps some of {size}", "?");
+            }
         }
         out
     }
+}
+
+/// The size of so many pages, for people.
+fn mib(pages: u64) -> String {
+    format!("{:.1} MiB", pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20))
 }
 
 /// What is known of a mapping over all intervals.
@@ -155,6 +191,8 @@ pub struct Total {
     pub mean_pages_per_s: f64,
     /// By the second, in the interval in which most were written.
     pub peak_pages_per_s: f64,
+    /// The most pages of one interval that may have been written besides.
+    pub unsure_pages: u64,
 }
 
 /// What a run wrote.
@@ -166,9 +204,9 @@ pub struct Summary {
     pub method: &'static str,
     /// Where they were kept: `bitmap` or `ring`.
     pub log: &'static str,
-    /// Length of the run.
+    /// Length of these intervals together.
     pub seconds: f64,
-    /// How often the log was read.
+    /// Whole intervals; where there is none, the one that was cut short.
     pub intervals: u64,
     /// Pages, those written in several intervals as often.
     pub pages: u64,
@@ -176,8 +214,19 @@ pub struct Summary {
     pub mean_pages_per_s: f64,
     /// By the second, in the interval in which most were written.
     pub peak_pages_per_s: f64,
+    /// The last interval, in which the guest ended, where there are whole ones: it is in no other number here.
+    pub cut_short: Option<CutShort>,
     /// By mapping, ascending.
     pub vmas: Vec<Total>,
+}
+
+/// An interval in which the guest ended.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct CutShort {
+    /// Its length.
+    pub seconds: f64,
+    /// Pages written in it.
+    pub pages: u64,
 }
 
 /// Adds intervals up.
@@ -190,9 +239,10 @@ pub struct Rates {
     seconds: f64,
     pages: u64,
     peak: f64,
+    cut_short: Option<CutShort>,
 }
 
-/// Whether an interval was as long as it should be. One that the guest's end cut short says nothing of peaks.
+/// Whether an interval was as long as it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Length {
     /// It was.
@@ -204,25 +254,36 @@ pub enum Length {
 impl Rates {
     /// Adds the next interval.
     pub fn add(&mut self, interval: &Interval, length: Length) {
-        // Where it is the only one, it is all that is known.
-        let counts = length == Length::Whole || self.intervals == 0;
-        let peak = |pages_per_s: f64| if counts { pages_per_s } else { 0.0 };
+        if length == Length::CutShort && self.intervals > 0 {
+            self.cut_short = Some(CutShort { seconds: interval.seconds, pages: interval.pages });
+            return;
+        }
         self.intervals += 1;
         self.seconds += interval.seconds;
         self.pages += interval.pages;
-        self.peak = self.peak.max(peak(interval.pages_per_s));
+        self.peak = self.peak.max(interval.pages_per_s);
+        // Those that are not followed are one row: its peak is that of their sum.
+        let mut others: Option<Written> = None;
         for written in &interval.vmas {
             let known = self.vmas.len();
-            let total = match written.place.start {
+            match written.place.start {
                 Some(start) if known < MAX_VMAS || self.vmas.contains_key(&start) => {
                     let total = self.vmas.entry(start).or_insert_with(|| Total::none(written.place.clone()));
                     total.place.clone_from(&written.place);
-                    total
+                    total.add(written);
                 }
-                _ => self.others.get_or_insert_with(|| Total::none(Place::without_mapping("others"))),
-            };
-            total.pages += written.pages;
-            total.peak_pages_per_s = total.peak_pages_per_s.max(peak(written.pages_per_s));
+                _ => match &mut others {
+                    None => others = Some(written.clone()),
+                    Some(others) => {
+                        others.pages += written.pages;
+                        others.pages_per_s += written.pages_per_s;
+                        others.unsure_pages += written.unsure_pages;
+                    }
+                },
+            }
+        }
+        if let Some(others) = others {
+            self.others.get_or_insert_with(|| Total::none(Place::without_mapping("others"))).add(&others);
         }
     }
 
@@ -239,6 +300,7 @@ impl Rates {
             pages: self.pages,
             mean_pages_per_s: per_second(self.pages, self.seconds),
             peak_pages_per_s: self.peak,
+            cut_short: self.cut_short,
             vmas,
         }
     }
@@ -246,7 +308,13 @@ impl Rates {
 
 impl Total {
     fn none(place: Place) -> Self {
-        Self { place, pages: 0, mean_pages_per_s: 0.0, peak_pages_per_s: 0.0 }
+        Self { place, pages: 0, mean_pages_per_s: 0.0, peak_pages_per_s: 0.0, unsure_pages: 0 }
+    }
+
+    fn add(&mut self, written: &Written) {
+        self.pages += written.pages;
+        self.peak_pages_per_s = self.peak_pages_per_s.max(written.pages_per_s);
+        self.unsure_pages = self.unsure_pages.max(written.unsure_pages);
     }
 }
 
@@ -262,9 +330,20 @@ impl Summary {
             let _ = writeln!(out, "{mean:>12.0} {peak:>12.0}  {what}");
         };
         for total in &self.vmas {
-            row(total.mean_pages_per_s, total.peak_pages_per_s, &total.place.text());
+            let mut place = total.place.text();
+            if total.unsure_pages > 0 {
+                let _ = write!(place, ": and perhaps some of {}", mib(total.unsure_pages));
+            }
+            row(total.mean_pages_per_s, total.peak_pages_per_s, &place);
         }
         row(self.mean_pages_per_s, self.peak_pages_per_s, "total");
+        if let Some(last) = self.cut_short {
+            let _ = writeln!(
+                out,
+                "besides, {} pages in the last {:.3} s, an interval that was cut short",
+                last.pages, last.seconds
+            );
+        }
         out
     }
 }
@@ -278,7 +357,7 @@ mod tests {
 
     fn vma(page: u64, pages: u64) -> Vma {
         Vma {
-            range: HvaRange::pages_from(Hva(page << PAGE_SHIFT), pages),
+            range: HvaRange::pages_from(Hva(page * PAGE_SIZE), pages),
             prot: Access::READ | Access::WRITE,
             flags: VmaFlags::empty(),
             backing: Backing::Anonymous,
@@ -287,7 +366,8 @@ mod tests {
 
     fn interval(pages: &[u64], vmas: &[Vma], second: u64) -> Interval {
         let at = Duration::from_secs(second);
-        Interval::new(pages.iter().copied(), vmas, at, at + Duration::from_secs(2))
+        let pages = pages.iter().copied().collect();
+        Interval::new(&pages, vmas, at, at + Duration::from_secs(2))
     }
 
     #[test]
@@ -295,37 +375,78 @@ mod tests {
         let vmas = [vma(10, 5), vma(15, 5), vma(100, 1)];
         let told = interval(&[9, 10, 14, 15, 50, 100, 101], &vmas, 0);
         let rows: Vec<_> = told.vmas.iter().map(|row| (row.place.start, row.pages)).collect();
-        let start = |page: u64| Some(page << PAGE_SHIFT);
+        let start = |page: u64| Some(page * PAGE_SIZE);
         assert_eq!(rows, [(start(10), 2), (start(15), 1), (start(100), 1), (None, 3)]);
-        assert_eq!((told.pages, told.pages_per_s), (7, 3.5));
-        assert_eq!(told.vmas.iter().map(|row| row.pages).sum::<u64>(), told.pages);
+        assert_eq!((told.pages, told.pages_per_s, told.unsure_pages), (7, 3.5, 0));
     }
 
     #[test]
-    fn a_mapping_that_grows_stays_one_and_an_interval_cut_short_makes_no_peak() {
+    fn what_the_log_knows_only_as_a_whole_is_cut_to_what_is_mapped_and_told_apart() {
+        const PART: u64 = 1 << 15;
+        let mut pages: DirtyPages = [10, 11].into_iter().collect();
+        // All of a guest's addresses but the first part: as many pages as could not be visited one by one.
+        pages.add_whole(PART..1 << 35);
+        let vmas = [vma(10, 5), vma(PART - 3, 6), vma(9 * PART, 256)];
+        let told = Interval::new(&pages, &vmas, Duration::ZERO, Duration::from_secs(2));
+        let rows: Vec<_> =
+            told.vmas.iter().map(|row| (row.place.start, row.pages, row.unsure_pages)).collect();
+        let start = |page: u64| Some(page * PAGE_SIZE);
+        let nowhere = (1 << 35) - PART - 3 - 256;
+        assert_eq!(
+            rows,
+            [(start(10), 2, 0), (start(PART - 3), 0, 3), (start(9 * PART), 0, 256), (None, 0, nowhere)]
+        );
+        assert_eq!((told.pages, told.pages_per_s), (2, 1.0));
+        let text = told.text();
+        assert!(text.contains(": perhaps some of 1.0 MiB\n") && text.lines().count() == 5, "{text}");
+        let mut rates = Rates::default();
+        rates.add(&told, Length::Whole);
+        let text = rates.summary("d-bit", "bitmap").text();
+        assert!(text.contains(": and perhaps some of 1.0 MiB\n"), "{text}");
+    }
+
+    #[test]
+    fn a_mapping_that_grows_stays_one_and_an_interval_cut_short_is_told_apart() {
         let mut rates = Rates::default();
         rates.add(&interval(&[10, 11], &[vma(10, 2)], 0), Length::Whole);
         rates.add(&interval(&[10, 11, 12, 13], &[vma(10, 4)], 2), Length::Whole);
-        let mut last = interval(&[10], &[vma(10, 4)], 4);
-        (last.seconds, last.pages_per_s, last.vmas[0].pages_per_s) = (0.001, 1000.0, 1000.0);
+        let at = Duration::from_secs(4);
+        let pages = (10..14).collect();
+        let last = Interval::new(&pages, &[vma(10, 4)], at, at + Duration::from_millis(1));
         rates.add(&last, Length::CutShort);
         let told = rates.summary("d-bit", "bitmap");
-        assert_eq!((told.intervals, told.pages, told.peak_pages_per_s), (3, 7, 2.0));
+        assert_eq!((told.intervals, told.pages, told.seconds), (2, 6, 4.0));
+        assert_eq!((told.mean_pages_per_s, told.peak_pages_per_s), (1.5, 2.0));
+        assert_eq!(told.cut_short, Some(CutShort { seconds: 0.001, pages: 4 }));
         assert_eq!(told.vmas.len(), 1);
-        assert_eq!((told.vmas[0].pages, told.vmas[0].peak_pages_per_s), (7, 2.0));
-        assert_eq!(told.vmas[0].place.end, Some(14 << PAGE_SHIFT));
-        assert!(told.text().contains("(bitmap, d-bit)"), "{}", told.text());
+        let row = &told.vmas[0];
+        assert_eq!((row.pages, row.mean_pages_per_s, row.peak_pages_per_s), (6, 1.5, 2.0));
+        assert_eq!(row.place.end, Some(14 * PAGE_SIZE));
+        let text = told.text();
+        assert!(text.contains("(bitmap, d-bit)") && text.contains("4 pages in the last 0.001 s"), "{text}");
+    }
+
+    #[test]
+    fn an_interval_cut_short_is_all_that_is_known_where_it_is_the_only_one() {
+        let mut rates = Rates::default();
+        rates.add(&interval(&[10, 11], &[vma(10, 2)], 0), Length::CutShort);
+        let told = rates.summary("d-bit", "bitmap");
+        assert_eq!((told.intervals, told.pages, told.peak_pages_per_s, told.cut_short), (1, 2, 1.0, None));
     }
 
     #[test]
     fn a_guest_that_maps_all_day_does_not_make_the_summary_grow() {
         let mut rates = Rates::default();
         for page in 0..3 * MAX_VMAS as u64 {
-            rates.add(&interval(&[page * 2], &[vma(page * 2, 1)], page), Length::Whole);
+            // The second page is unmapped, so from some time on two rows an interval are others.
+            rates.add(&interval(&[page * 2, page * 2 + 1], &[vma(page * 2, 1)], page), Length::Whole);
         }
         let told = rates.summary("d-bit", "bitmap");
         assert_eq!(told.vmas.len(), MAX_VMAS + 1);
-        assert_eq!(told.vmas.last().unwrap().pages, 2 * MAX_VMAS as u64);
+        let others = told.vmas.last().unwrap();
+        assert_eq!((others.pages, others.peak_pages_per_s), (5 * MAX_VMAS as u64, 1.0));
         assert_eq!(told.vmas.iter().map(|row| row.pages).sum::<u64>(), told.pages);
+        let above = told.vmas.iter().find(|row| row.mean_pages_per_s > row.peak_pages_per_s);
+        assert_eq!(above, None, "no mean is above its peak");
     }
 }

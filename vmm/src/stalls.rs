@@ -3,8 +3,9 @@
 //!
 //! Each vCPU thread owns its [`Stalls`] and counts into them without a lock: two readings of the clock a fault, tens of
 //! nanoseconds beside the tens of microseconds that the exit costs. When the thread ends they are added to the machine's, so a
-//! guest that starts threads all day needs memory for those that run. What is read from the machine therefore lacks what
-//! running threads have not handed in yet; the report at the end lacks nothing.
+//! guest that starts threads all day needs memory for those that run, and for the [`MAX_VCPUS`] that waited longest, which are told one by
+//! one. What is read from the machine ([`MachineStalls`]) therefore lacks what running threads have not handed in yet; the report at the
+//! end lacks nothing.
 //!
 //! Counted is the time in umbra: from the exit's arrival in the handler until the fault is resolved or refused. What the way out of
 //! the guest and back costs comes on top; `umbra bench fault` measures that.
@@ -18,6 +19,9 @@ use shadow_mmu::shadow::{FaultCause, FaultOutcome};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
+
+/// Threads that are told one by one.
+pub const MAX_VCPUS: usize = 16;
 
 /// What a vCPU waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -41,6 +45,8 @@ pub enum StallCause {
     Refused,
     /// A full dirty ring, until the collector had emptied it.
     RingFull,
+    /// The host, to reach a page of adopted memory, or to have changes of it settled.
+    HostFault,
 }
 
 impl StallCause {
@@ -72,6 +78,7 @@ impl StallCause {
             Self::Retry => "retry",
             Self::Refused => "refused",
             Self::RingFull => "ring full",
+            Self::HostFault => "host fault",
         }
     }
 }
@@ -168,29 +175,75 @@ impl Stalls {
         }
     }
 
-    /// What there is to tell of each cause that occurred.
-    pub fn summary(&self) -> StallSummary {
-        let of = |(&cause, times): (&StallCause, &Times)| Some((cause, times.summary()?));
-        StallSummary(self.by_cause.iter().filter_map(of).collect())
+    /// How many there were, and their sum.
+    fn sum(&self) -> (u64, Duration) {
+        let times = self.by_cause.values();
+        times.fold((0, Duration::ZERO), |(count, total), times| (count + times.count(), total + times.total))
     }
 }
 
-/// What is told of [`Stalls`]: an object by cause in JSON, a table in text.
+/// Stalls of all threads that have ended.
+#[derive(Debug, Default)]
+pub struct MachineStalls {
+    all: Stalls,
+    /// The longest sums first; at most [`MAX_VCPUS`].
+    longest: Vec<VcpuStalls>,
+}
+
+impl MachineStalls {
+    /// Adds those of guest thread `tid`, which has ended.
+    pub fn add(&mut self, tid: i32, own: &Stalls) {
+        self.all.add(own);
+        let (count, total) = own.sum();
+        if count == 0 {
+            return;
+        }
+        let total_us = total.as_nanos() as f64 / 1e3;
+        let behind = self.longest.partition_point(|vcpu| vcpu.total_us >= total_us);
+        self.longest.insert(behind, VcpuStalls { tid, count, total_us });
+        self.longest.truncate(MAX_VCPUS);
+    }
+
+    /// What there is to tell of each cause that occurred, and of threads.
+    pub fn summary(&self) -> StallSummary {
+        let of = |(&cause, times): (&StallCause, &Times)| Some((cause, times.summary()?));
+        let by_cause = self.all.by_cause.iter().filter_map(of).collect();
+        StallSummary { by_cause, vcpus: self.longest.clone() }
+    }
+}
+
+/// What one thread waited for in all.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct VcpuStalls {
+    /// The guest's number of it. One that was used again is told twice.
+    pub tid: i32,
+    /// How often it stalled.
+    pub count: u64,
+    /// The sum, microseconds.
+    pub total_us: f64,
+}
+
+/// What is told of [`MachineStalls`]: an object by cause in JSON, with `vcpus` beside the causes; a table in text.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
-#[serde(transparent)]
-pub struct StallSummary(pub BTreeMap<StallCause, TimesSummary>);
+pub struct StallSummary {
+    /// Of all threads.
+    #[serde(flatten)]
+    pub by_cause: BTreeMap<StallCause, TimesSummary>,
+    /// Those that waited longest, the longest first; at most [`MAX_VCPUS`].
+    pub vcpus: Vec<VcpuStalls>,
+}
 
 impl StallSummary {
-    /// For people: a line a cause, each with a newline before it; nothing where nothing stalled.
+    /// For people: a line a cause and a thread, each with a newline before it; nothing where nothing stalled.
     pub fn text(&self) -> String {
         let mut out = String::new();
-        if self.0.is_empty() {
+        if self.by_cause.is_empty() {
             return out;
         }
         // Writing to a string cannot fail.
         let _ =
             write!(out, "\nstalls    cause              count    total ms  median us     p99 us     max us");
-        for (cause, times) in &self.0 {
+        for (cause, times) in &self.by_cause {
             let _ = write!(
                 out,
                 "\n          {:<14} {:>9} {:>11.3} {:>10.1} {:>10.1} {:>10.1}",
@@ -201,6 +254,10 @@ impl StallSummary {
                 times.p99_us,
                 times.max_us
             );
+        }
+        for vcpu in &self.vcpus {
+            let thread = format!("thread {}", vcpu.tid);
+            let _ = write!(out, "\n          {thread:<14} {:>9} {:>11.3}", vcpu.count, vcpu.total_us / 1e3);
         }
         out
     }
@@ -225,18 +282,37 @@ mod tests {
 
     #[test]
     fn what_threads_hand_in_adds_up() {
-        let mut machine = Stalls::default();
+        let mut machine = MachineStalls::default();
         for thread in 1..=3 {
             let mut own = Stalls::default();
             own.record(StallCause::FirstTouch, US * thread);
             own.record(StallCause::Refused, US * 10 * thread);
-            machine.add(&own);
+            machine.add(thread as i32, &own);
         }
-        let StallSummary(told) = machine.summary();
+        let StallSummary { by_cause: told, vcpus } = machine.summary();
         assert_eq!(told.keys().copied().collect::<Vec<_>>(), [StallCause::FirstTouch, StallCause::Refused]);
         let first = told[&StallCause::FirstTouch];
         assert_eq!((first.count, first.total_us, first.max_us), (3, 6.0, 3.0));
         assert_eq!(told[&StallCause::Refused].max_us, 30.0);
+        let rows: Vec<_> = vcpus.iter().map(|vcpu| (vcpu.tid, vcpu.count, vcpu.total_us)).collect();
+        assert_eq!(rows, [(3, 2, 33.0), (2, 2, 22.0), (1, 2, 11.0)]);
+    }
+
+    #[test]
+    fn a_guest_that_starts_threads_all_day_keeps_the_longest() {
+        let mut machine = MachineStalls::default();
+        for tid in 0..1000 {
+            let mut own = Stalls::default();
+            // Neither ascending nor descending.
+            own.record(StallCause::Mapped, US * (tid * 7 % 1000));
+            machine.add(tid as i32, &own);
+        }
+        machine.add(1000, &Stalls::default());
+        let told = machine.summary();
+        let sums: Vec<_> = told.vcpus.iter().map(|vcpu| vcpu.total_us).collect();
+        assert_eq!(sums, (0..MAX_VCPUS).map(|n| 999.0 - n as f64).collect::<Vec<_>>());
+        assert_eq!(told.by_cause[&StallCause::Mapped].count, 1000);
+        assert!(told.text().lines().count() == 2 + 1 + MAX_VCPUS, "{}", told.text());
     }
 
     #[test]
@@ -258,11 +334,13 @@ mod tests {
 
     #[test]
     fn json_has_an_object_a_cause() {
-        let mut stalls = Stalls::default();
-        stalls.record(StallCause::CopyOnWrite, US);
+        let (mut stalls, mut own) = (MachineStalls::default(), Stalls::default());
+        own.record(StallCause::CopyOnWrite, US);
+        stalls.add(7, &own);
         let json = serde_json::to_value(stalls.summary()).unwrap();
         assert_eq!(json["copy_on_write"]["count"], 1);
         assert_eq!(json["copy_on_write"]["max_us"], 1.0);
         assert!(json["first_touch"].is_null());
+        assert_eq!(json["vcpus"], serde_json::json!([{"tid": 7, "count": 1, "total_us": 1.0}]));
     }
 }

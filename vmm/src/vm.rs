@@ -11,6 +11,7 @@
 
 mod config;
 mod faults;
+mod ring_pages;
 mod rings;
 
 pub use config::{Accesses, AdBitsUse, Tracking, VmConfig, WindowFill};
@@ -19,7 +20,7 @@ use crate::engine::kvm::{Effort, KvmVm};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
 use crate::recorder::Recorder;
-use crate::stalls::{StallSummary, Stalls};
+use crate::stalls::{MachineStalls, StallSummary};
 use crate::trace::{Observer, set_guest_thread};
 use anyhow::{Context, Result};
 use config::ConfiguredTlb;
@@ -29,7 +30,7 @@ use shadow_mmu::addr::{Gfn, Hva};
 use shadow_mmu::frame::FramePool;
 use shadow_mmu::mm::Mm;
 use shadow_mmu::mm::watch::{Forks, Watch};
-use shadow_mmu::shadow::{AdBits, AuditReport, DirtyGfn, Memslot, Prefaulted, ShadowMmu, SlotAccess};
+use shadow_mmu::shadow::{AdBits, AuditReport, DirtyPages, Memslot, Prefaulted, ShadowMmu, SlotAccess};
 use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::thread::JoinHandle;
@@ -60,7 +61,7 @@ pub struct Machine {
     /// Of vCPUs, where they have dirty rings.
     rings: Option<Rings>,
     /// What the threads that ended waited for.
-    stalls: Mutex<Stalls>,
+    stalls: Mutex<MachineStalls>,
     /// The operator has been told that the guest wants adopted memory which the host cannot reach.
     told_unreachable: Once,
     /// Over mappings of this process that the guest sees, from the first on.
@@ -118,7 +119,8 @@ impl Machine {
             ),
             WindowFill::Ahead | WindowFill::OnDemand => None,
         };
-        let rings = config.tracking.ring_entries.map(Rings::new).transpose()?;
+        let ring = |entries| Rings::new(entries, pool.frame_count());
+        let rings = config.tracking.ring_entries.map(ring).transpose()?;
         Ok(Arc::new(Self {
             config,
             pool,
@@ -186,11 +188,15 @@ impl Machine {
     pub fn dirty_ring_full(&self) -> Result<Option<EventFd>> {
         self.rings.as_ref().map(Rings::full).transpose()
     }
-    /// Takes what is in the dirty rings of all vCPUs, and lets those go on that waited for room.
-    pub fn collect_dirty_rings(&self, visit: impl FnMut(DirtyGfn)) {
+    /// Empties the dirty rings of all vCPUs, and lets those go on that waited for room.
+    pub fn collect_dirty_rings(&self) {
         if let Some(rings) = &self.rings {
-            rings.collect(&self.shadow, visit);
+            rings.collect(&self.shadow);
         }
+    }
+    /// What was in dirty rings that were emptied since the last time, by page number.
+    pub fn take_ring_pages(&self) -> DirtyPages {
+        self.rings.as_ref().map(Rings::take_pages).unwrap_or_default()
     }
     /// What vCPUs waited for, as far as their threads have ended; after [`Vm::wait`] that is all.
     pub fn stalls(&self) -> StallSummary {
@@ -208,7 +214,7 @@ impl Machine {
             vcpu.set_xsave(&xsave)?;
         }
         let machine = Arc::clone(&self);
-        let mut faults = VcpuFaults::new(&machine)?;
+        let mut faults = VcpuFaults::new(&machine, thread.tid())?;
         let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
             set_guest_thread(thread.tid());
             if let Err(error) = thread.run(&mut vcpu, &mut faults) {

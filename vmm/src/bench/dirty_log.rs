@@ -237,15 +237,12 @@ struct Rings<'a> {
     options: &'a DirtyLogWork,
     /// Readable when a vCPU waits for room.
     full: EventFd,
-    /// Since the last report.
-    collected: DirtyPages,
     last: DirtyPages,
 }
 
 impl Rings<'_> {
     fn collect(&mut self) -> Result<()> {
-        let collected = &mut self.collected;
-        self.memstress.expect_machine()?.collect_dirty_rings(|dirty| collected.insert(dirty.page));
+        self.memstress.expect_machine()?.collect_dirty_rings();
         Ok(())
     }
 }
@@ -269,10 +266,10 @@ impl Logger for Rings<'_> {
 
     fn get(&mut self) -> Result<()> {
         self.collect()?;
-        self.last = std::mem::take(&mut self.collected);
+        let machine = self.memstress.expect_machine()?;
+        self.last = machine.take_ring_pages();
         // What was written without a vCPU: by system calls.
-        let others = self.memstress.expect_machine()?.shadow().get_dirty_log(SLOT)?;
-        others.iter().for_each(|page| self.last.insert(page));
+        self.last.merge(machine.shadow().get_dirty_log(SLOT)?);
         Ok(())
     }
 
@@ -304,10 +301,7 @@ fn guest(options: &DirtyLogWork) -> Result<Vec<Phase>> {
     let last = DirtyPages::default();
     match full {
         None => run(Bitmap { memstress, region, options, last }, options, |log| log.memstress),
-        Some(full) => {
-            let collected = DirtyPages::default();
-            run(Rings { memstress, region, options, full, collected, last }, options, |log| log.memstress)
-        }
+        Some(full) => run(Rings { memstress, region, options, full, last }, options, |log| log.memstress),
     }
 }
 

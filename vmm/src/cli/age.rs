@@ -19,9 +19,9 @@ const COLUMNS: usize = 80;
 
 #[derive(Debug, Args)]
 pub(super) struct AgeArgs {
-    /// Look this often which pages the guest accessed since the last time: seconds, or with ms, s, m. What `--wss` and `--heatmap`
-    /// count in; 1s where one of them is given without it.
-    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    /// Look this often which pages the guest accessed since the last time: seconds, or with ms, s, m; 1ms at least. What `--wss`
+    /// and `--heatmap` count in; 1s where one of them is given without it.
+    #[arg(long, value_name = "DURATION", value_parser = parse::interval)]
     age: Option<Duration>,
     /// Print the working set, at the end and whenever umbra gets SIGUSR1, to stderr.
     ///
@@ -95,9 +95,9 @@ impl Aging {
         self.ager.pass();
     }
 
-    /// The working set now, as `--wss` wants it told.
-    pub(super) fn report(&self) -> Option<String> {
-        self.wss.map(|format| write(&self.ager.working_set(), format))
+    /// The working set now, as `--wss` wants it told, and how that is.
+    pub(super) fn report(&self) -> Option<(Format, String)> {
+        self.wss.map(|format| (format, write(&self.ager.working_set(), format)))
     }
 
     /// The guest has ended: one more pass, so that what was accessed since the last is told.

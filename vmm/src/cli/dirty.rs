@@ -2,7 +2,8 @@
 //! The options of `umbra run` that log a guest's writes, and what they do: a collector on the event loop.
 //!
 //! The log is switched on right before the guest starts, so what loading the program wrote is not in it. It is read at each tick and
-//! at the end; rings are also emptied whenever a vCPU waits for that, and what they held counts in the interval that is running.
+//! at the end; rings are also emptied whenever a vCPU waits for that or ends, and what they held counts in the interval that is running.
+//! The loop is what ends a guest, so no turn of it goes through pages one by one: a guest may make all its addresses count as written.
 
 use super::{Format, parse};
 use crate::dirty_rate::{Interval, Length, Rates};
@@ -11,9 +12,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 use shadow_mmu::addr::Gfn;
-use shadow_mmu::shadow::{
-    AdBits, DirtyLogConfig, DirtyMethod, DirtyPages, DirtyRecords, Initially, ProtectOn,
-};
+use shadow_mmu::shadow::{AdBits, DirtyLogConfig, DirtyMethod, DirtyRecords, Initially, ProtectOn};
 use std::time::{Duration, Instant};
 
 /// Where a guest's memory is: one slot, from guest frame 0.
@@ -25,9 +24,10 @@ pub(super) const RING_ENTRIES: u32 = 4096;
 pub(super) struct DirtyArgs {
     /// Print, once a second, how many pages the guest wrote, by mapping; and mean and peak at the end. To stderr.
     ///
-    /// HOW is a list, with commas, of an interval (`100ms`; 1s if not given) and `json`: one object a report {report: "dirty_rate",
-    /// from_s, seconds, pages, pages_per_s, vmas: [{start, end, rights, name, pages, pages_per_s}]}, the last one {report:
-    /// "dirty_rate_summary", …}. A page counts once an interval. Pages that umbra writes for the guest, as `read` does, count too.
+    /// HOW is a list, with commas, of an interval (`100ms`; 1s if not given, 1ms at least) and `json`: one object a report {report:
+    /// "dirty_rate", from_s, seconds, pages, pages_per_s, unsure_pages, vmas: [{start, end, rights, name, pages, pages_per_s,
+    /// unsure_pages}]}, the last one {report: "dirty_rate_summary", …}. A page counts once an interval. Pages that umbra writes for the guest,
+    /// as `read` does, count too. Of a guest that writes at very many places only ranges are known: their pages are `unsure`.
     #[arg(
         long,
         value_name = "HOW",
@@ -38,7 +38,8 @@ pub(super) struct DirtyArgs {
     )]
     dirty_rate: Option<RateArg>,
     /// Where vCPUs note what they write: a bitmap, or a ring for each vCPU, of 128 to 65536 entries, a power of two (4096 if not
-    /// given). A vCPU whose ring is full waits until it has been emptied.
+    /// given). A vCPU whose ring is full waits until it has been emptied. Each thread's ring takes 24 bytes an entry of the host's memory,
+    /// besides `--memory`: 1.5 MiB at 65536.
     #[arg(
         long,
         value_name = "bitmap|ring[:ENTRIES]",
@@ -111,8 +112,8 @@ impl DirtyArgs {
         let config = self.config(machine);
         machine.shadow().enable_dirty_log(SLOT, config).context("cannot log writes")?;
         let began = Instant::now();
-        let (pages, rates) = (DirtyPages::default(), Rates::default());
-        Ok(Some(Dirty { config, format: rate.format, began, last: Duration::ZERO, pages, rates }))
+        let (last, rates) = (Duration::ZERO, Rates::default());
+        Ok(Some(Dirty { config, format: rate.format, began, last, rates }))
     }
 }
 
@@ -124,16 +125,13 @@ pub(super) struct Dirty {
     began: Instant,
     /// When it was last read, since the beginning.
     last: Duration,
-    /// What rings told since then.
-    pages: DirtyPages,
     rates: Rates,
 }
 
 impl Dirty {
-    /// A vCPU waits for room in its ring.
-    pub(super) fn empty_rings(&mut self, machine: &Machine) {
-        let pages = &mut self.pages;
-        machine.collect_dirty_rings(|dirty| pages.insert(dirty.page));
+    /// How reports are written.
+    pub(super) fn format(&self) -> Format {
+        self.format
     }
 
     /// The interval has passed: what was written in it.
@@ -164,18 +162,18 @@ impl Dirty {
     }
 
     fn read(&mut self, machine: &Machine) -> Option<Interval> {
-        self.empty_rings(machine);
+        machine.collect_dirty_rings();
+        let mut pages = machine.take_ring_pages();
         match machine.shadow().get_dirty_log(SLOT) {
-            Ok(pages) => pages.iter().for_each(|page| self.pages.insert(page)),
+            // One slot, from address 0: an offset in it is a page number.
+            Ok(logged) => pages.merge(logged),
             Err(error) => {
                 log::error!("the dirty log cannot be read: {error}");
                 return None;
             }
         }
         let now = self.began.elapsed();
-        // One slot, from address 0: an offset in it is a page number.
-        let pages = std::mem::take(&mut self.pages);
-        let interval = Interval::new(pages.iter(), &machine.mm().vmas(), self.last, now);
+        let interval = Interval::new(&pages, &machine.mm().vmas(), self.last, now);
         self.last = now;
         Some(interval)
     }

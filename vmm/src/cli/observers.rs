@@ -64,15 +64,17 @@ impl Observers {
                 None
             }
             Event::RingFull => {
-                self.dirty.iter_mut().for_each(|dirty| dirty.empty_rings(machine));
+                machine.collect_dirty_rings();
                 None
             }
-            Event::CollectDirty => self.dirty.as_mut().and_then(|dirty| dirty.tick(machine)),
+            Event::CollectDirty => {
+                self.dirty.as_mut().and_then(|dirty| Some((dirty.format(), dirty.tick(machine)?)))
+            }
             Event::Signal(libc::SIGUSR1) => self.aging.as_ref().and_then(Aging::report),
             Event::Signal(_) | Event::TimeLimit | Event::Exited => None,
         };
-        if let (Some(report), Some(reports)) = (report, &mut self.reports) {
-            reports.send(report);
+        if let (Some((format, report)), Some(reports)) = (report, &mut self.reports) {
+            reports.send(format, report);
         }
     }
 
@@ -83,7 +85,7 @@ impl Observers {
             aging.last_pass(reactor.skipped(Event::Age));
         }
         let mut last = dirty.map_or_else(Vec::new, |dirty| dirty.finish(machine));
-        last.extend(aging.as_ref().and_then(Aging::report));
+        last.extend(aging.as_ref().and_then(Aging::report).map(|(_, report)| report));
         if let Some(reports) = reports {
             reports.finish(last);
         }

@@ -58,7 +58,9 @@ pub(super) struct RunArgs {
     check: bool,
     /// Instead of a program, show a guest memory of umbra's own, and unmap, move and discard it behind the guest's back;
     /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must.
-    #[arg(long, conflicts_with_all = ["program", "stats", "env", "age", "wss", "heatmap", "dirty_rate"])]
+    #[arg(long, conflicts_with_all = [
+        "program", "stats", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
+    ])]
     adopt_demo: bool,
     /// How KVM's view of the frames is filled; for benchmarks.
     #[arg(long, value_name = "HOW", default_value = "ahead", hide = true)]

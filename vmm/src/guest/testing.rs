@@ -10,13 +10,14 @@ use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{Backing, MapFlags, Mm};
 use shadow_mmu::sync::Mutex;
 use std::fs::File;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uaccess::UserMemory;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Long enough for anything that is going to happen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -141,6 +142,42 @@ pub(super) struct FakeHost {
     started: Mutex<Vec<Remote>>,
     joins: Mutex<Vec<JoinHandle<()>>>,
     mm: Mutex<Option<Arc<Mm>>>,
+    /// Shared with every thread's fault handler.
+    pub(super) hold: Arc<Hold>,
+}
+
+/// What keeps threads from entering the guest.
+#[derive(Debug)]
+pub(super) struct Hold {
+    /// Never written.
+    event: EventFd,
+    /// The next that asks is held back, until something else reaches it.
+    armed: AtomicBool,
+    /// How often one was.
+    pub(super) held: AtomicU32,
+}
+
+impl Default for Hold {
+    fn default() -> Self {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).unwrap();
+        Self { event, armed: AtomicBool::new(false), held: AtomicU32::new(0) }
+    }
+}
+
+impl Hold {
+    /// Has `thread`, which is in the guest, held back at its next entry; returns when it is.
+    pub(super) fn hold(&self, thread: &Remote) {
+        let before = self.held.load(Ordering::Acquire);
+        self.armed.store(true, Ordering::Release);
+        thread.begin(|_| Exit::Kicked);
+        let began = Instant::now();
+        while self.held.load(Ordering::Acquire) == before {
+            assert!(began.elapsed() < PATIENCE, "nobody asks whether thread {} may run", thread.tid);
+            std::thread::yield_now();
+        }
+        // Most often it polls by then; where it does not yet, it must be found all the same.
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 impl FakeHost {
@@ -151,7 +188,8 @@ impl FakeHost {
         let kick = Arc::new(FakeKick(Mutex::new(commands.clone())));
         let mut vcpu =
             FakeVcpu { regs, xsave, commands: commands_in, entries: entries_out, kick, owes_entry: false };
-        let mut faults = FakeFaults(self.mm.lock().clone().expect("set by the fixture"));
+        let mm = self.mm.lock().clone().expect("set by the fixture");
+        let mut faults = FakeFaults { mm, hold: Arc::clone(&self.hold) };
         let run = move || thread.run(&mut vcpu, &mut faults).expect("a fake vCPU does not fail");
         self.joins.lock().push(std::thread::spawn(run));
         Remote { tid, commands, entries }
@@ -180,15 +218,25 @@ impl Host for FakeHost {
 }
 
 #[derive(Debug)]
-struct FakeFaults(Arc<Mm>);
+struct FakeFaults {
+    mm: Arc<Mm>,
+    hold: Arc<Hold>,
+}
 
 impl FaultHandler for FakeFaults {
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
-        match self.0.vma(Hva(addr.0)) {
+        match self.mm.vma(Hva(addr.0)) {
             None => Fault::NoMapping,
             Some(vma) if !vma.allows(access) => Fault::NoAccess,
             Some(_) => Fault::Resolved,
         }
+    }
+    fn held_back(&mut self) -> Option<RawFd> {
+        if !self.hold.armed.swap(false, Ordering::AcqRel) {
+            return None;
+        }
+        self.hold.held.fetch_add(1, Ordering::AcqRel);
+        Some(self.hold.event.as_raw_fd())
     }
     fn host_fault(&mut self, _: Option<Pfn>) -> HostFault {
         HostFault::Unreachable(None)

@@ -292,3 +292,40 @@ fn fpu_error(xsave: &[u8], vector: u8) -> Option<i32> {
         () => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+    use crate::engine::Exit;
+    use crate::guest::ExitStatus;
+    use crate::guest::testing::Fixture;
+
+    #[test]
+    fn a_thread_that_is_held_back_can_be_ended() {
+        let fixture = Fixture::new();
+        fixture.host.hold.hold(&fixture.main);
+        fixture.process.kill(libc::SIGKILL);
+        assert!(fixture.main.finish().is_none(), "it entered the guest");
+        assert_eq!(fixture.join(), ExitStatus::Signaled(libc::SIGKILL));
+    }
+
+    #[test]
+    fn a_thread_that_is_held_back_takes_signals() {
+        let fixture = Fixture::new();
+        fixture.handle(libc::SIGUSR1, 0);
+        let stack = fixture.map_pages(8) + 8 * 4096;
+        fixture.main.step(move |regs| {
+            regs.rsp = stack;
+            Exit::Kicked
+        });
+        let other = fixture.new_thread();
+        // So that it is in the guest, and does not ask in the main thread's place.
+        other.regs();
+        fixture.host.hold.hold(&fixture.main);
+        let (pid, tid) = (fixture.process.pid() as u64, fixture.main.tid as u64);
+        assert_eq!(other.call(libc::SYS_tgkill, &[pid, tid, libc::SIGUSR1 as u64]), 0);
+        // The descriptor is not readable yet; what it enters the guest for is the handler.
+        let regs = fixture.main.finish().unwrap();
+        assert_eq!((regs.rip, regs.rdi), (0x40_1000, libc::SIGUSR1 as u64));
+    }
+}

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(super) struct VcpuFaults {
     machine: Arc<Machine>,
+    /// The guest's thread.
+    tid: i32,
     mmu: VcpuMmu,
     /// Where writes are logged in rings.
     ring: Option<Member>,
@@ -31,11 +33,11 @@ pub(super) struct VcpuFaults {
 }
 
 impl VcpuFaults {
-    /// For a vCPU of `machine` that has run nothing so far.
+    /// For a vCPU of `machine` that has run nothing so far, and will run thread `tid`.
     ///
     /// # Errors
     /// No descriptor left for its dirty ring.
-    pub(super) fn new(machine: &Arc<Machine>) -> Result<Self> {
+    pub(super) fn new(machine: &Arc<Machine>, tid: i32) -> Result<Self> {
         let mut mmu = VcpuMmu::new(machine.config.fault_around);
         let mut ring = None;
         if let Some(rings) = &machine.rings {
@@ -44,17 +46,60 @@ impl VcpuFaults {
             ring = Some(member);
         }
         let (machine, stalls) = (Arc::clone(machine), Stalls::default());
-        Ok(Self { machine, mmu, ring, stalls, full_since: None, host_faults: 0 })
+        Ok(Self { machine, tid, mmu, ring, stalls, full_since: None, host_faults: 0 })
     }
 }
 
 impl Drop for VcpuFaults {
     /// The thread ends: what it counted becomes the machine's.
     fn drop(&mut self) {
-        lock(&self.machine.stalls).add(&self.stalls);
-        if let (Some(rings), Some(ring)) = (&self.machine.rings, &self.ring) {
-            rings.leave(ring);
+        // Ended while its ring was full: it waited all the same.
+        if let Some(since) = self.full_since.take() {
+            self.stalls.record(StallCause::RingFull, since.elapsed());
         }
+        lock(&self.machine.stalls).add(self.tid, &self.stalls);
+        if let (Some(rings), Some(ring)) = (&self.machine.rings, &self.ring) {
+            rings.leave(ring, &self.machine.shadow);
+        }
+    }
+}
+
+impl VcpuFaults {
+    /// Most often a change of the mapping is under way, and settling it takes the leaf away: the access faults anew, and finds
+    /// the mapping at its new place or gone. What is there but cannot be reached is tried a few times, for the host may
+    /// be about to give it back. A guest may live on SIGBUS, so only the first is told.
+    fn settle(&mut self, pfn: Option<Pfn>) -> HostFault {
+        const TRIES: u32 = 64;
+        // Short: what the thread is told meanwhile, to end for example, it hears when this returns.
+        const PATIENCE: Duration = Duration::from_millis(20);
+        self.host_faults += 1;
+        log::debug!("the host has nothing at frame {pfn:x?}, {} in a row", self.host_faults);
+        let watch = lock(&self.machine.watch).clone();
+        match watch.map(|watch| watch.settle(PATIENCE)) {
+            None | Some(Ok(())) => {}
+            Some(Err(error)) if error.kind() == std::io::ErrorKind::TimedOut => {
+                // Others go on changing what is adopted; this page may be next. Not a try that tells anything.
+                self.host_faults -= 1;
+                return HostFault::Retry;
+            }
+            Some(Err(error)) => log::error!("changes of adopted memory cannot be settled: {error}"),
+        }
+        if self.host_faults <= TRIES {
+            return HostFault::Retry;
+        }
+        self.host_faults = 0;
+        let at = pfn.and_then(|pfn| self.machine.mm.adopted_at(pfn));
+        self.machine.told_unreachable.call_once(|| {
+            let page = match at {
+                Some(at) => format!("the page of adopted memory at {at}"),
+                None => "a page of adopted memory that KVM does not name".to_owned(),
+            };
+            log::warn!(
+                "the guest gets SIGBUS: the host could not reach {page} in {TRIES} tries, with all changes of adopted \
+                 memory settled before each; it was mprotected, or lies beyond the end of its file (told once)"
+            );
+        });
+        HostFault::Unreachable(at.map(|at| Gpa(at.0)))
     }
 }
 
@@ -88,40 +133,10 @@ impl FaultHandler for VcpuFaults {
         held
     }
 
-    /// Most often a change of the mapping is under way, and settling it takes the leaf away: the access faults anew, and finds
-    /// the mapping at its new place or gone. What is there but cannot be reached is tried a few times, for the host may
-    /// be about to give it back. A guest may live on SIGBUS, so only the first is told.
     fn host_fault(&mut self, pfn: Option<Pfn>) -> HostFault {
-        const TRIES: u32 = 64;
-        // Short: what the thread is told meanwhile, to end for example, it hears when this returns.
-        const PATIENCE: Duration = Duration::from_millis(20);
-        self.host_faults += 1;
-        log::debug!("the host has nothing at frame {pfn:x?}, {} in a row", self.host_faults);
-        let watch = lock(&self.machine.watch).clone();
-        match watch.map(|watch| watch.settle(PATIENCE)) {
-            None | Some(Ok(())) => {}
-            Some(Err(error)) if error.kind() == std::io::ErrorKind::TimedOut => {
-                // Others go on changing what is adopted; this page may be next. Not a try that tells anything.
-                self.host_faults -= 1;
-                return HostFault::Retry;
-            }
-            Some(Err(error)) => log::error!("changes of adopted memory cannot be settled: {error}"),
-        }
-        if self.host_faults <= TRIES {
-            return HostFault::Retry;
-        }
-        self.host_faults = 0;
-        let at = pfn.and_then(|pfn| self.machine.mm.adopted_at(pfn));
-        self.machine.told_unreachable.call_once(|| {
-            let page = match at {
-                Some(at) => format!("the page of adopted memory at {at}"),
-                None => "a page of adopted memory that KVM does not name".to_owned(),
-            };
-            log::warn!(
-                "the guest gets SIGBUS: the host could not reach {page} in {TRIES} tries, with all changes of adopted \
-                 memory settled before each; it was mprotected, or lies beyond the end of its file (told once)"
-            );
-        });
-        HostFault::Unreachable(at.map(|at| Gpa(at.0)))
+        let began = Instant::now();
+        let result = self.settle(pfn);
+        self.stalls.record(StallCause::HostFault, began.elapsed());
+        result
     }
 }

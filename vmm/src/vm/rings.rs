@@ -9,19 +9,24 @@
 //! the look finds room, or the poll returns. It polls beside its waker's descriptor, as a guest thread that waits in a system call,
 //! so signals and the guest's end reach it.
 //!
+//! Rings of vCPUs that have ended are emptied by the event loop too, with all others. But nobody waits for it there, and a guest may start and end
+//! threads faster than a busy loop comes around. So from [`ENDED_ENTRIES`] on the ending vCPU's thread does it, for the ended ones only: what was
+//! in them is kept with what the loop collects ([`RingPages`], bounded), their pages are reset, and they go.
+//!
 //! # Locks
-//! `members`, above the shadow map's list of rings. Held while rings are harvested and reset, so that a ring whose vCPU has ended by then
-//! is empty afterwards, and goes. Rings of ended vCPUs that wait for that are bounded: from [`ENDED_MOST`] on the collector is called.
+//! `state`, above the shadow map's list of rings and its `mmu_lock`. Held while rings are harvested and reset, so that a ring whose vCPU has
+//! ended by then is empty afterwards, and goes.
 
 use super::lock;
+use super::ring_pages::RingPages;
 use anyhow::{Context, Result};
-use shadow_mmu::shadow::{DirtyGfn, DirtyRing, ShadowMmu, VcpuRing};
+use shadow_mmu::shadow::{DirtyPages, DirtyRing, ShadowMmu, VcpuRing};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Rings of ended vCPUs that may wait for the next collection.
-const ENDED_MOST: usize = 64;
+/// Entries of all rings of ended vCPUs that may wait for the next collection: 1.5 MiB.
+const ENDED_ENTRIES: u64 = 65536;
 
 /// Whether a ring's vCPU still runs.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,7 +40,29 @@ enum Owner {
 pub(super) struct Rings {
     entries: u32,
     full: EventFd,
-    members: Mutex<Vec<(Arc<DirtyRing>, Owner)>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    members: Vec<(Arc<DirtyRing>, Owner)>,
+    /// What was harvested and not asked for yet.
+    pages: RingPages,
+}
+
+impl State {
+    /// Takes everything out of the rings of these, makes room in them, and lets go of those that ended. Pages are reset before this
+    /// returns: a write after it is a new entry.
+    fn collect(&mut self, shadow: &ShadowMmu, of: impl Fn(&Owner) -> bool) {
+        let Self { members, pages } = self;
+        for (ring, _) in members.iter().filter(|(_, owner)| of(owner)) {
+            // One slot, from guest frame 0: an offset in it is a page number.
+            ring.harvest(|dirty| pages.insert(dirty.page));
+        }
+        // Before the reset, which lets go of rings that only the shadow map still has.
+        members.retain(|(_, owner)| *owner == Owner::Running);
+        shadow.reset_dirty_rings();
+    }
 }
 
 /// What a vCPU's thread has of its ring, beside the end that it pushes into.
@@ -50,9 +77,10 @@ fn event() -> Result<EventFd> {
 }
 
 impl Rings {
-    /// No ring yet; each will have `entries` entries.
-    pub(super) fn new(entries: u32) -> Result<Self> {
-        Ok(Self { entries, full: event()?, members: Mutex::default() })
+    /// No ring yet; each will have `entries` entries. The guest has `frames` frames.
+    pub(super) fn new(entries: u32, frames: usize) -> Result<Self> {
+        let state = State { members: Vec::new(), pages: RingPages::new(frames) };
+        Ok(Self { entries, full: event()?, state: Mutex::new(state) })
     }
 
     /// Readable when a vCPU waits for room.
@@ -70,20 +98,21 @@ impl Rings {
             let _ = wake.write(1);
         });
         shadow.add_dirty_ring(&ring);
-        lock(&self.members).push((Arc::clone(&ring), Owner::Running));
+        lock(&self.state).members.push((Arc::clone(&ring), Owner::Running));
         Ok((Member { ring, room }, end))
     }
 
-    /// The vCPU has ended: what is in its ring is its last.
-    pub(super) fn leave(&self, member: &Member) {
-        let mut members = lock(&self.members);
-        for (ring, owner) in members.iter_mut() {
+    /// The vCPU has ended: what is in its ring is its last. By its thread, with no lock held.
+    pub(super) fn leave(&self, member: &Member, shadow: &ShadowMmu) {
+        let mut state = lock(&self.state);
+        for (ring, owner) in &mut state.members {
             if Arc::ptr_eq(ring, &member.ring) {
                 *owner = Owner::Ended;
             }
         }
-        if members.iter().filter(|(_, owner)| *owner == Owner::Ended).count() >= ENDED_MOST {
-            self.call_collector();
+        let ended = state.members.iter().filter(|(_, owner)| *owner == Owner::Ended).count() as u64;
+        if ended * u64::from(self.entries) >= ENDED_ENTRIES {
+            state.collect(shadow, |owner| *owner == Owner::Ended);
         }
     }
 
@@ -94,13 +123,13 @@ impl Rings {
 
     /// Takes everything out of all rings, and makes room in them. Pages are reset before this returns: a write after it is a
     /// new entry.
-    pub(super) fn collect(&self, shadow: &ShadowMmu, mut visit: impl FnMut(DirtyGfn)) {
-        let mut members = lock(&self.members);
-        for (ring, _) in members.iter() {
-            ring.harvest(&mut visit);
-        }
-        shadow.reset_dirty_rings();
-        members.retain(|(_, owner)| *owner == Owner::Running);
+    pub(super) fn collect(&self, shadow: &ShadowMmu) {
+        lock(&self.state).collect(shadow, |_| true);
+    }
+
+    /// What was collected since the last time.
+    pub(super) fn take_pages(&self) -> DirtyPages {
+        lock(&self.state).pages.take()
     }
 }
 
@@ -115,5 +144,55 @@ impl Member {
         }
         rings.call_collector();
         Some(self.room.as_raw_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+    use super::*;
+    use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
+    use shadow_mmu::frame::{FramePool, FreedFrames};
+    use shadow_mmu::mm::{Backing, MapFlags, Mm};
+    use shadow_mmu::shadow::{
+        DirtyLogConfig, DirtyMethod, DirtyRecords, FaultAroundPolicy, Initially, Memslot, NoTlb, ProtectOn,
+        SlotAccess, VcpuMmu,
+    };
+    use shadow_mmu::table::LOWER_HALF_PAGES;
+
+    #[test]
+    fn rings_of_threads_that_end_do_not_wait_for_the_collector() {
+        let mm = Mm::new(Arc::new(FramePool::new(16 << 20, FreedFrames::Poison).unwrap())).unwrap();
+        let shadow = ShadowMmu::new(Arc::clone(&mm), Arc::new(NoTlb)).unwrap();
+        let (pages, access) = (LOWER_HALF_PAGES, SlotAccess::ReadWrite);
+        shadow.add_slot(Memslot { gfn: Gfn(0), pages, hva: Hva(0), access }).unwrap();
+        let flags = MapFlags::PRIVATE | MapFlags::ANONYMOUS;
+        let (len, rights) = (1000 * PAGE_SIZE, Access::READ | Access::WRITE);
+        let at = mm.mmap(Hva(0), len, rights, flags, Backing::Anonymous).unwrap();
+        let (method, records) = (DirtyMethod::WriteProtect, DirtyRecords::Rings);
+        let (protect, initially) = (ProtectOn::Get, Initially::Clean);
+        shadow.enable_dirty_log(Gfn(0), DirtyLogConfig { method, records, protect, initially }).unwrap();
+        let rings = Rings::new(16384, 4096).unwrap();
+        let most = (ENDED_ENTRIES / 16384) as usize;
+        let mut seen = Vec::new();
+        for page in 0..1000 {
+            let (member, end) = rings.join(&shadow).unwrap();
+            seen.push(Arc::downgrade(&member.ring));
+            let mut vcpu = VcpuMmu::new(FaultAroundPolicy::Off).with_ring(end);
+            shadow.fault(&mut vcpu, Gpa(at.0 + page * PAGE_SIZE), Access::WRITE).unwrap();
+            rings.leave(&member, &shadow);
+            assert!(lock(&rings.state).members.len() <= most, "at thread {page}");
+            drop((member, vcpu));
+            // Besides those that wait, the one that emptied the others and was still there itself.
+            assert!(
+                seen.iter().filter(|ring| ring.strong_count() > 0).count() <= most + 1,
+                "at thread {page}"
+            );
+        }
+        rings.collect(&shadow);
+        let written = rings.take_pages();
+        assert_eq!(written.count(), 1000, "what they wrote counts");
+        assert!((0..1000).all(|page| written.contains(at.page() + page)));
+        assert!(rings.take_pages().is_empty());
     }
 }

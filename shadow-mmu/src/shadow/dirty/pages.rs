@@ -89,7 +89,7 @@ impl DirtyPages {
     }
 
     /// Adds pages that count as written as a whole.
-    pub(super) fn add_whole(&mut self, run: Range<u64>) {
+    pub fn add_whole(&mut self, run: Range<u64>) {
         self.whole.insert(run);
     }
 
