@@ -69,7 +69,7 @@ impl YoungPages {
     ///
     /// # Panics
     /// If one of them lies far outside the range.
-    pub(crate) fn add_run(&mut self, first: u64, bits: u64) {
+    pub fn add_run(&mut self, first: u64, bits: u64) {
         let at = first - self.base();
         let (word, shift) = ((at / 64) as usize, at % 64);
         self.words[word] |= bits << shift;
