@@ -2,11 +2,11 @@
 //! `umbra run --age`, `--wss`, `--heatmap` and the stalls in `--stats`: guests that touch known pages, and what is
 //! told of them.
 //!
-//! Exact numbers of accessed pages are expected where KVM or umbra sees accesses in software. A CPU that walks the tables itself may set A for
-//! pages that nobody touched ([`Exactness`]).
+//! Exact numbers of accessed pages are expected where KVM or umbra sees accesses in software. A CPU that walks the tables
+//! itself may set A for pages that nobody touched ([`Exactness`]).
 //!
-//! Nothing here depends on how fast a machine is: where a number is exact, no timer takes part in it (the interval is longer than
-//! the test, and the pass or reading at the end is the only one); else a test waits until what must come has come.
+//! Nothing here depends on how fast a machine is: where a number is exact, no timer takes part in it (the interval is longer
+//! than the test, and the pass or reading at the end is the only one); else a test waits until what must come has come.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

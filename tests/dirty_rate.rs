@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra run --dirty-rate`, by every method: guests that write known pages, and what is told of them.
 //!
-//! Nothing here depends on how fast a machine is: where a number is exact, the log is read once, at the end; else a test waits until
-//! what must come has come.
+//! Nothing here depends on how fast a machine is: where a number is exact, the log is read once, at the end; else a test
+//! waits until what must come has come.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -98,7 +98,8 @@ fn a_guest_that_writes_everywhere_is_told_of_in_few_words() {
     if !kvm() {
         return;
     }
-    // A page in each of 5,120 parts of 128 MiB, every second one: 20 times as many as have a bit a page. All but one are unmapped at once.
+    // A page in each of 5,120 parts of 128 MiB, every second one: 20 times as many as have a bit a page. All but one are
+    // unmapped at once.
     let source = r#"
         #define _GNU_SOURCE
         #include <stdio.h>

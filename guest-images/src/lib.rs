@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Small static x86-64 Linux programs that exercise memory, embedded as ELF images.
 //!
-//! They are the guests that umbra ships. Each is an ordinary Linux program of a few kilobytes, `no_std`,
-//! without a C library, built from `src/guests` by the build script with nothing but `rustc` and the system's
-//! linker. So each also runs natively, and the native run is the oracle: what a guest prints on stdout and
-//! its exit status depend on its arguments alone (but for `touch --time`, and for answers of `memstress`: its times, the address that `where` tells, and how many
-//! accesses there were before `stop`), never on addresses, times, scheduling or what it runs on.
+//! They are the guests that umbra ships. Each is an ordinary Linux program of a few kilobytes, `no_std`, without a C library,
+//! built from `src/guests` by the build script with nothing but `rustc` and the system's linker. So each also runs natively,
+//! and the native run is the oracle: what a guest prints on stdout and its exit status depend on its arguments alone (but for
+//! `touch --time`, and for answers of `memstress`: its times, the address that `where` tells, and how many accesses there
+//! were before `stop`), never on addresses, times, scheduling or what it runs on.
 //!
 //! | image | what it is for |
 //! | --- | --- |

@@ -11,9 +11,10 @@
 //! when no access is left that uses what they removed. A miss is filled without the lock, under the rule of sequence and retry.
 //! No frame is pinned beyond the fill (I23). The lock is a leaf: nothing is waited for under it but the copy.
 //!
-//! Therefore *an access must be short, and must not reach back*: while the slices of one are alive, no other access of any view
-//! by the same thread (it is refused), no call that changes an address space, no wait for one. Nor is there an access inside a
-//! pair or a callback (refused too). Data of a slow file goes through a buffer. And a slice must not outlive the iterator that it came from: vm-memory's types would allow it.
+//! Therefore *an access must be short, and must not reach back*: while the slices of one are alive, no other access of any
+//! view by the same thread (it is refused), no call that changes an address space, no wait for one. Nor is there an access
+//! inside a pair or a callback (refused too). Data of a slow file goes through a buffer. And a slice must not outlive the
+//! iterator that it came from: vm-memory's types would allow it.
 //!
 //! # Aging
 //! A translation is there because an access needed it since the last aging, so being there is being young. Clearing young
@@ -55,8 +56,8 @@ pub fn view(mm: &Arc<Mm>) -> Result<GuestView, Misuse> {
     Ok(IommuMemory::new(mm.pool().memory().clone(), DeviceIotlb { mm: Arc::clone(mm), cache }, true, writes))
 }
 
-/// Tells the address space what devices write, right after they have: by then no log can report the page, and arm it, without having
-/// been told of this write.
+/// Tells the address space what devices write, right after they have: by then no log can report the page, and arm it, without
+/// having been told of this write.
 #[derive(Debug)]
 struct DeviceWrites(Arc<Mm>);
 

@@ -48,8 +48,8 @@
 //!                      ├─ shadow: bitmap of a dirty log
 //!                      └─ frame: free list
 //! ```
-//! The fault path never calls into `Mm` with `mmu_lock` held. Who is in a read section (an op, a pair) waits for no mmap_lock, for
-//! `Mm::release` holds that while it waits for sections to end. Every lock comes from [`sync`].
+//! The fault path never calls into `Mm` with `mmu_lock` held. Who is in a read section (an op, a pair) waits for no
+//! mmap_lock, for `Mm::release` holds that while it waits for sections to end. Every lock comes from [`sync`].
 //!
 //! # Example
 //! See [`shadow::ShadowMmu`] for a map that loses a page because its address space did.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The dirty log is exact, where nothing runs beside it: each report names the pages that were written since they were armed, and
-//! no other; by every method, on every kind of CPU, into the bitmap with either kind of arming. The same with writers that run is in
-//! `oracle`, rings are in `rings`, forced races in `races`, and what changes without a vCPU in `elsewhere`.
+//! The dirty log is exact, where nothing runs beside it: each report names the pages that were written since they were armed,
+//! and no other; by every method, on every kind of CPU, into the bitmap with either kind of arming. The same with writers
+//! that run is in `oracle`, rings are in `rings`, forced races in `races`, and what changes without a vCPU in `elsewhere`.
 // What a test does not expect may end it.
 #![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]

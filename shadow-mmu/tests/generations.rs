@@ -4,8 +4,8 @@
 //! passes since. Held here by random scripts against a model; single promises, and the tolerance of [`AdBits::Unflushed`],
 //! are in `cases`.
 //!
-//! The script stays away from the two cases in which an access may go unnoticed, which `cases` shows: a leaf that is lost before
-//! the pass, of the zero frame or of a frame that several map.
+//! The script stays away from the two cases in which an access may go unnoticed, which `cases` shows: a leaf that is lost
+//! before the pass, of the zero frame or of a frame that several map.
 // What a test does not expect may end it.
 #![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
@@ -254,8 +254,8 @@ fn passes_run_beside_everything_that_changes_the_space() {
                     machine.mm.age();
                     let age = machine.age_of(HOT);
                     let passed = machine.mm.generation() - generation;
-                    // One more: the write may have been found by a pass that was under way. Where nothing is flushed, it may have gone
-                    // unseen.
+                    // One more: the write may have been found by a pass that was under way. Where nothing is flushed, it may
+                    // have gone unseen.
                     let most = if ad == AdBits::Unflushed { OLDEST } else { 1 + passed.min(6) as u8 };
                     assert!(age <= Some(PageAge::Passes(most)), "{age:?} after {passed} passes, {ad:?}");
                 }

@@ -49,8 +49,9 @@ pub fn row(report: &Value, at: u64) -> Option<&Value> {
     })
 }
 
-/// A program that maps 64 pages, prints where, and does as told: `touch N`: write the first N, once; `keep N`: then go on writing the N
-/// pages behind those, and reading the rest of 32, until its input ends; `cow N`: read N pages, then write them.
+/// A program that maps 64 pages, prints where, and does as told: `touch N`: write the first N, once; `keep N`: then go on
+/// writing the N pages behind those, and reading the rest of 32, until its input ends; `cow N`: read N pages, then write
+/// them.
 pub fn program(test: &str) -> PathBuf {
     let source = r#"
         #define _GNU_SOURCE

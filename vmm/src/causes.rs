@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Errors with their causes, as one line for people.
 //!
-//! Some errors name their cause in their own words, in the middle of a sentence that says what to do, and hand it out as their source too,
-//! so that programs can ask for it. `{:#}` of anyhow then prints it twice. This prints each cause once.
+//! Some errors name their cause in their own words, in the middle of a sentence that says what to do, and hand it out as
+//! their source too, so that programs can ask for it. `{:#}` of anyhow then prints it twice. This prints each cause once.
 
 /// `what: why: why that`, without causes that what stands before them says already.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {

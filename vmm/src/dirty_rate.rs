@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! How many pages a guest writes, by mapping and second: what a dirty log says when it is read regularly.
 //!
-//! A page counts once an interval, however often it is written in that. What was written is known by address; which mapping was there is
-//! looked up when the log is read, so pages that were unmapped since are a row of their own.
+//! A page counts once an interval, however often it is written in that. What was written is known by address; which mapping
+//! was there is looked up when the log is read, so pages that were unmapped since are a row of their own.
 //!
-//! A guest that writes everywhere makes the log forget single pages: it reports whole ranges then ([`DirtyPages::whole_runs`]), perhaps of all
-//! its addresses. Their pages are told apart, as *unsure*. Nothing here goes through pages one by one: an interval costs time for its runs and for
-//! what is mapped.
+//! A guest that writes everywhere makes the log forget single pages: it reports whole ranges then
+//! ([`DirtyPages::whole_runs`]), perhaps of all its addresses. Their pages are told apart, as *unsure*. Nothing here goes
+//! through pages one by one: an interval costs time for its runs and for what is mapped.
 //!
-//! The summary goes by a mapping's first address, which a heap that grows keeps. A guest that makes mappings all day must not make it grow:
-//! it follows [`MAX_VMAS`] of them, and adds up the rest. The interval that the guest's end cuts short is no part of means and peaks, unless it is
-//! the only one: its rate says little, and a mean with it could be above every peak.
+//! The summary goes by a mapping's first address, which a heap that grows keeps. A guest that makes mappings all day must not
+//! make it grow: it follows [`MAX_VMAS`] of them, and adds up the rest. The interval that the guest's end cuts short is no
+//! part of means and peaks, unless it is the only one: its rate says little, and a mean with it could be above every peak.
 
 use crate::aging::vma_rights;
 use serde::Serialize;

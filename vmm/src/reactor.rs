@@ -7,11 +7,12 @@
 //! unblocked ([`unblock_signals`]) and do what they do to every process: umbra may still have to wait for a reader of what it
 //! has to say.
 //!
-//! SIGUSR1 is read only for who asks for reports by it ([`Sources::with_report_signal`]); otherwise it does what it does to every
-//! process. Once it is blocked it stays so: a request for a report that comes too late is to be lost, not to end umbra.
+//! SIGUSR1 is read only for who asks for reports by it ([`Sources::with_report_signal`]); otherwise it does what it does to
+//! every process. Once it is blocked it stays so: a request for a report that comes too late is to be lost, not to end umbra.
 //!
-//! What is done regularly must not make the loop fall behind: where one turn takes longer than the interval, the ticks that fell into it
-//! are left out and counted ([`Reactor::skipped`]), and the next turn waits for the next tick that is still to come.
+//! What is done regularly must not make the loop fall behind: where one turn takes longer than the interval, the ticks that
+//! fell into it are left out and counted ([`Reactor::skipped`]), and the next turn waits for the next tick that is still to
+//! come.
 
 use anyhow::{Context, Result};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};

@@ -2,13 +2,13 @@
 //! Stall accounting: the time that vCPUs spend outside the guest because of page faults, by what the fault was about.
 //!
 //! Each vCPU thread owns its [`Stalls`] and counts into them without a lock: two readings of the clock a fault, tens of
-//! nanoseconds beside the tens of microseconds that the exit costs. When the thread ends they are added to the machine's, so a
-//! guest that starts threads all day needs memory for those that run, and for the [`MAX_VCPUS`] that waited longest, which are told one by
-//! one. What is read from the machine ([`MachineStalls`]) therefore lacks what running threads have not handed in yet; the report at the
-//! end lacks nothing.
+//! nanoseconds beside the tens of microseconds that the exit costs. When the thread ends they are added to the machine's, so
+//! a guest that starts threads all day needs memory for those that run, and for the [`MAX_VCPUS`] that waited longest, which
+//! are told one by one. What is read from the machine ([`MachineStalls`]) therefore lacks what running threads have not
+//! handed in yet; the report at the end lacks nothing.
 //!
-//! Counted is the time in umbra: from the exit's arrival in the handler until the fault is resolved or refused. What the way out of
-//! the guest and back costs comes on top; `umbra bench fault` measures that.
+//! Counted is the time in umbra: from the exit's arrival in the handler until the fault is resolved or refused. What the way
+//! out of the guest and back costs comes on top; `umbra bench fault` measures that.
 //!
 //! Times go into HDR histograms (two significant digits, so a quantile is at most 1 % off), made when the first
 //! stall of a cause is counted: a few KiB each. Sums and maxima are exact.

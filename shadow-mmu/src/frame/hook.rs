@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Who wants to hear of writes through vm-memory: its dirty bitmap, as a call.
 //!
-//! vm-memory marks a bitmap after each write through its slices. Who writes through a reference or a pointer that a slice gave (`get_atomic_ref`,
-//! `ptr_guard_mut`) marks it himself, with the slice's `bitmap()`. The pool's own memory has an empty one: what is a frame's, no log is
-//! about. A [`GuestView`](crate::iommu::GuestView) has one for its addresses.
+//! vm-memory marks a bitmap after each write through its slices. Who writes through a reference or a pointer that a slice
+//! gave (`get_atomic_ref`, `ptr_guard_mut`) marks it himself, with the slice's `bitmap()`. The pool's own memory has an empty
+//! one: what is a frame's, no log is about. A [`GuestView`](crate::iommu::GuestView) has one for its addresses.
 
 use crate::sync::Arc;
 use std::fmt::Debug;

@@ -395,8 +395,8 @@ impl Mm {
         result
     }
 
-    /// Maps every empty page of `ahead`, which holds `hva` and lies in a VMA of an adopted mapping. The frames are there already,
-    /// whatever the host has at them; what it has not, KVM finds out when the guest gets there.
+    /// Maps every empty page of `ahead`, which holds `hva` and lies in a VMA of an adopted mapping. The frames are there
+    /// already, whatever the host has at them; what it has not, KVM finds out when the guest gets there.
     fn map_adopted_pages(&self, vma: &Vma, hva: Hva, ahead: HvaRange) -> Result<(), FaultError> {
         for page in ahead.page_numbers() {
             let Some(pfn) = vma.adopted_pfn(Hva(page * PAGE_SIZE)) else { continue };

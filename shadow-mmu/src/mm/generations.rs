@@ -1,26 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! How long each page has been idle, in the manner of the multi-generation LRU (`mm/vmscan.c`, `lru_gen`).
 //!
-//! A *pass* ([`Mm::age`]) begins a generation: it asks every secondary which pages were accessed since the last pass, looks at the
-//! primary's own marks, and notes the new generation at each page that was. A page's age is the number of passes since. Nothing
-//! else is kept: five bits of the primary pte say in which generation a page was last found young, so that a page takes
-//! its age along when it moves, and a secondary that loses its entry loses nothing. What that entry knew of accesses since the last
-//! pass it tells the frame, and the pass asks the frame. Only where one pte maps it: of a frame that several share (the zero frame always)
-//! an access whose entry was lost before the pass goes unnoticed, as nobody can say whose it was.
+//! A *pass* ([`Mm::age`]) begins a generation: it asks every secondary which pages were accessed since the last pass, looks
+//! at the primary's own marks, and notes the new generation at each page that was. A page's age is the number of passes
+//! since. Nothing else is kept: five bits of the primary pte say in which generation a page was last found young, so that a
+//! page takes its age along when it moves, and a secondary that loses its entry loses nothing. What that entry knew of
+//! accesses since the last pass it tells the frame, and the pass asks the frame. Only where one pte maps it: of a frame that
+//! several share (the zero frame always) an access whose entry was lost before the pass goes unnoticed, as nobody can say
+//! whose it was.
 //!
 //! # Five bits
-//! 0 says that no pass has found the page young. Otherwise they hold the generation modulo 31, plus 1: good for ages up to 30. Every
-//! [`LEVEL`] passes, ages above [`OLDEST`], which are not told apart, are set back to it; so no age comes near 30, not even of a page
-//! that moves behind the back of a pass and is missed by it.
+//! 0 says that no pass has found the page young. Otherwise they hold the generation modulo 31, plus 1: good for ages up to
+//! 30. Every [`LEVEL`] passes, ages above [`OLDEST`], which are not told apart, are set back to it; so no age comes near 30,
+//! not even of a page that moves behind the back of a pass and is missed by it.
 //!
 //! # Cost
-//! A pass reads the leaf tables of the primary once. Of those of a shadow map it reads the ones that a CPU went through ([`Look`]); every
-//! [`FULL_LOOK`] passes it reads all. Memory in no table costs nothing, however much is mapped.
+//! A pass reads the leaf tables of the primary once. Of those of a shadow map it reads the ones that a CPU went through
+//! ([`Look`]); every [`FULL_LOOK`] passes it reads all. Memory in no table costs nothing, however much is mapped.
 //!
 //! # Locks
-//! `pass` over everything: one pass at a time. The mmap lock for reading and the page-table lock, for 32 MiB at a time: who changes the
-//! address space waits for one part, not for the pass. Secondaries are asked before the page-table lock is taken, for they may
-//! flush: a page that changes in between gets an age that its predecessor had earned, which is a guess like every age.
+//! `pass` over everything: one pass at a time. The mmap lock for reading and the page-table lock, for 32 MiB at a time: who
+//! changes the address space waits for one part, not for the pass. Secondaries are asked before the page-table lock is taken,
+//! for they may flush: a page that changes in between gets an age that its predecessor had earned, which is a guess like
+//! every age.
 
 use super::{Mm, Pte, Vma};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};
@@ -104,7 +106,8 @@ fn age_of(pte: Pte, generation: u64) -> PageAge {
     }
 }
 
-/// Notes `generation` at each of 64 pages that is young by its own mark, or by its bit in `young`. The caller holds the page-table lock.
+/// Notes `generation` at each of 64 pages that is young by its own mark, or by its bit in `young`. The caller holds the
+/// page-table lock.
 fn age_entries(entries: &[AtomicU64; 64], young: u64, generation: u64, pass: &mut AgingPass) {
     let now = tag_of(generation, 0);
     // Eight at a time: most are idle, and eight are asked as fast as one.
@@ -210,8 +213,8 @@ impl Mm {
         })
     }
 
-    /// Whether the frame of `pte` was told of an access, by an entry that only this page can have had. The mark goes in any case: a
-    /// later pass could not say of when it is.
+    /// Whether the frame of `pte` was told of an access, by an entry that only this page can have had. The mark goes in any
+    /// case: a later pass could not say of when it is.
     fn take_accessed(&self, pte: Pte) -> bool {
         pte.counted_frame().is_some_and(|pfn| {
             let frame = self.pool.frame(pfn);
@@ -219,8 +222,8 @@ impl Mm {
         })
     }
 
-    /// Calls `visit` with every run of present pages that have one VMA and one age, ascending. Ages are those of the last pass; a page that was
-    /// faulted in since has age 0.
+    /// Calls `visit` with every run of present pages that have one VMA and one age, ascending. Ages are those of the last
+    /// pass; a page that was faulted in since has age 0.
     ///
     /// `visit` is called with the mmap lock and a page-table lock held, and must not call this `Mm`.
     pub fn for_each_age(&self, mut visit: impl FnMut(&Vma, HvaRange, PageAge)) {

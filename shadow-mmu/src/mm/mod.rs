@@ -309,7 +309,8 @@ impl Mm {
         WriteLogs::begin(&self.write_logs)
     }
 
-    /// Tells secondaries of a write that no vCPU made, if somebody logs writes: after it, or inside the pair that it is made in.
+    /// Tells secondaries of a write that no vCPU made, if somebody logs writes: after it, or inside the pair that it is made
+    /// in.
     pub(crate) fn written(&self, range: HvaRange) {
         if self.write_logs.is_open() {
             self.notifiers.written(range);

@@ -8,8 +8,8 @@
 //! D2  light fence                 L2  heavy fence
 //! D3  open > 0? then tell         L3  the bytes, as what the log begins with
 //! ```
-//! Either D3 sees L1, and the write is told; or D1 came before L2, and L3 reads what was written (I37). Without the fences a CPU may
-//! still have the bytes in its store buffer when it finds no log open, and the write would be in neither.
+//! Either D3 sees L1, and the write is told; or D1 came before L2, and L3 reads what was written (I37). Without the fences a
+//! CPU may still have the bytes in its store buffer when it finds no log open, and the write would be in neither.
 
 #[cfg(feature = "mmu-notifier")]
 use crate::sync::Arc;

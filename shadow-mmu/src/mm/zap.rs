@@ -14,8 +14,8 @@ impl Mm {
         }
     }
 
-    /// Clears every pte of `range`, over which `pair` is open, ends that, and frees what they held. Returns how many frames became free. The
-    /// caller holds the mmap lock.
+    /// Clears every pte of `range`, over which `pair` is open, ends that, and frees what they held. Returns how many frames
+    /// became free. The caller holds the mmap lock.
     ///
     /// The frames go after the end: from the start on no secondary can reach them (I21), and the end may run devices'
     /// flushes that come before the free.

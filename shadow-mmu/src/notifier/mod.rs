@@ -16,9 +16,9 @@
 //! | `test_clear_young` | the mmap lock for reading | yes |
 //! | `written` | what the writer holds: the mmap lock, a page-table lock, or the lock of an access by a device | no |
 //!
-//! Every op and every pair is a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections, cannot
-//! be done inside of one; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks.
-//! Listeners are called newest first, start and end in the same order. Ops must not call into the `Mm` that calls them.
+//! Every op and every pair is a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections,
+//! cannot be done inside of one; it is refused there ([`Misuse::InsideCallback`]), where the kernel deadlocks. Listeners are
+//! called newest first, start and end in the same order. Ops must not call into the `Mm` that calls them.
 //!
 //! What is *not* notified: filling an empty pte, and giving a mapping more rights. A secondary may lag by allowing less,
 //! never by allowing more.
@@ -39,9 +39,9 @@
 //! already (R7), and it named one address where a huge page could be meant. `change_pte` went in 6.10: since 3.7 it is called
 //! inside a pair, whose start has removed what it would have changed. Both are kept, and called where 4.9 calls them.
 //!
-//! Two ops are not Linux's. `test_clear_young` has been proposed for it (Yu Zhao, 2023): the answer of `clear_young` for each page, which
-//! is what generations are made of. `written` tells secondaries that log writes of those that no vCPU made; KVM is told by a function
-//! call of its own, `mark_page_dirty`.
+//! Two ops are not Linux's. `test_clear_young` has been proposed for it (Yu Zhao, 2023): the answer of `clear_young` for each
+//! page, which is what generations are made of. `written` tells secondaries that log writes of those that no vCPU made; KVM
+//! is told by a function call of its own, `mark_page_dirty`.
 //!
 //! Without the cargo feature `mmu-notifier` the types stay, every call is empty, and only `Mm` is left to use them.
 
@@ -150,8 +150,9 @@ pub trait MmuNotifier: Debug + Send + Sync {
         false
     }
 
-    /// Adds each page of `young.range()` that was accessed since that was cleared, and clears it. A flush may be left out where the CPU
-    /// sets the mark again without. A page that another thread takes away meanwhile may be in the answer or not.
+    /// Adds each page of `young.range()` that was accessed since that was cleared, and clears it. A flush may be left out
+    /// where the CPU sets the mark again without. A page that another thread takes away meanwhile may be in the answer or
+    /// not.
     fn test_clear_young(&self, young: &mut YoungPages) {
         for page in young.range().page_numbers() {
             if self.clear_young(HvaRange::page(Hva(page * PAGE_SIZE))) {
@@ -191,9 +192,9 @@ pub trait MmuNotifier: Debug + Send + Sync {
         let _ = invalidation;
     }
 
-    /// The pages of the range have other bytes than before, and no secondary was asked to write them: a device wrote, a mapping was taken
-    /// away or moved there. Called after the bytes have changed or inside the pair that changes them, and only while somebody
-    /// [logs](crate::shadow::ShadowMmu::enable_dirty_log).
+    /// The pages of the range have other bytes than before, and no secondary was asked to write them: a device wrote, a
+    /// mapping was taken away or moved there. Called after the bytes have changed or inside the pair that changes them, and
+    /// only while somebody [logs](crate::shadow::ShadowMmu::enable_dirty_log).
     fn written(&self, range: HvaRange) {
         let _ = range;
     }

@@ -8,8 +8,9 @@ use crate::table::ENTRIES;
 /// How close a secondary looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Look {
-    /// A table through which no CPU went since the last look is passed over, as its link says. What is missed by that (a CPU that
-    /// was on its way through the link while the link's mark was cleared) is found by the next [`Everything`](Self::Everything).
+    /// A table through which no CPU went since the last look is passed over, as its link says. What is missed by that (a CPU
+    /// that was on its way through the link while the link's mark was cleared) is found by the next
+    /// [`Everything`](Self::Everything).
     #[default]
     Marked,
     /// At every entry.

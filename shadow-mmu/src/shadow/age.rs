@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Young: which leaves were accessed since that was cleared. By A, or where the CPU sets none, by leaves that are access-tracked
-//! ([`AdBits`]). Leaves are changed by one atomic operation under `mmu_lock` for reading, so nothing else of them can be lost (I48).
+//! Young: which leaves were accessed since that was cleared. By A, or where the CPU sets none, by leaves that are
+//! access-tracked ([`AdBits`]). Leaves are changed by one atomic operation under `mmu_lock` for reading, so nothing else of
+//! them can be lost (I48).
 //!
 //! # Flush
-//! After `clear_flush_young`, always. After the others where the CPU needs it: there a page that was not flushed would look idle for as long
-//! as the CPU has it cached, however much it is used. Leaves are flushed in batches, and before `mmu_lock` is let go: a leaf that was
-//! access-tracked has lost W, and whoever protects it next, and finds nothing to do, must not return before our flush (R16).
+//! After `clear_flush_young`, always. After the others where the CPU needs it: there a page that was not flushed would look
+//! idle for as long as the CPU has it cached, however much it is used. Leaves are flushed in batches, and before `mmu_lock`
+//! is let go: a leaf that was access-tracked has lost W, and whoever protects it next, and finds nothing to do, must not
+//! return before our flush (R16).
 //!
 //! # Tables that are passed over
-//! A CPU on its way to a leaf sets A in the link to its table. When a look at a whole table has found nothing young, A of the link is cleared. When the
-//! next look finds it still clear, and again nothing young, the table is noted as idle, and passed over until A of the link is set.
-//! Two looks, for a CPU may have set A of the link before it was cleared and set that of the leaf after the first look was there; the second
-//! one finds it. What is missed is a CPU that takes longer than the time between two passes from the link to the leaf, and on CPUs that
-//! keep links cached, one that got the link from its cache; both until the next [`Look::Everything`]. The ops of 4.x, which answer for every page of their
-//! range, look at everything.
+//! A CPU on its way to a leaf sets A in the link to its table. When a look at a whole table has found nothing young, A of the
+//! link is cleared. When the next look finds it still clear, and again nothing young, the table is noted as idle, and passed
+//! over until A of the link is set. Two looks, for a CPU may have set A of the link before it was cleared and set that of the
+//! leaf after the first look was there; the second one finds it. What is missed is a CPU that takes longer than the time
+//! between two passes from the link to the leaf, and on CPUs that keep links cached, one that got the link from its cache;
+//! both until the next [`Look::Everything`]. The ops of 4.x, which answer for every page of their range, look at everything.
 
 use super::gather::Gather;
 use super::{AdBits, Core, ShadowMmu, entry};
@@ -32,8 +34,8 @@ pub(super) enum AfterClear {
 }
 
 impl ShadowMmu {
-    /// From now on, this is what the CPUs do with A and D, whatever [`Tlb::ad_bits`](super::Tlb::ad_bits) said. To be called before a guest
-    /// runs; between the two that set A also later, by who flushes himself.
+    /// From now on, this is what the CPUs do with A and D, whatever [`Tlb::ad_bits`](super::Tlb::ad_bits) said. To be called
+    /// before a guest runs; between the two that set A also later, by who flushes himself.
     pub fn set_ad_bits(&self, ad: AdBits) {
         self.core.ad_bits.store(ad as u32, Ordering::Relaxed);
     }

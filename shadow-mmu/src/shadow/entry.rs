@@ -65,8 +65,8 @@ pub(crate) fn is_any_young(entries: &[AtomicU64], ad: AdBits) -> bool {
     Spte(all).is_young(ad)
 }
 
-/// Clears what says that the leaf was accessed, and returns the leaf as it was seen if it was young. Nothing else of it can be lost
-/// (I48: a lost W or D is never tolerated, a lost A is). The caller holds `mmu_lock` for reading.
+/// Clears what says that the leaf was accessed, and returns the leaf as it was seen if it was young. Nothing else of it can
+/// be lost (I48: a lost W or D is never tolerated, a lost A is). The caller holds `mmu_lock` for reading.
 #[inline]
 pub(crate) fn clear_young(entry: &AtomicU64, ad: AdBits) -> Option<Spte> {
     let mut old = Spte(entry.load(Ordering::Relaxed));
@@ -105,8 +105,8 @@ pub(crate) enum Restored {
     No,
 }
 
-/// Gives the leaf what `access` needs, if tracking alone had taken it (`fast_page_fault`). The caller holds `mmu_lock` for reading: what
-/// the leaf may have is as true as the leaf. `record` is called before W is given, once at most.
+/// Gives the leaf what `access` needs, if tracking alone had taken it (`fast_page_fault`). The caller holds `mmu_lock` for
+/// reading: what the leaf may have is as true as the leaf. `record` is called before W is given, once at most.
 pub(crate) fn restore(entry: &AtomicU64, access: Access, record: impl FnOnce()) -> Restored {
     let mut record = Some(record);
     let mut old = Spte(entry.load(Ordering::Acquire));

@@ -22,7 +22,8 @@ pub enum FaultCause {
     Mapped,
     /// A write got a copy of its own.
     CopyOnWrite,
-    /// The leaf had no W because a dirty log wants to hear of the write, or because the CPU sets no D, and got it without asking the address space.
+    /// The leaf had no W because a dirty log wants to hear of the write, or because the CPU sets no D, and got it without
+    /// asking the address space.
     WriteProtect,
     /// The leaf was access-tracked.
     AccessTracked,
@@ -62,7 +63,8 @@ impl ShadowMmu {
         core.stats.pf_taken.fetch_add(1, Ordering::Relaxed);
         let mut request: Option<FaultRequest> = None;
         let mut reclaimed = false;
-        // What this fault made of the page, in whichever of its tries: a copy is made in a pair, so it is always found by the next.
+        // What this fault made of the page, in whichever of its tries: a copy is made in a pair, so it is always found by the
+        // next.
         let mut brought = Brought::Present;
         for attempt in 0u32.. {
             // The snapshot comes first: everything that is looked at below may be gone by the time it is used.
@@ -141,8 +143,9 @@ impl ShadowMmu {
                     core.wait_to_retry(attempt);
                     continue;
                 }
-                // The record, then W: another vCPU may write by W as soon as it is there, and neither a harvest nor a report that only
-                // copies waits for faults (I33). Whoever takes records, and W with them, does wait for `mmu_lock` (R20).
+                // The record, then W: another vCPU may write by W as soon as it is there, and neither a harvest nor a report
+                // that only copies waits for faults (I33). Whoever takes records, and W with them, does wait for `mmu_lock`
+                // (R20).
                 if access.contains(Access::WRITE)
                     && let Some(log) = log.filter(|log| log.protects())
                 {
@@ -219,8 +222,8 @@ impl Core {
         if attempt < 4 { hint::spin_loop() } else { thread::yield_now() }
     }
 
-    /// What tracking alone had taken from the leaf of `gfn` comes back, and `log` hears of a W; `None` where the primary must be asked
-    /// (`fast_page_fault`). The caller holds `mmu_lock` for reading.
+    /// What tracking alone had taken from the leaf of `gfn` comes back, and `log` hears of a W; `None` where the primary must
+    /// be asked (`fast_page_fault`). The caller holds `mmu_lock` for reading.
     fn restore(
         &self,
         gfn: Gfn,

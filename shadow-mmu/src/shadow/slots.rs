@@ -166,7 +166,8 @@ impl ShadowMmu {
         self.replace_slots(|slots| slots.without(gfn).map(|(slots, slot)| (slots, Leaves::Go(slot.gfns()))))
     }
 
-    /// Publishes a log for the slot that starts at `gfn`, and arms its leaves, or notes them where the log begins with all written.
+    /// Publishes a log for the slot that starts at `gfn`, and arms its leaves, or notes them where the log begins with all
+    /// written.
     pub(super) fn set_log(
         &self,
         gfn: Gfn,

@@ -40,13 +40,14 @@ const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
 /// What the CPUs of an engine do with A and D. [`Tlb::ad_bits`](super::Tlb::ad_bits) says which it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdBits {
-    /// They set them at the next access, flushed or not. A translation that some CPU has cached may hide an access from A; aging
-    /// tolerates that, and does without flushes.
+    /// They set them at the next access, flushed or not. A translation that some CPU has cached may hide an access from A;
+    /// aging tolerates that, and does without flushes.
     Unflushed,
-    /// They set them only after a flush: a KVM that shadows guest tables has the leaf's rights in a copy of its own and does not
-    /// look again. Aging flushes in batches.
+    /// They set them only after a flush: a KVM that shadows guest tables has the leaf's rights in a copy of its own and does
+    /// not look again. Aging flushes in batches.
     AfterFlush,
-    /// They set none. A is told from leaves that are access-tracked, D from leaves that get W by a write fault only: there, W implies D.
+    /// They set none. A is told from leaves that are access-tracked, D from leaves that get W by a write fault only: there, W
+    /// implies D.
     None,
 }
 
@@ -168,8 +169,9 @@ impl Spte {
     pub fn without_marks(self) -> Self {
         Self(self.0 & !(ACCESSED | DIRTY))
     }
-    /// What becomes of the leaf `old` of the same frame when it gets the rights of this one. Its marks stay, and W if it had that: this one may be without
-    /// because of a log, but a W that CPUs have cached goes by a flush only, and whoever finds it gone does not flush (R16).
+    /// What becomes of the leaf `old` of the same frame when it gets the rights of this one. Its marks stay, and W if it had
+    /// that: this one may be without because of a log, but a W that CPUs have cached goes by a flush only, and whoever finds
+    /// it gone does not flush (R16).
     pub fn added_to(self, old: Self) -> Self {
         let write = if self.is_mmu_writable() { old.0 & WRITE } else { 0 };
         Self(self.0 | old.0 & (ACCESSED | DIRTY) | write)

@@ -18,8 +18,8 @@ use std::ops::Range;
 pub(super) const RECLAIM_LEAST: usize = 256;
 
 impl Core {
-    /// Removes every leaf in `gfns` and adds it to `gather`; its A and D go to the frame (I25), and to the log that `slots` have for it.
-    /// The caller holds `mmu_lock` for writing.
+    /// Removes every leaf in `gfns` and adds it to `gather`; its A and D go to the frame (I25), and to the log that `slots`
+    /// have for it. The caller holds `mmu_lock` for writing.
     pub(super) fn zap(&self, slots: &Memslots, gfns: Range<u64>, gather: &mut Gather<'_>) {
         let (logged, mut zapped) = (slots.is_any_logged(), 0);
         self.tables.for_each_leaf_table(gfns, |base, table, entries| {

@@ -28,8 +28,8 @@ impl Machine {
         Self::with_ad_bits(frames, AdBits::AfterFlush)
     }
 
-    /// A machine whose CPUs do this with A and D. Their caches are emptied by flushes alone, so that of [`AdBits::Unflushed`] is as bad as
-    /// it can be.
+    /// A machine whose CPUs do this with A and D. Their caches are emptied by flushes alone, so that of [`AdBits::Unflushed`]
+    /// is as bad as it can be.
     pub(crate) fn with_ad_bits(frames: u64, ad: AdBits) -> Self {
         Self::over(Mm::new(Self::pool(frames)).unwrap(), ad).unwrap().with_slot()
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The oracle of the kernel's dirty_log_test, with writers that run throughout: vCPUs and a device store the number of the iteration
-//! into pages of their choice, while the log is harvested, leaves are aged and taken away, and rights come and go.
+//! The oracle of the kernel's dirty_log_test, with writers that run throughout: vCPUs and a device store the number of the
+//! iteration into pages of their choice, while the log is harvested, leaves are aged and taken away, and rights come and go.
 //!
 //! Harvest k runs in iteration k; behind it, still in iteration k, every page is read. Then it holds for each page (I34):
 //! * Not reported: the page is what it was behind harvest k-1, or was written since this harvest, and holds k. In the latter
@@ -8,8 +8,8 @@
 //! * Reported: it was written since harvest k-1 and holds k-1 or k. A record may come before its write (I37): each vCPU may be
 //!   on its way to one page, which then still is what it was.
 //!
-//! An iteration begins when no access of the one before is under way. In the end a copy that was kept up to date by reports alone
-//! is equal to the memory.
+//! An iteration begins when no access of the one before is under way. In the end a copy that was kept up to date by reports
+//! alone is equal to the memory.
 
 use super::*;
 use crate::common::StopOnDrop;

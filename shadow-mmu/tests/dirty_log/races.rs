@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Races of the log, each with its interleaving forced: by a gate in the flush, which runs with `mmu_lock` held, and by one in a file
-//! that a fault reads. (R20, the order of W and its record, is under `mmu_lock` and so in the models.)
+//! Races of the log, each with its interleaving forced: by a gate in the flush, which runs with `mmu_lock` held, and by one
+//! in a file that a fault reads. (R20, the order of W and its record, is under `mmu_lock` and so in the models.)
 
 use super::*;
 use shadow_mmu::mm::{Backing, Object};
@@ -98,7 +98,8 @@ fn r16_a_page_that_tracking_has_taken_w_from_is_not_armed_before_its_flush() {
     machine.finish();
 }
 
-/// The same between two who arm: a log that begins anew finds no W where the old one has just taken it, and the flush is pending.
+/// The same between two who arm: a log that begins anew finds no W where the old one has just taken it, and the flush is
+/// pending.
 #[test]
 fn r16_a_log_that_begins_anew_waits_for_the_flush_of_the_last_report() {
     for (method, ad) in WAYS {

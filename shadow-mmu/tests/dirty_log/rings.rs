@@ -149,7 +149,8 @@ fn a_ring_goes_when_neither_vcpu_nor_collector_has_it() {
     machine.finish();
 }
 
-/// Entries of a slot that is gone, is no longer logged, or was replaced by a smaller one: they are taken back, and touch nothing.
+/// Entries of a slot that is gone, is no longer logged, or was replaced by a smaller one: they are taken back, and touch
+/// nothing.
 #[test]
 fn entries_outlive_their_slot() {
     const PART: u64 = 32768;

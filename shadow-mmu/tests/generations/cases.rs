@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Single promises of generations, and what they leave open: what a cached translation hides, tables that are passed over, frames
-//! that several share, more than one shadow map or slot.
+//! Single promises of generations, and what they leave open: what a cached translation hides, tables that are passed over,
+//! frames that several share, more than one shadow map or slot.
 
 use super::*;
 use crate::common::vcpu_of;

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The samples of a heat map, address × time, in bounded memory.
 //!
-//! A sample is taken after each aging pass: for every bin of addresses, how many of its pages are resident and how many of those were
-//! accessed since the pass before.
+//! A sample is taken after each aging pass: for every bin of addresses, how many of its pages are resident and how many of
+//! those were accessed since the pass before.
 //!
-//! *Rows* are bins of one size, a power of two of pages, each at a multiple of its size. Only bins in which something was resident at some
-//! time are kept, so gaps cost nothing and nobody has to say beforehand where mappings will be. A guest that gets more than
-//! [`MAX_ROWS`] of them makes bins twice as large: pairs are merged, those taken so far too.
+//! *Rows* are bins of one size, a power of two of pages, each at a multiple of its size. Only bins in which something was
+//! resident at some time are kept, so gaps cost nothing and nobody has to say beforehand where mappings will be. A guest that
+//! gets more than [`MAX_ROWS`] of them makes bins twice as large: pairs are merged, those taken so far too.
 //!
-//! *Columns* are samples. When there are [`MAX_COLUMNS`], pairs are merged, and from then on each column takes twice as many samples as
-//! before. Merging adds counts up, so a cell is the share of accessed pages over all of its samples.
+//! *Columns* are samples. When there are [`MAX_COLUMNS`], pairs are merged, and from then on each column takes twice as many
+//! samples as before. Merging adds counts up, so a cell is the share of accessed pages over all of its samples.
 //!
 //! So the whole takes at most 1,000 × 256 cells of 24 bytes, 6 MiB, however long a guest runs and whatever it maps.
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A heat map of the address space in one line, as `damo report heats` prints it for DAMON.
 //!
-//! The line shows resident pages only, in the order of their addresses, each column as many as the next: gaps are cut out.
-//! A column's digit is the mean heat of its pages. The heat of a page falls evenly with its age, from 9 for one that was accessed in the
-//! last interval to 0 for one that was not accessed for [`OLDEST`] intervals or ever.
+//! The line shows resident pages only, in the order of their addresses, each column as many as the next: gaps are cut out. A
+//! column's digit is the mean heat of its pages. The heat of a page falls evenly with its age, from 9 for one that was
+//! accessed in the last interval to 0 for one that was not accessed for [`OLDEST`] intervals or ever.
 
 use super::humane;
 use shadow_mmu::addr::{HvaRange, PAGE_SIZE};

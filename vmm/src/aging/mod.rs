@@ -6,8 +6,8 @@
 //!                 └──────► HeatMap::sample     a column of the heat map
 //! SIGUSR1, end ─► Ager::working_set ─► WorkingSet ─► table, heat line, JSON
 //! ```
-//! An [`Ager`] belongs to one thread, the event loop's. It takes the mmap lock for reading, through [`Mm`]; faults do that too, so
-//! vCPUs go on during a pass, and calls that change mappings wait for it.
+//! An [`Ager`] belongs to one thread, the event loop's. It takes the mmap lock for reading, through [`Mm`]; faults do that
+//! too, so vCPUs go on during a pass, and calls that change mappings wait for it.
 //!
 //! A pass says "accessed since the pass before". What was accessed after the last pass is therefore not told before the next
 //! one; every report says how long ago the last was.
@@ -55,7 +55,8 @@ pub struct AgingCost {
 }
 
 impl Ager {
-    /// For passes over `mm`, `every` so often, of a guest that starts now; who calls [`pass`](Self::pass) sees to that. `map`: what samples go to.
+    /// For passes over `mm`, `every` so often, of a guest that starts now; who calls [`pass`](Self::pass) sees to that.
+    /// `map`: what samples go to.
     pub fn new(mm: Arc<Mm>, every: Duration, map: Option<HeatMap>) -> Self {
         let now = Instant::now();
         Self { mm, every, took: Times::default(), began: now, last: now, skipped: 0, map }

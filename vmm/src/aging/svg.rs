@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The picture of a [`HeatMap`]: time to the right, addresses upward, colour for the share of resident pages that were accessed.
+//! The picture of a [`HeatMap`]: time to the right, addresses upward, colour for the share of resident pages that were
+//! accessed.
 //!
-//! Addresses at which nothing ever was resident are cut out; a line across the picture says where. Text is sized by the viewer's own
-//! fonts, so umbra needs none. Cells of one colour that follow each other in time are one rectangle.
+//! Addresses at which nothing ever was resident are cut out; a line across the picture says where. Text is sized by the
+//! viewer's own fonts, so umbra needs none. Cells of one colour that follow each other in time are one rectangle.
 
 use super::heat_map::{Cell, HeatMap};
 use super::humane;
@@ -13,8 +14,8 @@ use std::time::Duration;
 const SIZE: (u32, u32) = (1100, 700);
 /// For the legend, right of the chart.
 const LEGEND: u32 = 150;
-/// Colours from "none accessed" to "all accessed": ten samples of matplotlib's inferno, which was made to stay ordered in grey and for
-/// the colour-blind (CC0).
+/// Colours from "none accessed" to "all accessed": ten samples of matplotlib's inferno, which was made to stay ordered in
+/// grey and for the colour-blind (CC0).
 const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 0, 4),
     RGBColor(27, 12, 65),

@@ -12,8 +12,8 @@
 //! | `Reading from idle memory` | |
 //! | `Still idle` | the highest share of pages, at both markings, that had been touched just before and were not found accessed |
 //!
-//! As the selftest, this warns where that share is 10 % or more. Times of accesses are the guest's own, from the first vCPU's start
-//! to the last one's end; the others are taken from outside.
+//! As the selftest, this warns where that share is 10 % or more. Times of accesses are the guest's own, from the first vCPU's
+//! start to the last one's end; the others are taken from outside.
 //!
 //! | contestant | who notes accesses |
 //! | --- | --- |

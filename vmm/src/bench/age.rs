@@ -10,14 +10,14 @@
 //! | `clear_refs+smaps.…` | the same program as a process: `Referenced` of its smaps is read and 1 written to its clear_refs |
 //! | `table-read` | reading 8 bytes a page once, table after table in an order that no prefetcher knows: the limit |
 //!
-//! Rows without `.flush` are the harvest alone. Where A needs a flush to be set again, they flush everything between two runs, with
-//! the clock stopped, and so the guest's next accesses are seen.
+//! Rows without `.flush` are the harvest alone. Where A needs a flush to be set again, they flush everything between two
+//! runs, with the clock stopped, and so the guest's next accesses are seen.
 //!
-//! Before every run of every row 256 MiB are walked through, with the clock stopped, so that no table is in a cache. Every run
-//! checks that it has found the pages that were touched: all of them and no other where KVM sets A, in software; where the CPU does, nine in
-//! ten, for a TLB may hide an access, and some that were not touched, for CPUs set A ahead of accesses too.
-//! Linux's files are about the whole process, which has a few dozen pages more; they give a sum for a mapping where umbra
-//! notes an age a page.
+//! Before every run of every row 256 MiB are walked through, with the clock stopped, so that no table is in a cache. Every
+//! run checks that it has found the pages that were touched: all of them and no other where KVM sets A, in software; where
+//! the CPU does, nine in ten, for a TLB may hide an access, and some that were not touched, for CPUs set A ahead of accesses
+//! too. Linux's files are about the whole process, which has a few dozen pages more; they give a sum for a mapping where
+//! umbra notes an age a page.
 
 use super::access_tracking::{TOLD, pages_within};
 use super::linux::LinuxPages;
@@ -121,14 +121,14 @@ enum Flush {
 enum Exactness {
     /// A KVM that shadows the guest's tables and walks them for each access that it is told of.
     Software,
-    /// The CPU. A translation that it has cached may hide an access, and it may set A for what was never accessed: for prefetches and
-    /// for speculative accesses (Intel SDM vol. 3, 4.10.2.3).
+    /// The CPU. A translation that it has cached may hide an access, and it may set A for what was never accessed: for
+    /// prefetches and for speculative accesses (Intel SDM vol. 3, 4.10.2.3).
     Cpu,
 }
 
 impl Exactness {
-    /// How many pages may be found young where so many were accessed. A prefetcher runs ahead of an access, one page beyond it at
-    /// most; and a CPU that guesses what comes next may guess a few pages anywhere.
+    /// How many pages may be found young where so many were accessed. A prefetcher runs ahead of an access, one page beyond
+    /// it at most; and a CPU that guesses what comes next may guess a few pages anywhere.
     fn may_find(self, accessed: u64) -> RangeInclusive<u64> {
         match self {
             Self::Software => accessed..=accessed,

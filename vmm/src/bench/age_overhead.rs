@@ -11,8 +11,8 @@
 //! | `umbra.aged-unflushed` | the same with passes that do not flush; only where this host needs a flush for A to be set again |
 //! | `….aging pass` | one pass of aging; its time is not the guest's where there are more CPUs than one |
 //!
-//! `slowdown` is the time of `umbra.aged` over that of `umbra.plain`, less one; `slowdown-unflushed` that of the other. On hosts
-//! that need the flush the latter is a lower bound: there no access after the first pass sets A.
+//! `slowdown` is the time of `umbra.aged` over that of `umbra.plain`, less one; `slowdown-unflushed` that of the other. On
+//! hosts that need the flush the latter is a lower bound: there no access after the first pass sets A.
 
 use super::access_tracking::TOLD;
 use super::memstress::{Memstress, Work};
@@ -100,8 +100,8 @@ pub fn bench_age_overhead(
     })
 }
 
-/// Goes over the memory `times` times, with a thread that ages if there is `aging`. Milliseconds a round, those of a pass, and how
-/// many rounds would have filled the window.
+/// Goes over the memory `times` times, with a thread that ages if there is `aging`. Milliseconds a round, those of a pass,
+/// and how many rounds would have filled the window.
 fn rounds(
     memstress: &mut Memstress,
     times: u64,
@@ -131,8 +131,8 @@ fn rounds(
     Ok((phases, (milliseconds(options.window) / each).ceil().clamp(1.0, 1e9) as u64))
 }
 
-/// A pass every `interval`, the first at once, until `ended` is hung up; the mean time of a pass. One that takes longer than the
-/// interval is followed by the next at the next multiple of it.
+/// A pass every `interval`, the first at once, until `ended` is hung up; the mean time of a pass. One that takes longer than
+/// the interval is followed by the next at the next multiple of it.
 fn age_until(mm: &Mm, interval: Duration, ended: &Receiver<()>) -> Duration {
     let (mut spent, mut passes) = (Duration::ZERO, 0_u32);
     let start = Instant::now();
@@ -148,8 +148,8 @@ fn age_until(mm: &Mm, interval: Duration, ended: &Receiver<()>) -> Duration {
     }
 }
 
-/// How long after `elapsed` the next multiple of `interval` comes, counted from the same time: never at once, so a tick that has passed is
-/// left out. By division: a pass may take as long as millions of intervals.
+/// How long after `elapsed` the next multiple of `interval` comes, counted from the same time: never at once, so a tick that
+/// has passed is left out. By division: a pass may take as long as millions of intervals.
 fn until_next(elapsed: Duration, interval: Duration) -> Duration {
     let into = elapsed.as_nanos() % interval.as_nanos().max(1);
     // Less than `elapsed`, whose nanoseconds fit for centuries.

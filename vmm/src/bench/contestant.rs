@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Who is measured, whether the benchmark means anything without it, and the turns that contestants take.
 //!
-//! One turn goes before those that count. In it an [optional](Contestant::optional) contestant may fail, for want of a privilege or
-//! of a kernel's option: it is left out and named with its reason. A [required](Contestant::required) one may not: a benchmark of umbra
-//! in which umbra does not run has no result, and must not look as if it had one. From the second turn on nobody may fail.
+//! One turn goes before those that count. In it an [optional](Contestant::optional) contestant may fail, for want of a
+//! privilege or of a kernel's option: it is left out and named with its reason. A [required](Contestant::required) one may
+//! not: a benchmark of umbra in which umbra does not run has no result, and must not look as if it had one. From the second
+//! turn on nobody may fail.
 
 use crate::causes::one_line;
 use anyhow::{Context, Result, bail};
@@ -50,8 +51,8 @@ impl<'a, T> Contestant<'a, T> {
 /// What the turns of one contestant gave.
 pub(super) type Turns<'a, T> = (&'a str, Vec<T>);
 
-/// Lets `contestants` take turns, `runs` of them after one that does not count. What each gave in its turns, in their order, and
-/// who could not be measured and why.
+/// Lets `contestants` take turns, `runs` of them after one that does not count. What each gave in its turns, in their order,
+/// and who could not be measured and why.
 ///
 /// # Errors
 /// A required contestant fails; an optional one does, after its first turn; `runs` is zero.

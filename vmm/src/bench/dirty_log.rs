@@ -12,8 +12,8 @@
 //! | `Get dirty log`, `Clear dirty log` | the mean of an iteration |
 //! | `Dirty pages` | in the last log, of the memory that is touched |
 //!
-//! With rings (`-M ring`) reading the log is harvesting and resetting every vCPU's ring; there is no clearing. A vCPU whose ring is full
-//! waits, so they are also collected in the middle of a pass when one is.
+//! With rings (`-M ring`) reading the log is harvesting and resetting every vCPU's ring; there is no clearing. A vCPU whose
+//! ring is full waits, so they are also collected in the middle of a pass when one is.
 //!
 //! | contestant | who logs |
 //! | --- | --- |

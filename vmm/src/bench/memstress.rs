@@ -5,9 +5,9 @@
 //! sleep. So whoever holds a [`Memstress`] knows exactly which pages were touched between two of its own actions, and
 //! disturbs nothing while it looks.
 //!
-//! One thread drives. It never waits for ever: an answer, the program's end and a limit all wake it. The limit grows with the memory;
-//! who asks for what takes longer than touching it says so by [`Memstress::expect`]. Dropping a
-//! [`Memstress`] ends the program, whatever it is doing; [`Memstress::finish`] lets it end by itself and looks at how.
+//! One thread drives. It never waits for ever: an answer, the program's end and a limit all wake it. The limit grows with the
+//! memory; who asks for what takes longer than touching it says so by [`Memstress::expect`]. Dropping a [`Memstress`] ends
+//! the program, whatever it is doing; [`Memstress::finish`] lets it end by itself and looks at how.
 
 #[cfg(test)]
 mod tests;
@@ -314,7 +314,8 @@ impl Drop for Memstress {
     }
 }
 
-/// Waits until one of `fds` can be read (negative ones are left out), or is closed at its other end, or until `deadline`, if there is one.
+/// Waits until one of `fds` can be read (negative ones are left out), or is closed at its other end, or until `deadline`, if
+/// there is one.
 fn wait<const N: usize>(fds: [RawFd; N], deadline: Option<Instant>) -> Result<[bool; N]> {
     let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     loop {

@@ -7,11 +7,11 @@
 //! | `rwlock` | `RwLock<Vec<Arc<dyn MmuNotifier>>>` of the standard library, locked for reading around each walk |
 //! | `arc-swap` | `ArcSwap<Vec<Arc<dyn MmuNotifier>>>`, loaded for each walk |
 //!
-//! A pair is two walks: `invalidate_range_start` of every listener, then `invalidate_range_end` of each. (None of the listeners
-//! is a device that walks the primary's tables, which would also be told `invalidate_range`.)
-//! The walks, the listeners and the arguments are the same for all three. What the other two do not give is what umbra's list
-//! is for: that unregistering waits for running ops (a writer of the lock does, and keeps every later reader out meanwhile), and that
-//! it may be done while an op sleeps.
+//! A pair is two walks: `invalidate_range_start` of every listener, then `invalidate_range_end` of each. (None of the
+//! listeners is a device that walks the primary's tables, which would also be told `invalidate_range`.) The walks, the
+//! listeners and the arguments are the same for all three. What the other two do not give is what umbra's list is for: that
+//! unregistering waits for running ops (a writer of the lock does, and keeps every later reader out meanwhile), and that it
+//! may be done while an op sleeps.
 //!
 //! | row | what |
 //! | --- | --- |

@@ -19,21 +19,21 @@ const COLUMNS: usize = 80;
 
 #[derive(Debug, Args)]
 pub(super) struct AgeArgs {
-    /// Look this often which pages the guest accessed since the last time: seconds, or with ms, s, m; 1ms at least. What `--wss`
-    /// and `--heatmap` count in; 1s where one of them is given without it.
+    /// Look this often which pages the guest accessed since the last time: seconds, or with ms, s, m; 1ms at least. What
+    /// `--wss` and `--heatmap` count in; 1s where one of them is given without it.
     #[arg(long, value_name = "DURATION", value_parser = parse::interval)]
     age: Option<Duration>,
     /// Print the working set, at the end and whenever umbra gets SIGUSR1, to stderr.
     ///
     /// A row a mapping, in KiB: what is resident; of that, what was last accessed 0, 1, 2 … 7 or more passes of `--age` ago
-    /// (0: since the pass before the last); and what was brought in but not seen to be accessed. Then a line of digits, the heat of the
-    /// address space. At the end there is one more pass, so 0 is what was accessed since the last regular one.
+    /// (0: since the pass before the last); and what was brought in but not seen to be accessed. Then a line of digits, the
+    /// heat of the address space. At the end there is one more pass, so 0 is what was accessed since the last regular one.
     /// `json`: one object a report {report: "working_set", passes, interval_ms, since_pass_ms, total, vmas: [{start, end,
     /// rights, name, resident_kib, age_kib: [KiB, …], untouched_kib}]}.
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     wss: Option<Format>,
-    /// Draw a heat map, address by time, into PATH at the end: an SVG, anew. Its cells say which share of the resident pages was
-    /// accessed between two passes of `--age`.
+    /// Draw a heat map, address by time, into PATH at the end: an SVG, anew. Its cells say which share of the resident pages
+    /// was accessed between two passes of `--age`.
     #[arg(long, value_name = "PATH")]
     heatmap: Option<PathBuf>,
     /// Use the Accessed and Dirty bits that the CPU sets, or see accesses and writes by taking rights away, as for CPUs that
@@ -106,8 +106,8 @@ impl Aging {
         self.ager.skip(skipped);
     }
 
-    /// Draws the heat map, if one is wanted; what the passes cost. A picture that cannot be written is no reason to hide how the guest
-    /// ended, so it is only told.
+    /// Draws the heat map, if one is wanted; what the passes cost. A picture that cannot be written is no reason to hide how
+    /// the guest ended, so it is only told.
     pub(super) fn finish(self) -> AgingCost {
         if let (Some(picture), Some(map)) = (self.picture, self.ager.map())
             && let Err(error) = draw(map, self.every).and_then(|svg| picture.write(svg.as_bytes()))

@@ -27,7 +27,8 @@ pub(super) struct BenchArgs {
     /// Runs of each row that count; one more goes before them.
     #[arg(long, global = true, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
-    /// Print as JSON: {bench, host, rows: [{name, unit, min, median, max, runs}], ratios, and if there are any: missing, lines}.
+    /// Print as JSON: {bench, host, rows: [{name, unit, min, median, max, runs}], ratios, and if there are any: missing,
+    /// lines}.
     #[arg(long, global = true)]
     json: bool,
 }
@@ -97,8 +98,8 @@ struct DirtyLogArgs {
     /// Seed of the random numbers.
     #[arg(short = 'r', long, value_name = "SEED", default_value_t = 1)]
     random_seed: u64,
-    /// Let reading the log arm pages again, instead of clearing it (no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). Not for rings, which are never
-    /// cleared.
+    /// Let reading the log arm pages again, instead of clearing it (no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2). Not for rings,
+    /// which are never cleared.
     #[arg(short = 'g', long)]
     no_manual_protect: bool,
     /// Where the log is kept: in one bitmap, or in a ring for each vCPU, which only faults can fill.

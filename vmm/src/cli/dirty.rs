@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The options of `umbra run` that log a guest's writes, and what they do: a collector on the event loop.
 //!
-//! The log is switched on right before the guest starts, so what loading the program wrote is not in it. It is read at each tick and
-//! at the end; rings are also emptied whenever a vCPU waits for that or ends, and what they held counts in the interval that is running.
-//! The loop is what ends a guest, so no turn of it goes through pages one by one: a guest may make all its addresses count as written.
+//! The log is switched on right before the guest starts, so what loading the program wrote is not in it. It is read at each
+//! tick and at the end; rings are also emptied whenever a vCPU waits for that or ends, and what they held counts in the
+//! interval that is running. The loop is what ends a guest, so no turn of it goes through pages one by one: a guest may make
+//! all its addresses count as written.
 
 use super::{Format, parse};
 use crate::dirty_rate::{Interval, Length, Rates};
@@ -24,10 +25,11 @@ pub(super) const RING_ENTRIES: u32 = 4096;
 pub(super) struct DirtyArgs {
     /// Print, once a second, how many pages the guest wrote, by mapping; and mean and peak at the end. To stderr.
     ///
-    /// HOW is a list, with commas, of an interval (`100ms`; 1s if not given, 1ms at least) and `json`: one object a report {report:
-    /// "dirty_rate", from_s, seconds, pages, pages_per_s, unsure_pages, vmas: [{start, end, rights, name, pages, pages_per_s,
-    /// unsure_pages}]}, the last one {report: "dirty_rate_summary", …}. A page counts once an interval. Pages that umbra writes for the guest,
-    /// as `read` does, count too. Of a guest that writes at very many places only ranges are known: their pages are `unsure`.
+    /// HOW is a list, with commas, of an interval (`100ms`; 1s if not given, 1ms at least) and `json`: one object a report
+    /// {report: "dirty_rate", from_s, seconds, pages, pages_per_s, unsure_pages, vmas: [{start, end, rights, name, pages,
+    /// pages_per_s, unsure_pages}]}, the last one {report: "dirty_rate_summary", …}. A page counts once an interval. Pages
+    /// that umbra writes for the guest, as `read` does, count too. Of a guest that writes at very many places only ranges are
+    /// known: their pages are `unsure`.
     #[arg(
         long,
         value_name = "HOW",
@@ -37,9 +39,9 @@ pub(super) struct DirtyArgs {
         value_parser = parse::dirty_rate
     )]
     dirty_rate: Option<RateArg>,
-    /// Where vCPUs note what they write: a bitmap, or a ring for each vCPU, of 128 to 65536 entries, a power of two (4096 if not
-    /// given). A vCPU whose ring is full waits until it has been emptied. Each thread's ring takes 24 bytes an entry of the host's memory,
-    /// besides `--memory`: 1.5 MiB at 65536.
+    /// Where vCPUs note what they write: a bitmap, or a ring for each vCPU, of 128 to 65536 entries, a power of two (4096 if
+    /// not given). A vCPU whose ring is full waits until it has been emptied. Each thread's ring takes 24 bytes an entry of
+    /// the host's memory, besides `--memory`: 1.5 MiB at 65536.
     #[arg(
         long,
         value_name = "bitmap|ring[:ENTRIES]",
@@ -48,8 +50,8 @@ pub(super) struct DirtyArgs {
         value_parser = parse::dirty_log
     )]
     dirty_log: LogArg,
-    /// How a write is seen: by the Dirty bit that the CPU sets, or by the fault of the first write to a protected page. The former if not
-    /// given; but with a ring, or where the CPU's bits are not used, the latter.
+    /// How a write is seen: by the Dirty bit that the CPU sets, or by the fault of the first write to a protected page. The
+    /// former if not given; but with a ring, or where the CPU's bits are not used, the latter.
     #[arg(long, value_name = "d-bit|write-protect", requires = "dirty_rate", hide_possible_values = true)]
     dirty_method: Option<MethodArg>,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What `umbra run` does beside a running guest to tell of it: aging, the dirty log, and their reports. One value, so that the command itself reads
-//! as start, wait, end.
+//! What `umbra run` does beside a running guest to tell of it: aging, the dirty log, and their reports. One value, so that
+//! the command itself reads as start, wait, end.
 //!
 //! Everything in here is on the event loop's thread; only the writing of reports is not ([`Reports`]).
 

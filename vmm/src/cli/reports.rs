@@ -2,8 +2,9 @@
 //! Reports while a guest runs, to stderr, by a thread of their own.
 //!
 //! Who reads stderr may stop to: a terminal after Ctrl-S, a pager. The event loop must not wait for that, or nobody could end
-//! the guest any more, and vCPUs would wait for it in turn. So it hands reports over, and of those for which there is no room it
-//! keeps count. A guest decides how long a report is, by its mappings; so what may wait is bounded in bytes too. They are written through a descriptor and not through std's stderr, which has a lock that vCPU threads take when they log.
+//! the guest any more, and vCPUs would wait for it in turn. So it hands reports over, and of those for which there is no room
+//! it keeps count. A guest decides how long a report is, by its mappings; so what may wait is bounded in bytes too. They are
+//! written through a descriptor and not through std's stderr, which has a lock that vCPU threads take when they log.
 
 use super::Format;
 use anyhow::{Context, Result};

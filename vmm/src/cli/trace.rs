@@ -23,13 +23,13 @@ pub(super) struct TraceArgs {
     /// Print events while the guest runs, to stderr: a list, with commas, of `notifier` or `notifier=json`.
     ///
     /// `notifier`: everything that the guest's address space tells its listeners, an event a line: seconds since the start,
-    /// the guest's thread (`umbra` before it runs, after it, and for changes of adopted memory), op, reason, range, pages, and
-    /// how long a pair was open. A pair, invalidate_range_start to _end, is one line, `invalidate`, written at its end.
-    /// `test_clear_young`, one line for 32 MiB in each pass of `--age`, asks which pages were accessed; no released kernel has it. Other ops
-    /// have their kernel names. Not traced are `invalidate_range`, for devices that walk the primary's page tables, and `written`, for logs of
-    /// writes.
-    /// `notifier=json`: one object a line {time_ns, tid, op, reason, start, end, pages, blockable, duration_ns, pte}, without
-    /// what an op has not; {op: "lost", events} where the reader was too slow. A guest never waits for its trace.
+    /// the guest's thread (`umbra` before it runs, after it, and for changes of adopted memory), op, reason, range, pages,
+    /// and how long a pair was open. A pair, invalidate_range_start to _end, is one line, `invalidate`, written at its end.
+    /// `test_clear_young`, one line for 32 MiB in each pass of `--age`, asks which pages were accessed; no released kernel
+    /// has it. Other ops have their kernel names. Not traced are `invalidate_range`, for devices that walk the primary's page
+    /// tables, and `written`, for logs of writes. `notifier=json`: one object a line {time_ns, tid, op, reason, start, end,
+    /// pages, blockable, duration_ns, pte}, without what an op has not; {op: "lost", events} where the reader was too slow. A
+    /// guest never waits for its trace.
     #[arg(long, value_name = "LIST", value_parser = parse::traced)]
     trace: Option<Traced>,
     /// Write the trace to PATH, anew, and not to stderr.

@@ -83,8 +83,8 @@ pub trait FaultHandler: Debug + Send {
     /// Makes `addr` reachable for `access`, or says why it is not.
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault;
 
-    /// Asked before each entry: what must become readable before the vCPU may run, and then be asked again; `None` if it may run.
-    /// The descriptor stays open at least until the next call. The thread can be reached while it waits.
+    /// Asked before each entry: what must become readable before the vCPU may run, and then be asked again; `None` if it may
+    /// run. The descriptor stays open at least until the next call. The thread can be reached while it waits.
     fn held_back(&mut self) -> Option<RawFd> {
         None
     }

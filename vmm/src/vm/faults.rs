@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What happens to the page faults of a vCPU: the shadow map resolves them, the clock runs meanwhile.
 //!
-//! A [`VcpuFaults`] belongs to the vCPU's thread. It shares the machine with the others and locks none of it but what the shadow map
-//! itself locks; the machine's sum of [`Stalls`] is locked once, when the thread ends.
+//! A [`VcpuFaults`] belongs to the vCPU's thread. It shares the machine with the others and locks none of it but what the
+//! shadow map itself locks; the machine's sum of [`Stalls`] is locked once, when the thread ends.
 
 use super::rings::Member;
 use super::{Machine, lock};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What came out of the dirty rings and nobody has asked for yet.
 //!
-//! Rings are emptied when one is full and when a vCPU ends; who reports asks when an interval ends, which may be an hour later. A guest
-//! chooses which pages it writes, so what is remembered until then has a limit, the same as the shadow map's own bitmap has: so many parts
-//! of 128 MiB with a bit a page, and beyond them a part counts as written as a whole.
+//! Rings are emptied when one is full and when a vCPU ends; who reports asks when an interval ends, which may be an hour
+//! later. A guest chooses which pages it writes, so what is remembered until then has a limit, the same as the shadow map's
+//! own bitmap has: so many parts of 128 MiB with a bit a page, and beyond them a part counts as written as a whole.
 
 use shadow_mmu::shadow::DirtyPages;
 use std::collections::BTreeSet;

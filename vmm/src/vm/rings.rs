@@ -5,17 +5,18 @@
 //! vCPU thread: pushes ─► soft-full? ─► writes `full`, polls `room` ───────────────► enters the guest
 //! event loop:                          reads `full` ─► harvest ─► reset ─► writes `room`
 //! ```
-//! A vCPU drains `room` *before* it looks whether its ring is full, and the reset writes `room` *after* it has made room; so either
-//! the look finds room, or the poll returns. It polls beside its waker's descriptor, as a guest thread that waits in a system call,
-//! so signals and the guest's end reach it.
+//! A vCPU drains `room` *before* it looks whether its ring is full, and the reset writes `room` *after* it has made room; so
+//! either the look finds room, or the poll returns. It polls beside its waker's descriptor, as a guest thread that waits in a
+//! system call, so signals and the guest's end reach it.
 //!
-//! Rings of vCPUs that have ended are emptied by the event loop too, with all others. But nobody waits for it there, and a guest may start and end
-//! threads faster than a busy loop comes around. So from [`ENDED_ENTRIES`] on the ending vCPU's thread does it, for the ended ones only: what was
-//! in them is kept with what the loop collects ([`RingPages`], bounded), their pages are reset, and they go.
+//! Rings of vCPUs that have ended are emptied by the event loop too, with all others. But nobody waits for it there, and a
+//! guest may start and end threads faster than a busy loop comes around. So from [`ENDED_ENTRIES`] on the ending vCPU's
+//! thread does it, for the ended ones only: what was in them is kept with what the loop collects ([`RingPages`], bounded),
+//! their pages are reset, and they go.
 //!
 //! # Locks
-//! `state`, above the shadow map's list of rings and its `mmu_lock`. Held while rings are harvested and reset, so that a ring whose vCPU has
-//! ended by then is empty afterwards, and goes.
+//! `state`, above the shadow map's list of rings and its `mmu_lock`. Held while rings are harvested and reset, so that a ring
+//! whose vCPU has ended by then is empty afterwards, and goes.
 
 use super::lock;
 use super::ring_pages::RingPages;
@@ -51,8 +52,8 @@ struct State {
 }
 
 impl State {
-    /// Takes everything out of the rings of these, makes room in them, and lets go of those that ended. Pages are reset before this
-    /// returns: a write after it is a new entry.
+    /// Takes everything out of the rings of these, makes room in them, and lets go of those that ended. Pages are reset
+    /// before this returns: a write after it is a new entry.
     fn collect(&mut self, shadow: &ShadowMmu, of: impl Fn(&Owner) -> bool) {
         let Self { members, pages } = self;
         for (ring, _) in members.iter().filter(|(_, owner)| of(owner)) {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The bitmap of a dirty log: one bit a page, in parts of 128 MiB that are there while they have a bit.
 //!
-//! Bits are set by one atomic operation and taken by one, a word at a time (I34). The lock around the map of parts is for the map: held for
-//! reading by who sets or takes bits, for writing by who adds or drops a part. It is a leaf lock.
+//! Bits are set by one atomic operation and taken by one, a word at a time (I34). The lock around the map of parts is for the
+//! map: held for reading by who sets or takes bits, for writing by who adds or drops a part. It is a leaf lock.
 //!
-//! A guest chooses which pages it writes, and must not make umbra's memory grow by it. So there is a limit of parts, and beyond it a part has
-//! no bits of its own: all its pages count as written once one is (*whole*). Such parts are kept by runs; where there are too many of those,
-//! they become one with all that is between them. A record too many costs its reader time, one too few would cost data (I37).
+//! A guest chooses which pages it writes, and must not make umbra's memory grow by it. So there is a limit of parts, and
+//! beyond it a part has no bits of its own: all its pages count as written once one is (*whole*). Such parts are kept by
+//! runs; where there are too many of those, they become one with all that is between them. A record too many costs its reader
+//! time, one too few would cost data (I37).
 
 use super::pages::{PART, WORDS, place};
 use super::runs::Runs;
@@ -50,7 +51,8 @@ impl Bitmap {
     pub(super) fn mark(&self, page: u64) {
         let (part, word, bit) = place(page);
         let set = |words: &Part| {
-            // Most are set already; then the cache line stays shared. Release: a reader that takes the bit sees what was written.
+            // Most are set already; then the cache line stays shared. Release: a reader that takes the bit sees what was
+            // written.
             if words[word].load(Ordering::Relaxed) & bit == 0 {
                 words[word].fetch_or(bit, Ordering::AcqRel);
             }
@@ -113,7 +115,8 @@ impl Bitmap {
         }
     }
 
-    /// Takes those bits of one part that `wanted` has, and returns which were set. What counts as written as a whole has no bits.
+    /// Takes those bits of one part that `wanted` has, and returns which were set. What counts as written as a whole has no
+    /// bits.
     pub(super) fn take(&self, part: u64, wanted: &[u64; WORDS]) -> Box<[u64; WORDS]> {
         let mut taken = Box::new([0; WORDS]);
         if let Some(words) = self.parts.read().get(&part) {
@@ -131,8 +134,8 @@ impl Bitmap {
         taken
     }
 
-    /// What counts as written as a whole in a part gets bits, all set: some are about to be taken. The reader's doing, not the guest's, so
-    /// it has no limit.
+    /// What counts as written as a whole in a part gets bits, all set: some are about to be taken. The reader's doing, not
+    /// the guest's, so it has no limit.
     pub(super) fn give_bits_of_its_own(&self, part: u64) {
         let pages = self.pages_of(part);
         if self.whole.read().iter().all(|run| run.end <= pages.start || pages.end <= run.start) {

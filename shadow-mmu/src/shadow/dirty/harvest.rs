@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Reports: taking records, and arming the pages again. See the [module](super) for the order.
 //!
-//! A report goes through the slot 128 MiB at a time, each under its own hold of `mmu_lock` for writing, with its own flush in it; so a fault
-//! waits for one part at most. The log is no snapshot of one moment, as KVM's is none: what it promises, it promises for each page.
+//! A report goes through the slot 128 MiB at a time, each under its own hold of `mmu_lock` for writing, with its own flush in
+//! it; so a fault waits for one part at most. The log is no snapshot of one moment, as KVM's is none: what it promises, it
+//! promises for each page.
 
 use super::pages::{PART, WORDS, bits, place};
 use super::{DirtyGfn, DirtyLog, DirtyLogError, DirtyMethod, DirtyPages, ProtectOn};
@@ -26,8 +27,8 @@ impl ShadowMmu {
         Ok((memslot, Arc::clone(log)))
     }
 
-    /// The pages written since they were reported or, with [`ProtectOn::Clear`], cleared (`KVM_GET_DIRTY_LOG`). With [`ProtectOn::Get`] they are armed
-    /// again: from the return on, each further write is reported anew (I32).
+    /// The pages written since they were reported or, with [`ProtectOn::Clear`], cleared (`KVM_GET_DIRTY_LOG`). With
+    /// [`ProtectOn::Get`] they are armed again: from the return on, each further write is reported anew (I32).
     ///
     /// # Errors
     /// [`DirtyLogError`]: no such slot, or it is not logged, or its log ended meanwhile.
@@ -64,7 +65,8 @@ impl ShadowMmu {
             }
             next = part + 1;
         }
-        // Last, as what D told of moves here and never back. And whoever found nothing at all must have looked at a log that is there.
+        // Last, as what D told of moves here and never back. And whoever found nothing at all must have looked at a log that
+        // is there.
         let exclusive = core.windows.write();
         core.still_logs(&log)?;
         let whole = match log.config.protect {
@@ -82,8 +84,9 @@ impl ShadowMmu {
         Ok(pages)
     }
 
-    /// Clears the records of those of `pages`, by offset in the slot, that `dirty` has, and arms them again (`KVM_CLEAR_DIRTY_LOG`). From the
-    /// return on, each further write is reported anew (I32); so the reader copies pages behind it.
+    /// Clears the records of those of `pages`, by offset in the slot, that `dirty` has, and arms them again
+    /// (`KVM_CLEAR_DIRTY_LOG`). From the return on, each further write is reported anew (I32); so the reader copies pages
+    /// behind it.
     ///
     /// # Errors
     /// [`DirtyLogError`]; `pages` must begin at a multiple of 64, and end at one or with the slot.
@@ -139,8 +142,9 @@ impl ShadowMmu {
         Ok(())
     }
 
-    /// Takes back every harvested entry of every ring, and arms their pages again (`KVM_RESET_DIRTY_RINGS`). From the return on, each further write
-    /// makes a further entry (I32); so whoever collects reads pages behind it. Returns how many entries there were.
+    /// Takes back every harvested entry of every ring, and arms their pages again (`KVM_RESET_DIRTY_RINGS`). From the return
+    /// on, each further write makes a further entry (I32); so whoever collects reads pages behind it. Returns how many
+    /// entries there were.
     pub fn reset_dirty_rings(&self) -> u64 {
         let core = &*self.core;
         // Held to the end: entries are taken back by one thread at a time (I36).
@@ -195,8 +199,8 @@ fn or_into(words: &Words, pages: &mut DirtyPages, part: u64) {
 
 impl Core {
     /// An error if `log` has ended since it was looked up: what is taken now may be missing in the next one. The caller holds
-    /// `mmu_lock`, for which that one waits before it arms. Nobody waits for `mmu_lock` with the lock of the slots held, so that may be
-    /// taken here.
+    /// `mmu_lock`, for which that one waits before it arms. Nobody waits for `mmu_lock` with the lock of the slots held, so
+    /// that may be taken here.
     fn still_logs(&self, log: &Arc<DirtyLog>) -> Result<(), DirtyLogError> {
         let slots = self.slots.read();
         let now = slots.log_of(log.slot);
@@ -257,8 +261,8 @@ impl Core {
         });
     }
 
-    /// Arms every leaf of a slot whose log was just published; in a log that begins with every page written, notes those that have
-    /// W instead (I33). The caller holds `mmu_lock` for writing, and flushes.
+    /// Arms every leaf of a slot whose log was just published; in a log that begins with every page written, notes those that
+    /// have W instead (I33). The caller holds `mmu_lock` for writing, and flushes.
     pub(in crate::shadow) fn arm_slot(&self, memslot: &Memslot, log: &DirtyLog, gather: &mut Gather<'_>) {
         if log.begins_clean() {
             return self.arm_run(memslot, log, 0..memslot.pages, gather);

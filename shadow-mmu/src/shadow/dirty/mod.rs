@@ -3,29 +3,32 @@
 //! `kvm_clear_dirty_log_protect`, `KVM_CAP_DIRTY_LOG_RING`.
 //!
 //! # How a write is seen ([`DirtyMethod`])
-//! * *Write protection.* A leaf has W only while its page is recorded (I33). The fault that gives it W records the page: the record first, then
-//!   W, both under one hold of `mmu_lock` for reading (R20); so W is never there without its record, not even for a report that only copies. Leaves that a fault brings along, and those of reads, get no W.
+//! * *Write protection.* A leaf has W only while its page is recorded (I33). The fault that gives it W records the page: the
+//!   record first, then W, both under one hold of `mmu_lock` for reading (R20); so W is never there without its record, not
+//!   even for a report that only copies. Leaves that a fault brings along, and those of reads, get no W.
 //! * *The D bit.* Nothing is recorded at faults; whoever asks reads D of every leaf. A leaf that is removed hands D to the log.
 //!
 //! # How it is reported
-//! *Report and arm*: under `mmu_lock` for writing the record is taken and the leaf loses W (or D); the flush follows before the lock is let go, and
-//! so before anybody is told (I32, R20b). From then on the next write faults (or sets D) again. In [`ProtectOn::Clear`] a report only
-//! copies; what the reader has dealt with it clears, and that arms.
+//! *Report and arm*: under `mmu_lock` for writing the record is taken and the leaf loses W (or D); the flush follows before
+//! the lock is let go, and so before anybody is told (I32, R20b). From then on the next write faults (or sets D) again. In
+//! [`ProtectOn::Clear`] a report only copies; what the reader has dealt with it clears, and that arms.
 //!
-//! Nobody but the vCPUs goes through leaves. What devices and umbra write, and what changes because a mapping was taken away or moved
-//! there, is told by [`written`](crate::notifier::MmuNotifier::written), and goes to the bitmap also where vCPUs have rings. A device's write is told
-//! right after it is made, so a report may miss it that was made between the two; the next one has it.
+//! Nobody but the vCPUs goes through leaves. What devices and umbra write, and what changes because a mapping was taken away
+//! or moved there, is told by [`written`](crate::notifier::MmuNotifier::written), and goes to the bitmap also where vCPUs
+//! have rings. A device's write is told right after it is made, so a report may miss it that was made between the two; the
+//! next one has it.
 //!
-//! A mapping that is made brings bytes along that nobody wrote: of a file, or of shared memory that was mapped elsewhere. A reader takes the
-//! pages of a new VMA with an object for written.
+//! A mapping that is made brings bytes along that nobody wrote: of a file, or of shared memory that was mapped elsewhere. A
+//! reader takes the pages of a new VMA with an object for written.
 //!
-//! A record may say that a page was written which was not yet, or never, but never the reverse (I37). Pages are guest frames: memory that is mapped at two
-//! addresses is reported at the one that was written.
+//! A record may say that a page was written which was not yet, or never, but never the reverse (I37). Pages are guest frames:
+//! memory that is mapped at two addresses is reported at the one that was written.
 //!
 //! # Switching on
-//! The log is published with the slots, so a fault that began without it starts over (I35). Then every leaf of the slot is armed, or ([`Initially::AllDirty`]) every
-//! page there is counts as written and nothing is armed; pages whose leaves have W at once (I33), the others before switching on returns. A
-//! report of a log that another thread ends meanwhile is an error: what it took could be missing in the next log.
+//! The log is published with the slots, so a fault that began without it starts over (I35). Then every leaf of the slot is
+//! armed, or ([`Initially::AllDirty`]) every page there is counts as written and nothing is armed; pages whose leaves have W
+//! at once (I33), the others before switching on returns. A report of a log that another thread ends meanwhile is an error:
+//! what it took could be missing in the next log.
 //!
 //! # Locks
 //! The list of rings, under which entries are taken back; then as for every removal. The bitmap's is a leaf lock.
@@ -82,7 +85,8 @@ pub enum ProtectOn {
 pub enum Initially {
     /// No page is written.
     Clean,
-    /// Every page there is counts as written, and switching on arms none (`KVM_DIRTY_LOG_INITIALLY_SET`). Needs [`ProtectOn::Clear`].
+    /// Every page there is counts as written, and switching on arms none (`KVM_DIRTY_LOG_INITIALLY_SET`). Needs
+    /// [`ProtectOn::Clear`].
     AllDirty,
 }
 
@@ -212,8 +216,8 @@ impl Core {
 }
 
 impl ShadowMmu {
-    /// Begins to log writes to the slot that starts at `slot`. Waits until no pair is open, as every change of slots; a guest that changes its
-    /// mappings without pause makes it wait for as long as it does.
+    /// Begins to log writes to the slot that starts at `slot`. Waits until no pair is open, as every change of slots; a guest
+    /// that changes its mappings without pause makes it wait for as long as it does.
     ///
     /// # Errors
     /// [`DirtyLogError`].
@@ -254,8 +258,9 @@ impl ShadowMmu {
         });
     }
 
-    /// Ends the log of the slot that starts at `slot`. Waits until no pair is open. W comes back page by page, without asking the primary. Rings keep
-    /// what they have: a vCPU that waits for room goes on waiting until its ring was harvested and reset.
+    /// Ends the log of the slot that starts at `slot`. Waits until no pair is open. W comes back page by page, without asking
+    /// the primary. Rings keep what they have: a vCPU that waits for room goes on waiting until its ring was harvested and
+    /// reset.
     ///
     /// # Errors
     /// [`DirtyLogError::NotLogged`], [`DirtyLogError::Slot`].
@@ -268,7 +273,8 @@ impl ShadowMmu {
         if self.mm.notifiers().inside() { Err(DirtyLogError::InsideCallback) } else { Ok(()) }
     }
 
-    /// From now on [`reset_dirty_rings`](Self::reset_dirty_rings) takes back entries of this ring too, until nobody else has it.
+    /// From now on [`reset_dirty_rings`](Self::reset_dirty_rings) takes back entries of this ring too, until nobody else has
+    /// it.
     pub fn add_dirty_ring(&self, ring: &Arc<DirtyRing>) {
         self.core.rings.lock().push(Arc::clone(ring));
     }

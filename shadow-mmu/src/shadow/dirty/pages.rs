@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A set of pages of a memslot, by their offset in it: what a dirty log says to its reader, and what the reader says to be cleared. Sparse,
-//! for a slot may be as large as the guest's addresses and hold little.
+//! A set of pages of a memslot, by their offset in it: what a dirty log says to its reader, and what the reader says to be
+//! cleared. Sparse, for a slot may be as large as the guest's addresses and hold little.
 
 use super::runs::Runs;
 use std::collections::BTreeMap;
@@ -82,8 +82,8 @@ impl DirtyPages {
         })
     }
 
-    /// Pages that count as written because others near them were: what a log tells of a guest that writes at so many places that
-    /// remembering each would cost too much.
+    /// Pages that count as written because others near them were: what a log tells of a guest that writes at so many places
+    /// that remembering each would cost too much.
     pub fn whole_runs(&self) -> impl Iterator<Item = Range<u64>> {
         self.whole.iter()
     }

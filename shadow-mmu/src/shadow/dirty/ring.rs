@@ -5,11 +5,12 @@
 //! An entry goes 00 → 01 dirty → 1X harvested → 00, in order of the index (I36). Three parties, one step each:
 //! * The vCPU's thread *pushes* ([`VcpuRing`], which only it has): fills slot and page, then publishes the entry by its flag.
 //! * The collector *harvests* ([`DirtyRing::harvest`]): reads entries whose flag says dirty, and marks them harvested.
-//! * Somebody *resets* ([`ShadowMmu::reset_dirty_rings`](crate::shadow::ShadowMmu::reset_dirty_rings)): takes back harvested entries,
-//!   write-protects their pages again and flushes. From its return on, a further write makes a further entry (I32); so it comes
-//!   before whoever collects reads the pages.
+//! * Somebody *resets* ([`ShadowMmu::reset_dirty_rings`](crate::shadow::ShadowMmu::reset_dirty_rings)): takes back harvested
+//!   entries, write-protects their pages again and flushes. From its return on, a further write makes a further entry (I32);
+//!   so it comes before whoever collects reads the pages.
 //!
-//! A vCPU whose ring is *soft-full* must not run: the entries that are left are for faults that are under way. Whoever resets wakes it.
+//! A vCPU whose ring is *soft-full* must not run: the entries that are left are for faults that are under way. Whoever resets
+//! wakes it.
 
 use super::DirtyLogError;
 use crate::addr::Gfn;
@@ -116,8 +117,8 @@ impl DirtyRing {
         *self.wake.lock() = Some(Box::new(wake));
     }
 
-    /// Calls `visit` with every entry that the vCPU has pushed and nobody has harvested, in order, and marks them harvested. Returns how
-    /// many there were. `visit` must not harvest the same ring.
+    /// Calls `visit` with every entry that the vCPU has pushed and nobody has harvested, in order, and marks them harvested.
+    /// Returns how many there were. `visit` must not harvest the same ring.
     pub fn harvest(&self, mut visit: impl FnMut(DirtyGfn)) -> u32 {
         let mut next = self.harvested.lock();
         let mut count = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What dirty logs keep: the words of the bitmap (I34), rings (I36), and whether there is a log at all (I37). Parts of two words and rings
-//! of two entries, see `build.rs`.
+//! What dirty logs keep: the words of the bitmap (I34), rings (I36), and whether there is a log at all (I37). Parts of two
+//! words and rings of two entries, see `build.rs`.
 
 use crate::addr::Gfn;
 use crate::exhaust::{Preemptions, exhaust, refute};
@@ -44,8 +44,8 @@ fn i34_each_bit_is_taken_once_and_none_is_lost() {
     exhaust("mark_and_take", Preemptions::AtMost(3), mark_and_take, &mutants);
 }
 
-/// A device writes to a page that is marked already, and marks it, while a report takes the mark and reads the page. Either the reader sees
-/// the write, or the next report has the page.
+/// A device writes to a page that is marked already, and marks it, while a report takes the mark and reads the page. Either
+/// the reader sees the write, or the next report has the page.
 fn write_and_take() {
     let (bitmap, page) = (Arc::new(Bitmap::new(PART, 2)), Arc::new(AtomicU64::new(0)));
     bitmap.mark(0);
@@ -71,7 +71,8 @@ fn i34_a_mark_that_was_there_already_does_not_hide_a_write() {
     exhaust("write_and_take", Preemptions::Any, write_and_take, &[M::TakeDoesNotWait]);
 }
 
-/// Beyond the limit of parts all pages of a part count as written. A report gives the part bits; what is marked meanwhile stays.
+/// Beyond the limit of parts all pages of a part count as written. A report gives the part bits; what is marked meanwhile
+/// stays.
 fn whole_part() {
     let bitmap = Arc::new(Bitmap::new(PART, 0));
     bitmap.mark(5);
@@ -161,7 +162,8 @@ fn i36_the_owner_finds_free_what_it_is_told_is_free() {
     exhaust("around", Preemptions::Any, around, &[M::ResetBeforeFree]);
 }
 
-/// Two threads reset one ring, of which entry 1 is harvested. Whether they have the list of rings meanwhile is asked of the caller.
+/// Two threads reset one ring, of which entry 1 is harvested. Whether they have the list of rings meanwhile is asked of the
+/// caller.
 fn two_resets(listed: bool) {
     let (ring, mut vcpu) = DirtyRing::new(RING_LEAST).unwrap();
     assert!(push(&mut vcpu, 1));

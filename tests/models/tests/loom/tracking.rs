@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A leaf entry that is aged and logged: access tracking, the fault that gives back what it took, write protection, the D bit (R11, I48,
-//! I50). Whoever needs `mmu_lock` for writing in the real code is alone here with the CPU; the others meet each other.
+//! A leaf entry that is aged and logged: access tracking, the fault that gives back what it took, write protection, the D bit
+//! (R11, I48, I50). Whoever needs `mmu_lock` for writing in the real code is alone here with the CPU; the others meet each
+//! other.
 
 use crate::addr::Access;
 use crate::entries::{PFN, RW, cpu_writes, now, spawn};

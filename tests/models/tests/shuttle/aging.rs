@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Races of aging on each kind of CPU: those that set A whether flushed or not, those that do after a flush only, and those that never do,
-//! where aging takes the leaf's rights and the next fault gives them back: R11, I25, I48, I50. Aging removes no leaf, so R13 is not its business.
+//! Races of aging on each kind of CPU: those that set A whether flushed or not, those that do after a flush only, and those
+//! that never do, where aging takes the leaf's rights and the next fault gives them back: R11, I25, I48, I50. Aging removes
+//! no leaf, so R13 is not its business.
 
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};
 use crate::cpu::{Vcpu, tagged};
@@ -15,7 +16,8 @@ use crate::shadow::{AdBits, FaultAroundPolicy};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::thread;
 
-/// CPUs without marks. V0 writes, V1 reads, two threads age, H takes the right to write away: what was written is known to be (I25).
+/// CPUs without marks. V0 writes, V1 reads, two threads age, H takes the right to write away: what was written is known to be
+/// (I25).
 fn tracked() {
     let machine = Machine::with_ad_bits(AdBits::None);
     let a = machine.map(1, RW);
@@ -73,8 +75,8 @@ fn r11_tracking_and_faults_lose_no_dirty_mark() {
     explore("r11_tracked", tracked_in_place, &mutants);
 }
 
-/// CPUs without marks. A leaf of the zero page is tracked, and V writes: the primary must be asked. Another leaf goes, and its frame becomes
-/// another page's.
+/// CPUs without marks. A leaf of the zero page is tracked, and V writes: the primary must be asked. Another leaf goes, and
+/// its frame becomes another page's.
 fn restored() {
     let machine = Machine::with_ad_bits(AdBits::None);
     let (a, b, c) = (machine.map(1, RW), machine.map(1, RW), machine.map(1, RW));
@@ -108,7 +110,8 @@ fn i50_tracking_gives_back_what_it_took_and_no_more() {
     explore("i50", restored, &mutants);
 }
 
-/// V reads again and again, somebody ages: what was read since the last clearing is young, by whatever `clear` and the CPUs are.
+/// V reads again and again, somebody ages: what was read since the last clearing is young, by whatever `clear` and the CPUs
+/// are.
 fn seen(ad: AdBits, clear: fn(&Notifiers, HvaRange) -> bool) {
     let machine = Machine::with_ad_bits(ad);
     let a = machine.map(1, RW);
@@ -211,8 +214,8 @@ fn i48_what_was_read_since_the_last_pass_has_age_0() {
     explore("i48_passes", passes, &[M::PassIgnoresSecondaries, M::AgingDoesNotFlush]);
 }
 
-/// Two pages of one table. V has read both, and remembers where the table is: so it does not go through the link again. A pass that found
-/// them young must not make the next one pass over the table.
+/// Two pages of one table. V has read both, and remembers where the table is: so it does not go through the link again. A
+/// pass that found them young must not make the next one pass over the table.
 fn links() {
     let machine = Machine::with_ad_bits(AdBits::Unflushed);
     let a = machine.map_at(Hva(0x40_0000), 2, RW);

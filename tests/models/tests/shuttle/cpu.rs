@@ -5,8 +5,8 @@
 //! An access happens with the CPU's lock held, and a flush takes that lock: as when KVM kicks a vCPU, a flush returns when no
 //! CPU is in the middle of an access. Every step of a walk and every access is a scheduling point.
 //!
-//! What they do with A and D is the machine's [`AdBits`]. Those that set the marks set A in the links on their way too, unless they
-//! begin at a leaf table that they remember.
+//! What they do with A and D is the machine's [`AdBits`]. Those that set the marks set A in the links on their way too,
+//! unless they begin at a leaf table that they remember.
 //!
 //! Each page is written with values that carry its page number ([`tagged`]). A CPU that reads another page's value, or reaches
 //! a frame that is free, notes it; the machine's check fails then.

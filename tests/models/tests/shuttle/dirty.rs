@@ -95,7 +95,8 @@ fn r20b_pages_are_copied_behind_the_clear_of_their_d() {
     explore("r20b_dirty_bit", || cleared(DirtyBit), &[M::ClearDoesNotFlush]);
 }
 
-/// G switches a log on, copies, asks. V's faults are in flight: at `a`, whose leaf an earlier log has protected, and at `b`, whose leaf has W.
+/// G switches a log on, copies, asks. V's faults are in flight: at `a`, whose leaf an earlier log has protected, and at `b`,
+/// whose leaf has W.
 fn switched_on(config: DirtyLogConfig) {
     let machine = Machine::small(AdBits::AfterFlush);
     let pages = pages(&machine, 2);
@@ -147,8 +148,8 @@ fn i33_a_log_that_begins_with_every_page_written_says_so_at_once() {
     explore("i33_all_written", all_written, &[M::AllWrittenUnmarked, M::ClearDoesNotFlush]);
 }
 
-/// One thread asks for a report; another ends the log and begins a new one. What the first takes is not missing in the second. That is
-/// cleared by its reader, so a report that comes late takes nothing from it.
+/// One thread asks for a report; another ends the log and begins a new one. What the first takes is not missing in the
+/// second. That is cleared by its reader, so a report that comes late takes nothing from it.
 fn replaced(method: DirtyMethod) {
     let second = DirtyLogConfig { protect: ProtectOn::Clear, ..bitmap(method) };
     let machine = Machine::small(AdBits::AfterFlush);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Whoever reads a dirty log, as a live migration does: it has a copy of some pages, and after each report copies what was reported.
+//! Whoever reads a dirty log, as a live migration does: it has a copy of some pages, and after each report copies what was
+//! reported.
 //!
 //! What must hold is what the kernel's `dirty_log_test` checks, for each page:
 //! * A write that was over when a report began is in the copy when the reported pages have been copied (I34, I37).
-//! * When nobody writes any more, one more report makes the copy equal to the memory (I32: no write that comes after a report goes
-//!   unreported).
+//! * When nobody writes any more, one more report makes the copy equal to the memory (I32: no write that comes after a report
+//!   goes unreported).
 //!
 //! Writes are maxima, so that the memory of a page only ever grows, whoever writes first.
 

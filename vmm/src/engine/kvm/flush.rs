@@ -240,8 +240,8 @@ fn wait_until(done: impl Fn() -> bool) {
 }
 
 impl KvmVm {
-    /// What the CPUs of this VM do with A and D, as [`probe_flush`](Self::probe_flush) found; before it, the more careful answer. Every CPU
-    /// with KVM sets both bits in tables that ring 3 walks.
+    /// What the CPUs of this VM do with A and D, as [`probe_flush`](Self::probe_flush) found; before it, the more careful
+    /// answer. Every CPU with KVM sets both bits in tables that ring 3 walks.
     pub fn ad_bits(&self) -> AdBits {
         if self.flusher.a_needs_flush.load(Ordering::Acquire) {
             AdBits::AfterFlush

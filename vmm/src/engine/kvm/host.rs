@@ -35,8 +35,9 @@ impl Backend {
         matches!(self, Self::Npt | Self::Ept)
     }
 
-    /// Whether KVM walks guests' page tables in software and sets A and D there for accesses that have happened. A CPU that walks them may
-    /// set A for prefetches and speculative accesses too (Intel SDM vol. 3, 4.10.2.3); D it sets for writes alone.
+    /// Whether KVM walks guests' page tables in software and sets A and D there for accesses that have happened. A CPU that
+    /// walks them may set A for prefetches and speculative accesses too (Intel SDM vol. 3, 4.10.2.3); D it sets for writes
+    /// alone.
     pub fn walks_in_software(self) -> bool {
         matches!(self, Self::Pvm | Self::Shadow)
     }

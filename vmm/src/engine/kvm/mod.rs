@@ -10,8 +10,8 @@
 //! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, kick.rs
 //! ```
 //!
-//! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the monitor's list of
-//! frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
+//! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the
+//! monitor's list of frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
 
 mod error;
 mod exit;

@@ -199,8 +199,9 @@ fn summary(rows: &[FlushRow]) -> String {
 }
 
 impl KvmVm {
-    /// Finds out which flush methods this host honours and what it does with A, and goes by that from now on. To be called once, before guests run:
-    /// the methods flush the whole VM, and the two vCPUs it makes stay parked for the first guest threads.
+    /// Finds out which flush methods this host honours and what it does with A, and goes by that from now on. To be called
+    /// once, before guests run: the methods flush the whole VM, and the two vCPUs it makes stay parked for the first guest
+    /// threads.
     ///
     /// # Errors
     /// [`SetupError::NoFlush`] if none works, [`SetupError::Probe`] if the probe's guest does not run, and what

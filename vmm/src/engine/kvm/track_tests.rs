@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Aging and the dirty log with real vCPUs: what the CPU's A and D say on this host, and the oracle of the kernel's dirty_log_test.
-//! The same with CPUs in software, and the oracle's rules, are in `shadow-mmu/tests`.
+//! Aging and the dirty log with real vCPUs: what the CPU's A and D say on this host, and the oracle of the kernel's
+//! dirty_log_test. The same with CPUs in software, and the oracle's rules, are in `shadow-mmu/tests`.
 //!
-//! The guest is a few instructions in an address space of its own, with guest addresses as in there. Its data has a memslot for itself, so that
-//! a log is about nothing else.
+//! The guest is a few instructions in an address space of its own, with guest addresses as in there. Its data has a memslot
+//! for itself, so that a log is about nothing else.
 
 use super::testing::{CODE, DATA, RW, RX, STACK_TOP, start, test_device};
 use super::{Effort, KvmVcpu, KvmVm};
@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 
 /// Data pages.
 const PAGES: u64 = 128;
-/// A page that the test and the guest speak through: the number of the iteration, the mask of pages, and a counter for each vCPU.
+/// A page that the test and the guest speak through: the number of the iteration, the mask of pages, and a counter for each
+/// vCPU.
 const CONTROL: u64 = DATA + 0x1000_0000;
 const SLOT: Gfn = Gfn(DATA / PAGE_SIZE);
 /// Ends a wait that would never end.
@@ -35,8 +36,8 @@ const TOUCH: [u8; 10] = [0x48, 0x8b, 0x07, 0x0f, 0x05, 0x48, 0x89, 0x07, 0x0f, 0
 /// Where in it the write is.
 const TOUCH_WRITE: u64 = CODE + 5;
 
-/// Stores the iteration's number into random pages, forever: rcx = rcx * r8 + r9; rax = (rcx >> 33 & [rsi + 8]) << 12; [rdi + rax] =
-/// [rsi]; [r12] += 1.
+/// Stores the iteration's number into random pages, forever: rcx = rcx * r8 + r9; rax = (rcx >> 33 & [rsi + 8]) << 12; [rdi +
+/// rax] = [rsi]; [r12] += 1.
 const STORE: [u8; 40] = [
     0x49, 0x0f, 0xaf, 0xc8, // imul rcx, r8
     0x4c, 0x01, 0xc9, // add rcx, r9
@@ -142,9 +143,9 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// After each pass the young pages are those that the guest accessed since the last one (and where the CPU itself sets A, which it may do ahead
-/// of accesses, perhaps more), and D of a page's leaf says whether it wrote. What
-/// faults bring along is neither.
+/// After each pass the young pages are those that the guest accessed since the last one (and where the CPU itself sets A,
+/// which it may do ahead of accesses, perhaps more), and D of a page's leaf says whether it wrote. What faults bring along is
+/// neither.
 #[test]
 fn i48_a_pass_finds_exactly_the_pages_that_a_real_cpu_accessed() {
     let Some(guest) = Guest::new(&TOUCH) else { return };
