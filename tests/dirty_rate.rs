@@ -70,7 +70,7 @@ fn no_write_is_lost_whatever_the_ring_holds() {
             Some(_) => {}
             None => assert_eq!(waited, 0, "{stats}"),
         }
-        let (causes, vcpus) = (stats["stalls"].as_object().unwrap(), &stats["stalls"]["vcpus"]);
+        let (causes, vcpus) = (stats["stalls"].as_object().unwrap(), &stats["stalled_threads"]);
         let all: u64 = causes.values().filter_map(|times| times["count"].as_u64()).sum();
         assert_eq!(
             (vcpus[0]["count"].as_u64(), vcpus[1].is_null()),

@@ -55,6 +55,7 @@ pub struct Stats {
     /// Frames given back to the host while running.
     pub frames_punched: u64,
     /// Time that vCPUs spent in faults, by cause.
+    #[serde(flatten)]
     pub stalls: StallSummary,
     /// What aging cost, where the guest was aged.
     #[serde(skip_serializing_if = "Option::is_none")]

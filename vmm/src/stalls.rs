@@ -223,13 +223,14 @@ pub struct VcpuStalls {
     pub total_us: f64,
 }
 
-/// What is told of [`MachineStalls`]: an object by cause in JSON, with `vcpus` beside the causes; a table in text.
+/// What is told of [`MachineStalls`]: in JSON `stalls`, an object by cause, and `stalled_threads`; a table in text.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct StallSummary {
     /// Of all threads.
-    #[serde(flatten)]
+    #[serde(rename = "stalls")]
     pub by_cause: BTreeMap<StallCause, TimesSummary>,
     /// Those that waited longest, the longest first; at most [`MAX_VCPUS`].
+    #[serde(rename = "stalled_threads")]
     pub vcpus: Vec<VcpuStalls>,
 }
 
@@ -338,9 +339,9 @@ mod tests {
         own.record(StallCause::CopyOnWrite, US);
         stalls.add(7, &own);
         let json = serde_json::to_value(stalls.summary()).unwrap();
-        assert_eq!(json["copy_on_write"]["count"], 1);
-        assert_eq!(json["copy_on_write"]["max_us"], 1.0);
-        assert!(json["first_touch"].is_null());
-        assert_eq!(json["vcpus"], serde_json::json!([{"tid": 7, "count": 1, "total_us": 1.0}]));
+        assert_eq!(json["stalls"]["copy_on_write"]["count"], 1);
+        assert_eq!(json["stalls"]["copy_on_write"]["max_us"], 1.0);
+        assert!(json["stalls"]["first_touch"].is_null());
+        assert_eq!(json["stalled_threads"], serde_json::json!([{"tid": 7, "count": 1, "total_us": 1.0}]));
     }
 }
