@@ -131,17 +131,6 @@ impl Tables {
         Some(self.pool.words(leaf))
     }
 
-    /// Sets A of the link to the leaf table that covers `page`, as a CPU does that goes through it.
-    pub fn mark_accessed(&self, page: u64) {
-        let table = (3..=TOP).rev().try_fold(self.root, |table, level| self.next(table, page, level));
-        if let Some(link) = table.map(|table| &self.pool.words(table)[index(page, 2)]) {
-            let now = Link(link.load(Ordering::Relaxed));
-            if now.is_present() && !now.is_accessed() {
-                link.fetch_or(Link::ACCESSED, Ordering::AcqRel);
-            }
-        }
-    }
-
     /// The leaf table that covers `page`, made if there is none.
     ///
     /// # Errors

@@ -173,6 +173,8 @@ fn read_sources(root: &Path) -> Files {
             let path = entry.unwrap_or_else(|error| fail(error)).path();
             if path.is_dir() {
                 folders.push(path);
+            } else if path.ends_with("tests.rs") {
+                // Unit tests, whose module the weaver cuts.
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 println!("cargo::rerun-if-changed={}", path.display());
                 let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();

@@ -11,7 +11,6 @@
 
 mod config;
 mod faults;
-mod ring_pages;
 mod rings;
 
 pub use config::{Accesses, AdBitsUse, Tracking, VmConfig, WindowFill};

@@ -174,7 +174,6 @@ impl ShadowMmu {
                     return Ok(FaultOutcome { cause: FaultCause::Spurious, retries: attempt });
                 }
                 Ok(Installed::New | Installed::Upgraded) => {
-                    core.tables.mark_accessed(gfn.0);
                     core.stats.pf_fixed.fetch_add(1, Ordering::Relaxed);
                     if fresh.len() > 1 {
                         core.stats.around_installed.fetch_add(fresh.len() as u64 - 1, Ordering::Relaxed);
@@ -238,15 +237,12 @@ impl Core {
                 log.record(gfn, vcpu.ring.as_mut());
             }
         });
-        let cause = match restored {
-            Restored::No => return None,
-            Restored::Already => return Some(FaultCause::Spurious),
-            Restored::Access | Restored::AccessAndWrite => FaultCause::AccessTracked,
-            Restored::Write => FaultCause::WriteProtect,
-        };
-        // The leaf's A was set here, not by a CPU on its way through the link.
-        self.tables.mark_accessed(gfn.0);
-        Some(cause)
+        match restored {
+            Restored::No => None,
+            Restored::Already => Some(FaultCause::Spurious),
+            Restored::Access | Restored::AccessAndWrite => Some(FaultCause::AccessTracked),
+            Restored::Write => Some(FaultCause::WriteProtect),
+        }
     }
 
     /// Installs `new` for `gfn`, or adds its rights to the leaf that is there. The caller holds `mmu_lock` for reading and has

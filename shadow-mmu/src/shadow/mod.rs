@@ -50,7 +50,7 @@ pub use around::{FaultAround, FaultAroundPolicy};
 pub use audit::{AuditReport, Violation};
 pub use dirty::{
     DirtyGfn, DirtyLogConfig, DirtyLogError, DirtyMethod, DirtyPages, DirtyRecords, DirtyRing, Initially,
-    ProtectOn, RING_LEAST, RING_MOST, VcpuRing,
+    ProtectOn, RING_LEAST, RING_MOST, VcpuRing, dirty_parts_limit,
 };
 pub use fault::{FaultCause, FaultOutcome};
 pub use gather::Gather;

@@ -3,9 +3,9 @@
 //! frames that several share, more than one shadow map or slot.
 
 use super::*;
-use crate::common::vcpu_of;
+use crate::common::{bitmap_log, vcpu_of};
 use shadow_mmu::addr::Gfn;
-use shadow_mmu::shadow::{Memslot, SlotAccess};
+use shadow_mmu::shadow::{DirtyMethod, Memslot, ProtectOn, SlotAccess};
 
 const A: u64 = 1 << 5;
 const NOBODY: [u64; 0] = [];
@@ -104,6 +104,22 @@ fn a_table_that_nobody_went_through_is_passed_over_but_for_every_sixteenth_pass(
         }
     }
     assert_eq!(seen, [FULL_LOOK]);
+    machine.finish();
+}
+
+/// A leaf that a fault gives back is young by the fault, not by a CPU that went through the link: the vCPU goes on from the
+/// table that it remembers. The table is looked at all the same.
+#[test]
+fn a_page_that_tracking_gives_back_is_found_in_a_table_that_was_passed_over() {
+    let machine = written(AdBits::Unflushed, 8);
+    let mut vcpu = machine.vcpu(0, Off);
+    machine.shadow.enable_dirty_log(Gfn(0), bitmap_log(DirtyMethod::WriteProtect, ProtectOn::Get)).unwrap();
+    assert_eq!(vcpu.read(page(BASE, 1)), Ok(1));
+    vcpu.read(BASE).unwrap();
+    assert_eq!(found(&machine), [0, 1]);
+    assert_eq!([found(&machine), found(&machine)], [NOBODY; 2]);
+    vcpu.write(BASE, 9).unwrap();
+    assert_eq!(found(&machine), [0]);
     machine.finish();
 }
 

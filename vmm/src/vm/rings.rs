@@ -11,7 +11,7 @@
 //!
 //! Rings of vCPUs that have ended are emptied by the event loop too, with all others. But nobody waits for it there, and a
 //! guest may start and end threads faster than a busy loop comes around. So from [`ENDED_ENTRIES`] on the ending vCPU's
-//! thread does it, for the ended ones only: what was in them is kept with what the loop collects ([`RingPages`], bounded),
+//! thread does it, for the ended ones only: what was in them is kept with what the loop collects (bounded),
 //! their pages are reset, and they go.
 //!
 //! # Locks
@@ -19,9 +19,8 @@
 //! whose vCPU has ended by then is empty afterwards, and goes.
 
 use super::lock;
-use super::ring_pages::RingPages;
 use anyhow::{Context, Result};
-use shadow_mmu::shadow::{DirtyPages, DirtyRing, ShadowMmu, VcpuRing};
+use shadow_mmu::shadow::{DirtyPages, DirtyRing, ShadowMmu, VcpuRing, dirty_parts_limit};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::EventFd;
@@ -47,18 +46,19 @@ pub(super) struct Rings {
 #[derive(Debug)]
 struct State {
     members: Vec<(Arc<DirtyRing>, Owner)>,
-    /// What was harvested and not asked for yet.
-    pages: RingPages,
+    /// What was harvested and not asked for yet; bounded by `limit`, for it may be an hour until somebody asks.
+    pages: DirtyPages,
+    limit: usize,
 }
 
 impl State {
     /// Takes everything out of the rings of these, makes room in them, and lets go of those that ended. Pages are reset
     /// before this returns: a write after it is a new entry.
     fn collect(&mut self, shadow: &ShadowMmu, of: impl Fn(&Owner) -> bool) {
-        let Self { members, pages } = self;
+        let Self { members, pages, limit } = self;
         for (ring, _) in members.iter().filter(|(_, owner)| of(owner)) {
             // One slot, from guest frame 0: an offset in it is a page number.
-            ring.harvest(|dirty| pages.insert(dirty.page));
+            ring.harvest(|dirty| pages.insert_within(dirty.page, *limit));
         }
         // Before the reset, which lets go of rings that only the shadow map still has.
         members.retain(|(_, owner)| *owner == Owner::Running);
@@ -80,7 +80,8 @@ fn event() -> Result<EventFd> {
 impl Rings {
     /// No ring yet; each will have `entries` entries. The guest has `frames` frames.
     pub(super) fn new(entries: u32, frames: usize) -> Result<Self> {
-        let state = State { members: Vec::new(), pages: RingPages::new(frames) };
+        let state =
+            State { members: Vec::new(), pages: DirtyPages::default(), limit: dirty_parts_limit(frames) };
         Ok(Self { entries, full: event()?, state: Mutex::new(state) })
     }
 
@@ -130,7 +131,7 @@ impl Rings {
 
     /// What was collected since the last time.
     pub(super) fn take_pages(&self) -> DirtyPages {
-        lock(&self.state).pages.take()
+        std::mem::take(&mut lock(&self.state).pages)
     }
 }
 

@@ -16,9 +16,6 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Runs of parts without bits of their own at most.
-const WHOLE_MOST: usize = 1024;
-
 type Part = Box<[AtomicU64; WORDS]>;
 
 fn filled(word: impl Fn(usize) -> u64) -> Part {
@@ -67,24 +64,15 @@ impl Bitmap {
         if parts.len() < self.limit || parts.contains_key(&part) {
             return set(parts.entry(part).or_insert_with(|| filled(|_| 0)));
         }
-        let mut whole = self.whole.write();
-        whole.insert(self.pages_of(part));
-        if whole.len() > WHOLE_MOST {
-            whole.collapse();
-        }
+        self.whole.write().insert_bounded(self.pages_of(part));
     }
 
     /// Adds every page of `pages`.
     pub(super) fn mark_range(&self, pages: Range<u64>) {
-        const LONG: u64 = PART;
-        if pages.end - pages.start < LONG {
+        if pages.end - pages.start < PART {
             return pages.for_each(|page| self.mark(page));
         }
-        let mut whole = self.whole.write();
-        whole.insert(pages);
-        if whole.len() > WHOLE_MOST {
-            whole.collapse();
-        }
+        self.whole.write().insert_bounded(pages);
     }
 
     /// The pages of a part that the slot has.
@@ -159,6 +147,7 @@ impl Bitmap {
 
 #[cfg(test)]
 mod tests {
+    use super::super::runs::RUNS_MOST;
     use super::*;
 
     const EVERY: [u64; WORDS] = [!0; WORDS];
@@ -202,7 +191,7 @@ mod tests {
             bitmap.mark(2 * part * PART + 7);
         }
         assert!((0..20_000).all(|part| bitmap.contains(2 * part * PART + 7)));
-        assert!(bitmap.parts.read().len() == 4 && bitmap.whole().len() <= WHOLE_MOST);
+        assert!(bitmap.parts.read().len() == 4 && bitmap.whole().len() <= RUNS_MOST);
         bitmap.mark_range(0..1 << 35);
         assert!(bitmap.contains((1 << 35) - 1) && bitmap.whole().len() == 1);
     }

@@ -53,6 +53,12 @@ const PARTS_LEAST: usize = 256;
 /// Beyond that, as many as frames of the pool divided by this: 1/64 of the guest's memory.
 const FRAMES_A_PART: usize = 64;
 
+/// Parts of 128 MiB that a log of a guest with so many frames has bits of their own for: as [`DirtyPages::insert_within`]
+/// takes it.
+pub fn dirty_parts_limit(frames: usize) -> usize {
+    (frames / FRAMES_A_PART).max(PARTS_LEAST)
+}
+
 /// How a log sees that a page is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DirtyMethod {
@@ -232,7 +238,7 @@ impl ShadowMmu {
         if config.initially == Initially::AllDirty && config.protect == ProtectOn::Get {
             return Err(DirtyLogError::AllDirtyNeedsClear);
         }
-        let limit = (self.core.pool.frame_count() / FRAMES_A_PART).max(PARTS_LEAST);
+        let limit = dirty_parts_limit(self.core.pool.frame_count());
         let log = |memslot: &Memslot| DirtyLog {
             slot,
             config,

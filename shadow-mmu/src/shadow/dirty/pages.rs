@@ -31,6 +31,18 @@ impl DirtyPages {
         self.part(part)[word] |= bit;
     }
 
+    /// Adds a page that a guest chose: beyond `limit` parts of 128 MiB with a bit a page, the part as a whole, and beyond a
+    /// thousand runs of those, all that is between them too. So a guest that writes everywhere makes it grow so far and no
+    /// further.
+    pub fn insert_within(&mut self, page: u64, limit: usize) {
+        let (part, ..) = place(page);
+        if self.parts.len() < limit || self.parts.contains_key(&part) {
+            self.insert(page);
+        } else {
+            self.whole.insert_bounded(part * PART..(part + 1) * PART);
+        }
+    }
+
     /// Adds all of `other`. Costs time for what that takes of memory, not for its pages.
     pub fn merge(&mut self, other: Self) {
         other.whole.iter().for_each(|run| self.whole.insert(run));
@@ -157,6 +169,19 @@ mod tests {
             set.runs().collect::<Vec<_>>(),
             [0..1, 63..64, PART - 1..PART, PART..PART + 1, PART * 3 + 64..PART * 3 + 65]
         );
+    }
+
+    #[test]
+    fn i37_what_a_guest_writes_everywhere_does_not_make_it_grow() {
+        let mut pages = DirtyPages::default();
+        // Every second part, so that no two are one run.
+        let written: Vec<u64> = (0..5000).map(|n| 2 * n * PART + 7).collect();
+        written.iter().for_each(|&page| pages.insert_within(page, 256));
+        written.iter().for_each(|&page| pages.insert_within(page + 1, 256));
+        assert!(written.iter().all(|&page| pages.contains(page) && pages.contains(page + 1)), "none is lost");
+        assert!(pages.parts.len() == 256 && pages.whole.len() <= super::super::runs::RUNS_MOST);
+        // What has bits is known by the page.
+        assert!(!pages.contains(written[255] + 2) && pages.contains(written[256] + 2));
     }
 
     #[test]

@@ -45,6 +45,13 @@ struct Entry {
     page: AtomicU64,
 }
 
+impl Entry {
+    /// What it speaks of. The caller has seen its flag.
+    fn gfn(&self) -> DirtyGfn {
+        DirtyGfn { slot: Gfn(self.slot.load(Ordering::Relaxed)), page: self.page.load(Ordering::Relaxed) }
+    }
+}
+
 type Wake = Box<dyn Fn() + Send + Sync>;
 
 /// A ring, as its collector sees it.
@@ -129,10 +136,7 @@ impl DirtyRing {
             if entry.flags.load(Ordering::Acquire) != DIRTY {
                 break;
             }
-            visit(DirtyGfn {
-                slot: Gfn(entry.slot.load(Ordering::Relaxed)),
-                page: entry.page.load(Ordering::Relaxed),
-            });
+            visit(entry.gfn());
             entry.flags.store(HARVESTED, Ordering::Release);
             *next = next.wrapping_add(1);
             count += 1;
@@ -150,10 +154,7 @@ impl DirtyRing {
             if entry.flags.load(Ordering::Acquire) != HARVESTED {
                 break;
             }
-            visit(DirtyGfn {
-                slot: Gfn(entry.slot.load(Ordering::Relaxed)),
-                page: entry.page.load(Ordering::Relaxed),
-            });
+            visit(entry.gfn());
             entry.flags.store(FREE, Ordering::Release);
             next = next.wrapping_add(1);
         }

@@ -4,6 +4,9 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+/// Runs that [`insert_bounded`](Runs::insert_bounded) leaves at most.
+pub(super) const RUNS_MOST: usize = 1024;
+
 /// A set of numbers, as disjoint runs none of which begins where another ends.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Runs {
@@ -63,8 +66,15 @@ impl Runs {
         taken
     }
 
-    /// Makes one run of all, with what is between them.
-    pub(super) fn collapse(&mut self) {
+    /// Adds a run; where there are too many, all become one with what is between them.
+    pub(super) fn insert_bounded(&mut self, run: Range<u64>) {
+        self.insert(run);
+        if self.len() > RUNS_MOST {
+            self.collapse();
+        }
+    }
+
+    fn collapse(&mut self) {
         if let (Some((&start, _)), Some((_, &end))) =
             (self.ends.first_key_value(), self.ends.last_key_value())
         {
