@@ -24,7 +24,9 @@ use crate::addr::{Access, Hva, HvaRange, PAGE_SHIFT, PAGE_SIZE};
 use crate::frame::{FrameMemory, WriteHook, WriteSink};
 use crate::mm::{FaultRequest, Mm, Pinned, Pte};
 use crate::notifier::windows::{Sequence, Windows};
-use crate::notifier::{self, Invalidation, Misuse, MmuNotifier, Shared, WouldBlock, YoungPages};
+use crate::notifier::{
+    self, Invalidation, Misuse, MmuNotifier, Shared, WouldBlock, WrittenPages, YoungPages,
+};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, RwLock, RwLockReadGuard, thread, thread_local};
 use std::cell::Cell;
@@ -231,6 +233,19 @@ impl MmuNotifier for Cache {
         for page in range.page_numbers() {
             if self.age(HvaRange::page(Hva(page << PAGE_SHIFT))) {
                 young.add(page);
+            }
+        }
+    }
+
+    /// A translation for writing marks the page once, when it is made; so it goes, and the next write makes another.
+    fn test_clear_dirty(&self, pages: &mut WrittenPages) {
+        let range = pages.range();
+        if !has_any(&self.translations.read().iotlb, range) {
+            return;
+        }
+        for page in range.page_numbers() {
+            if pages.is_asked(page) && self.age(HvaRange::page(Hva(page << PAGE_SHIFT))) {
+                pages.add(page);
             }
         }
     }

@@ -31,8 +31,10 @@
 //!
 //! # Lock order
 //! ```text
+//! ksm: the scanner
 //! mm: an aging pass
 //! mm: family
+//!  ├─ ksm: newcomers, hints
 //!  └─ mm: mmap_lock
 //!      ├─ mm: Object::pages
 //!      ├─ mm: watch state, and the engine's memslots below it
@@ -58,6 +60,7 @@ pub mod addr;
 pub mod frame;
 #[cfg(feature = "mmu-notifier")]
 pub mod iommu;
+pub mod ksm;
 pub mod mm;
 pub mod notifier;
 #[cfg(feature = "mmu-notifier")]

@@ -56,6 +56,7 @@ const LOOM_FILES: &[&str] = &[
     "notifier/list.rs",
     "notifier/srcu.rs",
     "notifier/windows.rs",
+    "notifier/written.rs",
     "notifier/young.rs",
     "shadow/dirty/bitmap.rs",
     "shadow/dirty/pages.rs",

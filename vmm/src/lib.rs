@@ -20,6 +20,7 @@ pub mod cli;
 pub mod dirty_rate;
 pub mod engine;
 pub mod guest;
+pub mod ksm;
 pub mod reactor;
 pub mod recorder;
 pub mod report;

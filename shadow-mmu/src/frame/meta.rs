@@ -11,8 +11,18 @@ bitflags::bitflags! {
         const ACCESSED = 1;
         /// The same for written (`PG_dirty`): the frame differs from what backs it.
         const DIRTY = 2;
+        /// As [`DIRTY`](Self::DIRTY), for [`ksm`](crate::ksm), which takes it.
+        const WRITTEN = 4;
+        /// A page of [`ksm`](crate::ksm) (`PageKsm`): mapped read-only wherever it is mapped, and never reused in place.
+        const KSM = 8;
+        /// In the index of [`ksm`](crate::ksm) as a page that others may be merged with; not written since.
+        const CANDIDATE = 16;
     }
 }
+
+/// Bits above the flags, for [`ksm`](crate::ksm) to keep what it knows of a page that is not merged. Like the flags they are gone
+/// when the frame is freed.
+const NOTE_SHIFT: u32 = 16;
 
 /// Metadata of one frame: `struct page` in miniature.
 #[derive(Debug, Default)]
@@ -32,6 +42,11 @@ impl Frame {
     pub(super) fn add_ref(&self) {
         let before = self.refs.fetch_add(1, Ordering::AcqRel);
         debug_assert!(before > 0, "reference taken to a free frame");
+    }
+    /// One more reference, if there is one (`folio_try_get`).
+    pub(super) fn try_add_ref(&self) -> bool {
+        let add = |refs: u32| (refs > 0).then(|| refs + 1);
+        self.refs.fetch_update(Ordering::AcqRel, Ordering::Acquire, add).is_ok()
     }
     /// One reference less; whether it was the last.
     pub(super) fn remove_ref(&self) -> bool {
@@ -59,6 +74,17 @@ impl Frame {
     /// The frame's flags.
     pub fn flags(&self) -> FrameFlags {
         FrameFlags::from_bits_truncate(self.flags.load(Ordering::Acquire))
+    }
+    /// Flags and note of one moment.
+    pub(crate) fn flags_and_note(&self) -> (FrameFlags, u16) {
+        let word = self.flags.load(Ordering::Acquire);
+        (FrameFlags::from_bits_truncate(word), (word >> NOTE_SHIFT) as u16)
+    }
+    /// Replaces the note. One thread does.
+    pub(crate) fn set_note(&self, note: u16) {
+        let replace = |word: u32| Some(word & ((1 << NOTE_SHIFT) - 1) | u32::from(note) << NOTE_SHIFT);
+        // It never refuses.
+        let _ = self.flags.fetch_update(Ordering::AcqRel, Ordering::Relaxed, replace);
     }
     /// Sets flags. Atomic: secondary MMUs call it under their own locks.
     pub fn set_flags(&self, flags: FrameFlags) {

@@ -21,4 +21,4 @@ mod pool;
 
 pub use hook::{WriteHook, WriteSink};
 pub use meta::{Frame, FrameFlags};
-pub use pool::{Fill, FrameMemory, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats};
+pub use pool::{Fill, FrameMemory, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats, Purpose};

@@ -5,7 +5,7 @@ use super::alloc::FreeFrames;
 use super::hook::WriteHook;
 use super::meta::{Frame, FrameFlags};
 use crate::addr::{PAGE_SIZE, Pfn};
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex};
 use std::fs::File;
 use std::ops::Range;
@@ -80,6 +80,19 @@ pub struct PoolStats {
     pub punched: u64,
     /// The most frames that were ever in use at once.
     pub peak: usize,
+    /// Free frames that are kept for pages that stop being shared.
+    pub reserve: usize,
+    /// Frames that were handed out of the reserve so far.
+    pub reserve_taken: u64,
+}
+
+/// Who wants a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Anybody: the reserve is not touched.
+    New,
+    /// A page that is shared is about to be one's own again, which its owner was promised when it was merged.
+    Unshare,
 }
 
 /// A pool of page frames: a sparse memfd, our direct map of it, and per-frame metadata.
@@ -99,6 +112,13 @@ pub struct FramePool {
     punched: AtomicU64,
     /// Marks of accesses that frames got from sptes that were lost, so far.
     accesses_lost: AtomicU64,
+    /// Frames with [`FrameFlags::KSM`].
+    ksm_frames: AtomicUsize,
+    /// Pages of KSM that were copied because somebody wrote them.
+    ksm_copies: AtomicU64,
+    /// Free frames for [`Purpose::Unshare`] only.
+    reserve: AtomicUsize,
+    reserve_taken: AtomicU64,
     peak: AtomicU32,
     poison_broken: AtomicU64,
 }
@@ -157,6 +177,10 @@ impl FramePool {
             freed,
             punched: AtomicU64::new(0),
             accesses_lost: AtomicU64::new(0),
+            ksm_frames: AtomicUsize::new(0),
+            ksm_copies: AtomicU64::new(0),
+            reserve: AtomicUsize::new(0),
+            reserve_taken: AtomicU64::new(0),
             peak: AtomicU32::new(0),
             poison_broken: AtomicU64::new(0),
         })
@@ -224,6 +248,8 @@ impl FramePool {
             free_used: free.used_count(),
             punched: self.punched.load(Ordering::Relaxed),
             peak: self.peak.load(Ordering::Relaxed) as usize,
+            reserve: self.reserve.load(Ordering::Relaxed),
+            reserve_taken: self.reserve_taken.load(Ordering::Relaxed),
         }
     }
 
@@ -232,18 +258,85 @@ impl FramePool {
     /// # Errors
     /// [`OutOfFrames`].
     pub fn alloc(&self, fill: Fill) -> Result<Pfn, OutOfFrames> {
+        self.alloc_for(Purpose::New, fill)
+    }
+
+    /// The same for `purpose`.
+    ///
+    /// # Errors
+    /// [`OutOfFrames`].
+    pub fn alloc_for(&self, purpose: Purpose, fill: Fill) -> Result<Pfn, OutOfFrames> {
         let mut out = Vec::with_capacity(1);
-        self.alloc_up_to(1, fill, &mut out);
+        self.take(1, purpose, fill, &mut out);
         out.pop().ok_or(OutOfFrames)
+    }
+
+    /// From now on so many free frames are kept for pages that stop being shared.
+    pub fn set_reserve(&self, frames: usize) {
+        self.reserve.store(frames, Ordering::Relaxed);
+    }
+
+    /// Frames that are pages of [`ksm`](crate::ksm).
+    pub fn ksm_frames(&self) -> usize {
+        self.ksm_frames.load(Ordering::Relaxed)
+    }
+
+    /// Pages of KSM of which a copy was made because somebody wrote them, so far (`cow_ksm`).
+    pub fn ksm_copies(&self) -> u64 {
+        self.ksm_copies.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_ksm_copy(&self) {
+        self.ksm_copies.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Makes `pfn`, which the caller holds, a page of [`ksm`](crate::ksm). The caller has the page-table lock of its only writable
+    /// pte, and has taken W from that.
+    pub(crate) fn make_ksm(&self, pfn: Pfn) {
+        self.frame(pfn).set_flags(FrameFlags::KSM);
+        self.ksm_frames.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Makes it an ordinary page again, that one pte maps, whose lock the caller has.
+    pub(crate) fn unmake_ksm(&self, pfn: Pfn) {
+        if !self.frame(pfn).take_flags(FrameFlags::KSM).is_empty() {
+            self.ksm_frames.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A reference to `pfn` if it is a page of [`ksm`](crate::ksm) now (`ksm_get_folio`). Whoever remembers such a page holds none,
+    /// so it may have been freed and handed out again meanwhile: looked at before, and again with the reference held (R26).
+    pub(crate) fn get_ksm(&self, pfn: Pfn) -> bool {
+        let frame = self.frame(pfn);
+        if !frame.flags().contains(FrameFlags::KSM) || !frame.try_add_ref() {
+            return false;
+        }
+        if frame.flags().contains(FrameFlags::KSM) {
+            return true;
+        }
+        self.put(pfn);
+        false
     }
 
     /// Up to `want` frames, each with one reference, appended to `out` in ascending order as far as possible.
     /// Returns how many there were.
     pub fn alloc_up_to(&self, want: usize, fill: Fill, out: &mut Vec<Pfn>) -> usize {
+        self.take(want, Purpose::New, fill, out)
+    }
+
+    fn take(&self, want: usize, purpose: Purpose, fill: Fill, out: &mut Vec<Pfn>) -> usize {
         let mut taken = Vec::with_capacity(want);
         {
             let mut free = self.free.lock();
-            free.take(want, &mut taken);
+            let spare = free.free_count().saturating_sub(self.reserve.load(Ordering::Relaxed));
+            let most = match purpose {
+                Purpose::New => want.min(spare),
+                Purpose::Unshare => want,
+            };
+            free.take(most, &mut taken);
+            if taken.len() > spare {
+                self.reserve_taken.fetch_add((taken.len() - spare) as u64, Ordering::Relaxed);
+            }
             let in_use = (self.frames.len() - free.free_count()) as u32;
             self.peak.fetch_max(in_use, Ordering::Relaxed);
         }
@@ -267,7 +360,7 @@ impl FramePool {
 
     /// Frames that [`alloc`](Self::alloc) could still hand out.
     pub fn free_frames(&self) -> usize {
-        self.free.lock().free_count()
+        self.free.lock().free_count().saturating_sub(self.reserve.load(Ordering::Relaxed))
     }
 
     /// One more reference to a frame that the caller knows to be held.
@@ -288,6 +381,11 @@ impl FramePool {
         let count = freed.len();
         if count == 0 {
             return 0;
+        }
+        let ksm = freed.iter().filter(|pfn| self.frame(**pfn).flags().contains(FrameFlags::KSM)).count();
+        if ksm > 0 {
+            // The flag stays until the frame is handed out: without references it says nothing.
+            self.ksm_frames.fetch_sub(ksm, Ordering::Relaxed);
         }
         for &pfn in &freed {
             debug_assert_eq!(self.frame(pfn).map_count(), 0, "frame {pfn:?} freed while mapped");
@@ -367,6 +465,22 @@ impl FramePool {
     /// Copies all of `from` to `to`.
     pub fn copy(&self, from: Pfn, to: Pfn) {
         self.slice(from).copy_to_volatile_slice(self.slice(to));
+    }
+
+    /// Whether the bytes of two frames are equal, as far as nobody writes them.
+    pub fn is_same(&self, one: Pfn, other: Pfn) -> bool {
+        let (one, other) = (self.words(one), self.words(other));
+        one.iter().zip(other).all(|(one, other)| one.load(Ordering::Relaxed) == other.load(Ordering::Relaxed))
+    }
+
+    /// Whether a frame holds zeros only, as far as nobody writes it.
+    pub fn is_zero(&self, pfn: Pfn) -> bool {
+        self.words(pfn).iter().all(|word| word.load(Ordering::Relaxed) == 0)
+    }
+
+    /// The bytes of `pfn` as they are now, while others may write them.
+    pub fn read(&self, pfn: Pfn, bytes: &mut [u8; PAGE_SIZE as usize]) {
+        self.slice(pfn).copy_to(&mut bytes[..]);
     }
 
     /// Copies `bytes` to `offset` of `pfn`; what does not fit is not written.

@@ -25,6 +25,10 @@ pub enum Advice {
     DontNeed,
     /// The pages of private anonymous memory may go. They go at once.
     Free,
+    /// Pages of private memory may be merged with others of the same content; see [`ksm`](crate::ksm).
+    Mergeable,
+    /// Takes [`Mergeable`](Self::Mergeable) back: each page gets a frame of its own again.
+    Unmergeable,
     /// The pages go from the shared object too: a hole.
     Remove,
     /// The pages are brought in for reading.
@@ -43,6 +47,8 @@ impl Advice {
             libc::MADV_DOFORK => Self::DoFork,
             libc::MADV_DONTNEED => Self::DontNeed,
             libc::MADV_FREE => Self::Free,
+            libc::MADV_MERGEABLE => Self::Mergeable,
+            libc::MADV_UNMERGEABLE => Self::Unmergeable,
             libc::MADV_REMOVE => Self::Remove,
             libc::MADV_POPULATE_READ => Self::PopulateRead,
             libc::MADV_POPULATE_WRITE => Self::PopulateWrite,
@@ -88,6 +94,17 @@ impl Mm {
                 Backing::Adopted { .. } => Err(MmError::Invalid),
                 Backing::Anonymous | Backing::Object { .. } => Ok(vma.flags - VmaFlags::DONT_FORK),
             }),
+            // What cannot be merged stays as it is, without an error.
+            Advice::Mergeable => self.change_flags(range, |vma| {
+                let mergeable = if vma.is_ksm_compatible() { VmaFlags::MERGEABLE } else { VmaFlags::empty() };
+                Ok(vma.flags | mergeable)
+            }),
+            Advice::Unmergeable => {
+                let mut map = self.map.write();
+                // First, and under the lock: whoever merges looks at the flag under it too (R27).
+                self.unmerge_locked(&map, range)?;
+                self.change_flags_locked(&mut map, range, |vma| Ok(vma.flags - VmaFlags::MERGEABLE))
+            }
             Advice::DontNeed | Advice::Free => self.discard(range, advice),
             Advice::Remove => self.punch(range),
             Advice::PopulateRead | Advice::PopulateWrite => {
@@ -116,7 +133,15 @@ impl Mm {
         range: HvaRange,
         change: fn(&Vma) -> Result<VmaFlags, MmError>,
     ) -> Result<(), MmError> {
-        let mut map = self.map.write();
+        self.change_flags_locked(&mut self.map.write(), range, change)
+    }
+
+    pub(super) fn change_flags_locked(
+        &self,
+        map: &mut Map,
+        range: HvaRange,
+        change: fn(&Vma) -> Result<VmaFlags, MmError>,
+    ) -> Result<(), MmError> {
         let parts: Vec<_> =
             map.vmas.overlapping(range).map(|vma| (vma.range.intersect(range), change(vma))).collect();
         for (part, flags) in parts {
@@ -129,7 +154,7 @@ impl Mm {
                 map.vmas.insert(piece);
             }
         }
-        self.whole(&map, range)
+        self.whole(map, range)
     }
 
     fn discard(&self, range: HvaRange, advice: Advice) -> Result<(), MmError> {

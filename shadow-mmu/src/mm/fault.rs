@@ -16,7 +16,7 @@
 
 use super::{Mm, Pte, Vma, VmaFlags, count};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE, Pfn};
-use crate::frame::{Fill, FrameFlags, FramePool, OutOfFrames};
+use crate::frame::{Fill, FrameFlags, FramePool, OutOfFrames, Purpose};
 use crate::mm::object::NoPage;
 use crate::notifier::Event;
 use crate::table::index;
@@ -162,6 +162,11 @@ pub(crate) fn rights(vma: &Vma, pte: Pte) -> Access {
     rights
 }
 
+/// What for a page gets a frame in the place of that of `pte`.
+fn purpose_of(pte: Pte) -> Purpose {
+    if pte.is_ksm() { Purpose::Unshare } else { Purpose::New }
+}
+
 impl Mm {
     /// Makes the page at `request.hva` reachable for `request.access`, and returns it pinned, with neighbours.
     ///
@@ -194,7 +199,7 @@ impl Mm {
                 for at in entries {
                     let neighbour = Hva(base.0 + at as u64 * PAGE_SIZE);
                     let pte = leaf.get(at);
-                    if pte.is_present() && neighbour != hva {
+                    if pte.is_present() && neighbour != hva && !self.copies_on_access(pte) {
                         pinned.pin(neighbour, pte, vma);
                     }
                 }
@@ -219,7 +224,8 @@ impl Mm {
             let pte = {
                 let leaf = self.lock_leaf_or_new(hva)?;
                 let pte = leaf.get(at);
-                let write_protected = access.contains(Access::WRITE) && !pte.is_writable();
+                let write_protected =
+                    access.contains(Access::WRITE) && !pte.is_writable() || self.copies_on_access(pte);
                 if pte.is_present() && (!write_protected || self.reuse(vma, pte)) {
                     let pte = if write_protected { pte.writable() } else { pte };
                     let pte = pte.touched(access);
@@ -234,7 +240,8 @@ impl Mm {
                 debug_assert!(!pte.is_present(), "{pte:?} at {hva} of adopted {pfn:?} is not good enough");
                 self.map_adopted_pages(vma, hva, ahead)?;
             } else if pte.is_zero() {
-                self.replace_zero_pages(hva, ahead)?;
+                // Pages that were merged come back one by one, as their owner writes them.
+                self.replace_zero_pages(hva, if pte.is_ksm() { HvaRange::page(hva) } else { ahead })?;
             } else if pte.is_present() {
                 self.copy_on_write(hva, pte)?;
             } else if vma.object_page(hva).is_some() {
@@ -253,13 +260,15 @@ impl Mm {
         if pte.is_object() || pte.is_adopted() {
             return vma.is_shared();
         }
-        !pte.is_zero() && self.pool.frame(pte.pfn()).map_count() == 1
+        let frame = || self.pool.frame(pte.pfn());
+        // A page of KSM stays what it is until it is freed: who looks for its content finds it (I51).
+        !pte.is_zero() && frame().map_count() == 1 && !frame().flags().contains(FrameFlags::KSM)
     }
 
     /// Replaces the frame of the write-protected `pte` at `hva` by a private copy (`wp_page_copy`). Returns also when it lost
     /// a race; the caller looks again.
     fn copy_on_write(&self, hva: Hva, pte: Pte) -> Result<(), FaultError> {
-        let new = self.pool.alloc(Fill::Overwritten)?;
+        let new = self.pool.alloc_for(purpose_of(pte), Fill::Overwritten)?;
         // The old frame cannot go away under the copy only while its pte is there and locked, so pin it first.
         let pinned = self.lock_leaf(hva).is_some_and(|leaf| {
             let now = leaf.get(index(hva.page(), 1));
@@ -296,10 +305,14 @@ impl Mm {
     fn replace_zero_pages(&self, hva: Hva, ahead: HvaRange) -> Result<(), FaultError> {
         let mut pages = Vec::new();
         self.for_each_leaf(ahead, |base, leaf, entries| {
-            let zero = entries.filter(|&at| leaf.get(at).is_zero());
-            pages.extend(zero.map(|at| base.page() + at as u64));
+            for at in entries {
+                let (pte, page) = (leaf.get(at), base.page() + at as u64);
+                if pte.is_zero() && (page == hva.page() || !pte.is_ksm()) {
+                    pages.push(page);
+                }
+            }
         });
-        let mut frames = self.alloc_ahead(hva, &mut pages)?.into_iter();
+        let mut frames = self.alloc_instead_of_zero(hva, &mut pages)?.into_iter();
         {
             // Only part of the range may hold zero pages; a secondary loses what else it has there, and finds it again.
             let _pair = self.notifiers.invalidate(ahead, Event::Clear);
@@ -327,10 +340,21 @@ impl Mm {
             return false;
         }
         self.ptep_clear_flush_notify(&leaf, hva);
+        self.copied_merged(now);
         self.pool.frame(new).add_map();
         // The page is as old as it was, whichever frame it has.
         self.set_pte_at_notify(&leaf, hva, Pte::anonymous(new).writable().with_age_of(now));
         true
+    }
+
+    /// A frame of zeros for each of `pages`, as below; for a page that was merged, and comes alone, out of the reserve.
+    fn alloc_instead_of_zero(&self, hva: Hva, pages: &mut Vec<u64>) -> Result<Vec<Pfn>, OutOfFrames> {
+        match pages.as_slice() {
+            [page] if *page == hva.page() => {
+                Ok(vec![self.pool.alloc_for(purpose_of(self.pte(hva)), Fill::Zeros)?])
+            }
+            _ => self.alloc_ahead(hva, pages),
+        }
     }
 
     /// A frame of zeros for each of `pages`, which hold the page of `hva`; for that one alone if memory is short: then `pages`

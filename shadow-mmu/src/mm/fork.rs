@@ -68,11 +68,14 @@ impl Mm {
         let child = Self::new_in(Arc::clone(&self.pool), Arc::clone(&self.family))?;
         *child.map.write() = map.forked();
         child.generations.begin_at(self.generation());
+        child.sharing.inherit(&self.sharing);
         for vma in map.inherited().filter(|vma| needs_copy(vma)) {
             self.copy_page_range(&child, vma.range)?;
         }
         family.retain(|member| member.strong_count() > 0);
         family.push(Arc::downgrade(&child));
+        // From here on it is scanned for itself (`ksm_fork`).
+        child.enter_as(&self.sharing);
         Ok(child)
     }
 
@@ -100,6 +103,14 @@ impl Mm {
         for at in entries {
             let pte = ours.get(at);
             if !pte.is_anonymous() {
+                continue;
+            }
+            if pte.is_ksm() {
+                // Nobody can write it, whoever has it pinned.
+                self.pool.get(pte.pfn());
+                self.pool.frame(pte.pfn()).add_map();
+                theirs.set(at, pte.old());
+                child.sharing.gained(pte);
                 continue;
             }
             let frame = self.pool.frame(pte.pfn());

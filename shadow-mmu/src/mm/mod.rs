@@ -11,6 +11,7 @@
 //! | `remap` | mremap |
 //! | `advise` | madvise, mincore, msync |
 //! | `fault` | demand faults, the zero page, copy-on-write; pinned pages |
+//! | `merge` | pages of the same content get one frame ([`ksm`](crate::ksm)), and get frames of their own again |
 //! | `notify` | a pte changes its frame |
 //! | [`watch`] | mappings of this very process, and what others do to them |
 //! | `zap` | taking ptes out of a range |
@@ -40,6 +41,7 @@ mod fault;
 mod fork;
 mod generations;
 mod map;
+mod merge;
 mod notify;
 mod object;
 mod pte;
@@ -54,6 +56,8 @@ pub use advise::Advice;
 pub use fault::{Ahead, Brought, FaultError, FaultRequest, Pinned, PinnedPage};
 pub use generations::{AgingPass, FULL_LOOK, OLDEST, PageAge};
 pub use map::MapFlags;
+pub use merge::MergeAny;
+pub(crate) use merge::{CopyOnAccess, MergeInto, Outcome, Sharer, Target};
 pub use object::{FileSource, NoPage, Object};
 pub use pte::Pte;
 pub use reap::Reaped;
@@ -184,6 +188,7 @@ pub struct Mm {
     watched: AtomicBool,
     generations: generations::Generations,
     write_logs: Arc<WriteLogs>,
+    sharing: merge::Sharing,
 }
 
 type Family = Mutex<Vec<Weak<Mm>>>;
@@ -235,6 +240,7 @@ impl Mm {
             watched: AtomicBool::new(false),
             generations: generations::Generations::default(),
             write_logs: Arc::default(),
+            sharing: merge::Sharing::default(),
             pool,
         }))
     }
@@ -298,7 +304,6 @@ impl Mm {
     }
 
     /// Keeps VMAs and, but for faults, ptes as they are while the value lives.
-    #[cfg(feature = "mmu-notifier")]
     pub(crate) fn read_map(&self) -> crate::sync::RwLockReadGuard<'_, Map> {
         self.map.read()
     }
@@ -332,8 +337,13 @@ impl Mm {
         Ok(self.lock_table(hva.page(), table))
     }
 
+    /// The first page of the first leaf table that reaches to `page` or beyond it.
+    pub(crate) fn next_table(&self, page: u64) -> Option<u64> {
+        self.tables.next_leaf_table(page)
+    }
+
     /// Calls `visit(address of the table's first page, leaf, entries)` for each leaf table with a part in `range`.
-    fn for_each_leaf(
+    pub(crate) fn for_each_leaf(
         &self,
         range: HvaRange,
         mut visit: impl FnMut(Hva, &LockedLeaf<'_>, std::ops::Range<usize>),

@@ -7,6 +7,7 @@
 //! | 1 | writable: a write needs no fault in the primary |
 //! | 5 | young: accessed, as far as the primary knows (secondaries know more) |
 //! | 6 | dirty |
+//! | 7 | the page was merged: its frame is one of [`ksm`](crate::ksm), or the zero frame; never writable |
 //! | 9 | the shared zero frame; no reference is held for it |
 //! | 10 | the frame belongs to an [`Object`](super::Object) (page cache or shared memory) |
 //! | 11 | a page of an [adopted mapping](super::watch) of the host: no frame of the pool |
@@ -30,6 +31,7 @@ impl Pte {
     const WRITE: u64 = 1 << 1;
     const YOUNG: u64 = 1 << 5;
     const DIRTY: u64 = 1 << 6;
+    const KSM: u64 = 1 << 7;
     const ZERO: u64 = 1 << 9;
     const OBJECT: u64 = 1 << 10;
     const ADOPTED: u64 = 1 << 11;
@@ -52,6 +54,30 @@ impl Pte {
     /// The shared zero frame. Never writable.
     pub fn zero(pfn: Pfn) -> Self {
         Self(pfn.offset() | Self::PRESENT | Self::ZERO)
+    }
+    /// A private page whose frame is shared with others of the same content, read-only.
+    pub fn ksm(pfn: Pfn) -> Self {
+        Self(pfn.offset() | Self::PRESENT | Self::KSM)
+    }
+    /// A private page of zeros that was merged with the zero frame.
+    pub fn ksm_zero(pfn: Pfn) -> Self {
+        Self(Self::zero(pfn).0 | Self::KSM)
+    }
+    /// The same, as a page of [`ksm`](crate::ksm).
+    pub(super) fn merged(self) -> Self {
+        Self(self.0 | Self::KSM)
+    }
+    /// The same, as a page of its own.
+    pub(super) fn unmerged(self) -> Self {
+        Self(self.0 & !Self::KSM)
+    }
+    /// The same without the mark of a write.
+    pub(crate) fn clean(self) -> Self {
+        Self(self.0 & !Self::DIRTY)
+    }
+    /// Whether the two differ in no more than in what says when the page was accessed (`pte_same`).
+    pub(super) fn is_same_page(self, other: Self) -> bool {
+        self.old().with_tag(0) == other.old().with_tag(0)
     }
     /// A page of an adopted mapping, read-only. See [`watch`](super::watch).
     pub fn adopted(pfn: Pfn) -> Self {
@@ -107,6 +133,10 @@ impl Pte {
     pub fn is_zero(self) -> bool {
         self.0 & Self::ZERO != 0
     }
+    /// Whether the page was merged.
+    pub fn is_ksm(self) -> bool {
+        self.0 & Self::KSM != 0
+    }
     /// Whether this maps a private page: a frame of the pool that is neither an object's nor the zero frame.
     pub fn is_anonymous(self) -> bool {
         self.is_present() && !self.is_zero() && !self.is_object() && !self.is_adopted()
@@ -135,6 +165,8 @@ impl fmt::Debug for Pte {
             return write!(f, "none");
         }
         let kind = match () {
+            () if self.is_zero() && self.is_ksm() => "ksm zero",
+            () if self.is_ksm() => "ksm",
             () if self.is_zero() => "zero",
             () if self.is_object() => "object",
             () if self.is_adopted() => "adopted",

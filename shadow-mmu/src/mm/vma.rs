@@ -29,6 +29,8 @@ bitflags::bitflags! {
         const MAY_NOT_WRITE = 32;
         /// Not for children (`MADV_DONTFORK`).
         const DONT_FORK = 64;
+        /// Its pages may be merged with others of the same content (`MADV_MERGEABLE`).
+        const MERGEABLE = 128;
     }
 }
 
@@ -131,6 +133,11 @@ impl Vma {
             rights |= Access::READ;
         }
         rights.contains(access)
+    }
+
+    /// Whether it has pages of its own, which can be merged with others (`vma_ksm_compatible`).
+    pub fn is_ksm_compatible(&self) -> bool {
+        !self.is_shared() && !matches!(self.backing, Backing::Adopted { .. })
     }
 
     /// Whether its private pages count against the memory limit (`VM_ACCOUNT`).

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Taking ptes out of a range (`unmap_page_range`), and page tables that became empty.
 
+use super::merge::Merged;
 use super::{Mm, Pte, count};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::{Event, InvalidateGuard};
@@ -22,6 +23,7 @@ impl Mm {
     pub(super) fn zap_in(&self, range: HvaRange, pair: InvalidateGuard<'_>) -> u64 {
         let mut frames = Vec::new();
         let mut cleared = 0;
+        let mut merged = Merged::default();
         self.for_each_leaf(range, |base, leaf, entries| {
             // What is read there next are other bytes, but where it was zeros.
             let mut written = entries.start..entries.start;
@@ -39,6 +41,7 @@ impl Mm {
                 leaf.set(at, Pte::NONE);
                 frames.extend(pte.counted_frame());
                 cleared += 1;
+                merged.add(pte);
                 if !pte.is_zero() {
                     if written.end != at {
                         tell(&written);
@@ -51,6 +54,7 @@ impl Mm {
         });
         drop(pair);
         frames.iter().for_each(|&pfn| self.pool.frame(pfn).remove_map());
+        self.sharing.lost(merged);
         count(&self.stats.zapped_pages, cleared);
         self.pool.put_all(&frames) as u64
     }

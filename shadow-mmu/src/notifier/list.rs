@@ -16,7 +16,7 @@
 
 use super::interval::Intervals;
 use super::srcu::{Section, Srcu};
-use super::{Blockable, Event, Invalidation, Misuse, MmuNotifier, WouldBlock, YoungPages};
+use super::{Blockable, Event, Invalidation, Misuse, MmuNotifier, WouldBlock, WrittenPages, YoungPages};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
 use crate::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -263,6 +263,12 @@ impl Notifiers {
     pub fn test_clear_young(&self, young: &mut YoungPages) {
         let walk = self.walk();
         all(&walk).for_each(|listener| listener.test_clear_young(young));
+    }
+
+    /// Every listener's `test_clear_dirty`: `pages` is what any of them found.
+    pub fn test_clear_dirty(&self, pages: &mut WrittenPages) {
+        let walk = self.walk();
+        all(&walk).for_each(|listener| listener.test_clear_dirty(pages));
     }
 
     /// Every listener's `written`.

@@ -13,7 +13,7 @@
 //! | `invalidate_range_start`, `_end` | the mmap lock (read or write) | yes, unless the range is [`Blockable::No`] |
 //! | `invalidate_page` | the mmap lock | yes |
 //! | `invalidate_range`, `change_pte`, the young ops of 4.x | a page-table lock | no |
-//! | `test_clear_young` | the mmap lock for reading | yes |
+//! | `test_clear_young`, `test_clear_dirty` | the mmap lock for reading | yes |
 //! | `written` | what the writer holds: the mmap lock, a page-table lock, or the lock of an access by a device | no |
 //!
 //! Every op and every pair is a read section of sleepable RCU ([`srcu`]). So unregistering, which waits for such sections,
@@ -32,15 +32,16 @@
 //! | [`interval`] | subscriptions to a range, with retry | 5.5 |
 //! | [`get()`] | one listener of a kind, by reference count | 5.4 |
 //! | [`windows`] | sequence and windows, for listeners that fault pages in | KVM |
-//! | `young` | the answer of `test_clear_young` | |
+//! | `young`, `written` | the answers of `test_clear_young` and `test_clear_dirty` | |
 //! | `off` | all of it compiled out | `CONFIG_MMU_NOTIFIER=n` |
 //!
 //! `invalidate_page` went in 4.13: it came after the page-table lock was dropped, when the address could hold another page
 //! already (R7), and it named one address where a huge page could be meant. `change_pte` went in 6.10: since 3.7 it is called
 //! inside a pair, whose start has removed what it would have changed. Both are kept, and called where 4.9 calls them.
 //!
-//! Two ops are not Linux's. `test_clear_young` has been proposed for it (Yu Zhao, 2023): the answer of `clear_young` for each
-//! page, which is what generations are made of. `written` tells secondaries that log writes of those that no vCPU made; KVM
+//! Three ops are not Linux's. `test_clear_young` has been proposed for it (Yu Zhao, 2023): the answer of `clear_young` for each
+//! page, which is what generations are made of. `test_clear_dirty` is the same for writes: with it, [`ksm`](crate::ksm) need not
+//! read a page to learn that it has not changed. `written` tells secondaries that log writes of those that no vCPU made; KVM
 //! is told by a function call of its own, `mark_page_dirty`.
 //!
 //! Without the cargo feature `mmu-notifier` the types stay, every call is empty, and only `Mm` is left to use them.
@@ -57,6 +58,7 @@ mod off;
 pub mod srcu;
 #[cfg(feature = "mmu-notifier")]
 pub mod windows;
+mod written;
 mod young;
 
 #[cfg(feature = "mmu-notifier")]
@@ -65,6 +67,7 @@ pub use get::{Shared, get};
 pub use list::{InvalidateGuard, Notifiers, Subscription};
 #[cfg(not(feature = "mmu-notifier"))]
 pub use off::{InvalidateGuard, Notifiers};
+pub use written::WrittenPages;
 pub use young::{Look, YoungPages};
 
 use crate::addr::{Hva, HvaRange, PAGE_SIZE};
@@ -159,6 +162,14 @@ pub trait MmuNotifier: Debug + Send + Sync {
                 young.add(page);
             }
         }
+    }
+
+    /// Adds each page that `pages` asks about and that was written since that was cleared, and clears it, and flushes: from the
+    /// return on, each further write is found by the next call, or has gone to the frame
+    /// ([`FrameFlags::WRITTEN`](crate::frame::FrameFlags::WRITTEN)) or to the primary's pte. A listener through which nothing is
+    /// written has nothing to add.
+    fn test_clear_dirty(&self, pages: &mut WrittenPages) {
+        let _ = pages;
     }
 
     /// Whether the page at `hva` was accessed. Changes nothing.

@@ -2,7 +2,7 @@
 //! The layer compiled out (`CONFIG_MMU_NOTIFIER=n`): the types and the calls of a primary MMU stay, are empty and cost nothing.
 //! There is no registration, so what listens does not compile without the feature.
 
-use super::{Event, Misuse, WouldBlock, YoungPages};
+use super::{Event, Misuse, WouldBlock, WrittenPages, YoungPages};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
 use std::marker::PhantomData;
@@ -69,6 +69,9 @@ impl Notifiers {
     /// Nothing.
     #[inline]
     pub const fn test_clear_young(&self, _: &mut YoungPages) {}
+    /// Nothing.
+    #[inline]
+    pub const fn test_clear_dirty(&self, _: &mut WrittenPages) {}
     /// Nothing.
     #[inline]
     pub const fn written(&self, _: HvaRange) {}

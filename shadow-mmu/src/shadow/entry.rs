@@ -138,6 +138,19 @@ pub(crate) fn write_protect(entry: &AtomicU64) -> Option<Spte> {
     Some(Spte(entry.fetch_and(ALL.write_protected().0, Ordering::AcqRel)))
 }
 
+/// Clears what says that the leaf was written, and returns the leaf as it was if it was. The caller holds `mmu_lock` for
+/// reading, and flushes before it lets go.
+pub(crate) fn clear_written(entry: &AtomicU64, ad: AdBits) -> Option<Spte> {
+    if !Spte(entry.load(Ordering::Relaxed)).is_dirty() {
+        return None;
+    }
+    let cleared = match ad {
+        AdBits::Unflushed | AdBits::AfterFlush => ALL.clean(),
+        AdBits::None => ALL.clean().write_protected(),
+    };
+    Some(Spte(entry.fetch_and(cleared.0, Ordering::AcqRel)))
+}
+
 /// Clears D, and returns the leaf as it was if it had D. As [`write_protect`]; and the caller hands D to the frame.
 pub(crate) fn clear_dirty(entry: &AtomicU64) -> Option<Spte> {
     if !Spte(entry.load(Ordering::Relaxed)).is_dirty() {

@@ -6,7 +6,7 @@ use super::age::AfterClear;
 use super::{Core, gather::Gather};
 use crate::addr::{Hva, HvaRange};
 use crate::mm::Pte;
-use crate::notifier::{Event, Invalidation, MmuNotifier, WouldBlock, YoungPages};
+use crate::notifier::{Event, Invalidation, MmuNotifier, WouldBlock, WrittenPages, YoungPages};
 use crate::table::LOWER_HALF_PAGES;
 
 impl Core {
@@ -99,6 +99,10 @@ impl MmuNotifier for Core {
 
     fn test_clear_young(&self, young: &mut YoungPages) {
         self.collect_young(young);
+    }
+
+    fn test_clear_dirty(&self, pages: &mut WrittenPages) {
+        self.collect_dirty(pages);
     }
 
     fn written(&self, range: HvaRange) {

@@ -44,6 +44,7 @@ mod slots;
 mod spte;
 mod tlb;
 mod vcpu;
+mod written;
 mod zap;
 
 pub use around::{FaultAround, FaultAroundPolicy};

@@ -49,7 +49,7 @@ impl Core {
         }
         let mut flags = FrameFlags::empty();
         flags.set(FrameFlags::ACCESSED, old.is_young(self.ad_bits()));
-        flags.set(FrameFlags::DIRTY, old.is_dirty());
+        flags.set(FrameFlags::DIRTY | FrameFlags::WRITTEN, old.is_dirty());
         self.pool.hand_over_marks(old.pfn(), flags);
     }
 

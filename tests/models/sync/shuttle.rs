@@ -111,6 +111,22 @@ pub mod atomic {
                     self.compare_exchange(current, new, success, failure)
                 }
                 atomic!(@fetch $name, $value, fetch_and fetch_or);
+                /// Changes it until nobody came in between.
+                pub fn fetch_update(
+                    &self,
+                    success: Ordering,
+                    failure: Ordering,
+                    mut change: impl FnMut($value) -> Option<$value>,
+                ) -> Result<$value, $value> {
+                    let mut old = self.load(failure);
+                    while let Some(new) = change(old) {
+                        match self.compare_exchange(old, new, success, failure) {
+                            Ok(old) => return Ok(old),
+                            Err(now) => old = now,
+                        }
+                    }
+                    Err(old)
+                }
                 /// The value, to change.
                 pub fn get_mut(&mut self) -> &mut $value {
                     self.0.get_mut()

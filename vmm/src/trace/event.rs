@@ -69,6 +69,8 @@ pub enum Op {
     ClearYoung(HvaRange),
     /// "Accessed" is tested and cleared, page by page.
     TestClearYoung(HvaRange),
+    /// Asks about single pages in the range.
+    TestClearDirty(HvaRange),
     /// "Accessed" is tested.
     TestYoung(Hva),
     /// The address space goes.
@@ -85,6 +87,7 @@ impl Op {
             Self::ClearFlushYoung(_) => "clear_flush_young",
             Self::ClearYoung(_) => "clear_young",
             Self::TestClearYoung(_) => "test_clear_young",
+            Self::TestClearDirty(_) => "test_clear_dirty",
             Self::TestYoung(_) => "test_young",
             Self::Release => "release",
         }
@@ -97,9 +100,10 @@ impl Op {
             Self::ChangePte(hva, _) | Self::InvalidatePage(hva) | Self::TestYoung(hva) => {
                 Some(HvaRange::page(hva))
             }
-            Self::ClearFlushYoung(range) | Self::ClearYoung(range) | Self::TestClearYoung(range) => {
-                Some(range)
-            }
+            Self::ClearFlushYoung(range)
+            | Self::ClearYoung(range)
+            | Self::TestClearYoung(range)
+            | Self::TestClearDirty(range) => Some(range),
             Self::Release => None,
         }
     }

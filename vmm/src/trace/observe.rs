@@ -7,7 +7,7 @@
 use super::event::Op;
 use shadow_mmu::addr::{Hva, HvaRange};
 use shadow_mmu::mm::Pte;
-use shadow_mmu::notifier::{Invalidation, MmuNotifier, WouldBlock, YoungPages};
+use shadow_mmu::notifier::{Invalidation, MmuNotifier, WouldBlock, WrittenPages, YoungPages};
 use std::fmt::Debug;
 
 /// Something that is told every event of an address space.
@@ -41,6 +41,9 @@ impl<O: Observe> MmuNotifier for Observer<O> {
     }
     fn test_clear_young(&self, young: &mut YoungPages) {
         self.0.op(Op::TestClearYoung(young.range()));
+    }
+    fn test_clear_dirty(&self, pages: &mut WrittenPages) {
+        self.0.op(Op::TestClearDirty(pages.range()));
     }
     fn test_young(&self, hva: Hva) -> bool {
         self.0.op(Op::TestYoung(hva));

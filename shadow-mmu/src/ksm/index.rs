@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which page has which content: a hash table over the frames of a pool, in flat arrays. The kernel's two trees, stable and
+//! unstable, are one here; whether an entry is of a page of KSM or of one that may become one, its frame's flags say.
+//!
+//! # 16 bytes a frame
+//! | bytes | array | what |
+//! | --- | --- | --- |
+//! | 2 | `heads` | first entry of each bucket; a bucket for two frames |
+//! | 4 | `next` | the next entry of the same bucket |
+//! | 4 | `hashes` | half of the content's xxh3 |
+//! | 6 | `places` | where the page is mapped, or whose it is |
+//!
+//! The arrays are zeroed by the host as they are touched: a large pool costs nothing until it is used.
+//!
+//! # Entries that are out of date
+//! An entry holds no reference. Its frame may have been freed, handed out again, and be another page: then the flags that
+//! made it an entry are gone, and whoever comes upon it takes it out (R26 is about the moment in between; see
+//! [`FramePool::get_ksm`](crate::frame::FramePool)). So nobody has to tell the table of pages that go.
+//!
+//! # Hostile content
+//! Whoever can choose pages that share a bucket could make it long. The hash has a seed that nobody knows, and a bucket takes
+//! [`LONGEST`] entries: what does not fit is not merged.
+
+use crate::addr::Pfn;
+
+/// Entries of one bucket.
+pub(super) const LONGEST: usize = 32;
+/// Spaces that a place can name.
+pub(super) const SPACES: usize = 1 << 13;
+/// Bits of a page number: the lower half.
+const PAGE_BITS: u32 = 35;
+/// In `next`: not an entry.
+const NONE: u32 = 0;
+/// In `next` and `heads`: no further entry. In `heads`, 0 says the same.
+const END: u32 = 1;
+/// What is added to a frame number in them.
+const FIRST: u64 = 2;
+
+/// Where the page of an entry is, in 48 bits: for one that is not merged, space and page; for a page of KSM its domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place(u64);
+
+impl Place {
+    /// A page of a space.
+    pub(super) fn of_page(space: usize, page: u64) -> Self {
+        debug_assert!(space < SPACES && page >> PAGE_BITS == 0, "space {space}, page {page:#x}");
+        Self((space as u64) << PAGE_BITS | page)
+    }
+    /// A page of KSM, for those of one domain.
+    pub(super) fn of_domain(domain: u32) -> Self {
+        Self(domain.into())
+    }
+    pub(super) fn space(self) -> usize {
+        (self.0 >> PAGE_BITS) as usize
+    }
+    pub(super) fn page(self) -> u64 {
+        self.0 & ((1 << PAGE_BITS) - 1)
+    }
+    pub(super) fn domain(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+/// What to do after one entry of a bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Go on.
+    Next,
+    /// Take it out, for it is out of date, and go on.
+    Remove,
+    /// It is the one.
+    Stop,
+}
+
+/// The table.
+#[derive(Debug)]
+pub(super) struct Index {
+    heads: Box<[u32]>,
+    next: Box<[u32]>,
+    hashes: Box<[u32]>,
+    places: Box<[[u16; 3]]>,
+}
+
+fn zeroed<T: Default + Clone>(len: usize) -> Box<[T]> {
+    // `vec!` of zeros asks the host for zeroed pages.
+    vec![T::default(); len].into_boxed_slice()
+}
+
+impl Index {
+    /// For a pool of `frames` frames. `None` if it has more than the table can name.
+    pub(super) fn new(frames: usize) -> Option<Self> {
+        if frames as u64 + FIRST > u64::from(u32::MAX) {
+            return None;
+        }
+        Some(Self {
+            heads: zeroed(frames.div_ceil(2)),
+            next: zeroed(frames),
+            hashes: zeroed(frames),
+            places: vec![[0; 3]; frames].into_boxed_slice(),
+        })
+    }
+
+    /// Bytes of the arrays.
+    pub(super) fn bytes(&self) -> u64 {
+        let all = size_of_val(&*self.heads) + size_of_val(&*self.next) + size_of_val(&*self.hashes);
+        (all + size_of_val(&*self.places)) as u64
+    }
+
+    fn bucket(&self, hash: u32) -> usize {
+        ((u64::from(hash) * self.heads.len() as u64) >> 32) as usize
+    }
+
+    fn link_to(pfn: Pfn) -> u32 {
+        (u64::from(pfn.0) + FIRST) as u32
+    }
+
+    fn target(link: u32) -> Option<Pfn> {
+        u64::from(link).checked_sub(FIRST).map(|pfn| Pfn(pfn as u32))
+    }
+
+    pub(super) fn is_entry(&self, pfn: Pfn) -> bool {
+        self.next[pfn.index()] != NONE
+    }
+    pub(super) fn hash(&self, pfn: Pfn) -> u32 {
+        self.hashes[pfn.index()]
+    }
+    pub(super) fn place(&self, pfn: Pfn) -> Place {
+        let [low, mid, high] = self.places[pfn.index()].map(u64::from);
+        Place(low | mid << 16 | high << 32)
+    }
+    pub(super) fn set_place(&mut self, pfn: Pfn, place: Place) {
+        self.places[pfn.index()] = [place.0 as u16, (place.0 >> 16) as u16, (place.0 >> 32) as u16];
+    }
+
+    /// Adds `pfn`, which is no entry; whether there was room.
+    pub(super) fn insert(&mut self, pfn: Pfn, hash: u32, place: Place) -> bool {
+        debug_assert!(!self.is_entry(pfn), "{pfn:?} is an entry");
+        let bucket = self.bucket(hash);
+        let head = self.heads[bucket];
+        let mut length = 0;
+        let mut link = head;
+        while let Some(pfn) = Self::target(link) {
+            length += 1;
+            link = self.next[pfn.index()];
+        }
+        if length >= LONGEST {
+            return false;
+        }
+        self.next[pfn.index()] = head.max(END);
+        self.hashes[pfn.index()] = hash;
+        self.set_place(pfn, place);
+        self.heads[bucket] = Self::link_to(pfn);
+        true
+    }
+
+    /// Takes `pfn` out, if it is an entry.
+    pub(super) fn remove(&mut self, pfn: Pfn) {
+        if self.is_entry(pfn) {
+            self.find(self.hash(pfn), |_, entry| if entry == pfn { Step::Remove } else { Step::Next });
+        }
+    }
+
+    /// Calls `visit` with the entries of one hash, the latest first, until it stops at one.
+    pub(super) fn find(&mut self, hash: u32, mut visit: impl FnMut(&Self, Pfn) -> Step) -> Option<Pfn> {
+        let bucket = self.bucket(hash);
+        let mut before: Option<Pfn> = None;
+        let mut link = self.heads[bucket];
+        while let Some(pfn) = Self::target(link) {
+            let next = self.next[pfn.index()];
+            let step = if self.hashes[pfn.index()] == hash { visit(self, pfn) } else { Step::Next };
+            match step {
+                Step::Next => before = Some(pfn),
+                Step::Stop => return Some(pfn),
+                Step::Remove => {
+                    match before {
+                        Some(before) => self.next[before.index()] = next,
+                        None => self.heads[bucket] = next,
+                    }
+                    self.next[pfn.index()] = NONE;
+                }
+            }
+            link = next;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(index: &mut Index, hash: u32) -> Vec<u32> {
+        let mut found = Vec::new();
+        index.find(hash, |_, pfn| {
+            found.push(pfn.0);
+            Step::Next
+        });
+        found
+    }
+
+    #[test]
+    fn a_frame_costs_sixteen_bytes() {
+        for frames in [2, 1000, 65536] {
+            assert_eq!(Index::new(frames).map(|index| index.bytes()), Some(16 * frames as u64));
+        }
+        assert!(Index::new(u32::MAX as usize).is_none());
+    }
+
+    #[test]
+    fn entries_are_found_by_hash_and_taken_out_anywhere() {
+        let mut index = Index::new(8).unwrap();
+        // All in the first bucket.
+        for (pfn, hash) in [(0, 5), (1, 6), (2, 5), (3, 5)] {
+            assert!(index.insert(Pfn(pfn), hash, Place::of_page(7, 0x123)));
+        }
+        assert_eq!(all(&mut index, 5), [3, 2, 0]);
+        index.remove(Pfn(2));
+        index.remove(Pfn(4));
+        assert_eq!((all(&mut index, 5), all(&mut index, 6)), (vec![3, 0], vec![1]));
+        index.remove(Pfn(3));
+        index.remove(Pfn(0));
+        assert!(all(&mut index, 5).is_empty() && !index.is_entry(Pfn(0)) && index.is_entry(Pfn(1)));
+        assert!(index.insert(Pfn(0), 6, Place::of_domain(u32::MAX)));
+        assert_eq!(all(&mut index, 6), [0, 1]);
+        assert_eq!(index.place(Pfn(0)).domain(), u32::MAX);
+    }
+
+    #[test]
+    fn a_place_is_what_it_was_made_of() {
+        let mut index = Index::new(1).unwrap();
+        for (space, page) in [(0, 0), (SPACES - 1, (1 << PAGE_BITS) - 1), (1, 0x7_0000_0001)] {
+            index.set_place(Pfn(0), Place::of_page(space, page));
+            assert_eq!((index.place(Pfn(0)).space(), index.place(Pfn(0)).page()), (space, page));
+        }
+    }
+
+    #[test]
+    fn a_bucket_takes_so_many_and_no_more() {
+        let mut index = Index::new(1024).unwrap();
+        let inserted = (0..100).filter(|&pfn| index.insert(Pfn(pfn), 1, Place::of_page(0, 0))).count();
+        assert_eq!(inserted, LONGEST);
+        index.remove(Pfn(0));
+        assert!(index.insert(Pfn(99), 1, Place::of_page(0, 0)));
+    }
+}

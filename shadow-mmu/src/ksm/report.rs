@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Counters, by the names and meanings of `/sys/kernel/mm/ksm` and `/proc/PID/ksm_stat`; and what the kernel does not tell: why
+//! pages were not merged.
+//!
+//! What is true of merged pages is counted where it becomes true: `pages_shared`, `pages_sharing` and `ksm_zero_pages` are of this
+//! moment. What is true of the others is counted by a pass: `pages_unshared`, `pages_volatile`, `ksm_rmap_items` and the rows of
+//! VMAs are, for each address space, of the last pass that has left it behind.
+
+use super::{Ksm, KsmMember};
+use crate::addr::PAGE_SIZE;
+use crate::frame::FrameFlags;
+use crate::mm::{MergeAny, Mm, Vma, VmaFlags};
+use crate::sync::atomic::Ordering;
+use std::collections::HashMap;
+
+/// VMAs of one address space that have a row of their own; the others share the last.
+const ROWS: usize = 1024;
+
+/// The counters of `/sys/kernel/mm/ksm`, and `cow_ksm` of `/proc/vmstat`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KsmStats {
+    /// Pages that were hashed or had D cleared, so far. Pages known not to have been written cost nothing, and do not count.
+    pub pages_scanned: u64,
+    /// Frames that are shared.
+    pub pages_shared: u64,
+    /// Further ptes of them: pages saved.
+    pub pages_sharing: u64,
+    /// Pages in the index that are like no other.
+    pub pages_unshared: u64,
+    /// Pages that change too often to be in the index.
+    pub pages_volatile: u64,
+    /// Pages that were passed over because they change too often, so far (`smart_scan`).
+    pub pages_skipped: u64,
+    /// Passes so far.
+    pub full_scans: u64,
+    /// Contents of which there are several frames, because of `max_page_sharing`.
+    pub stable_node_chains: u64,
+    /// Those frames.
+    pub stable_node_dups: u64,
+    /// Ptes of the zero frame in the place of a page of zeros: pages saved.
+    pub ksm_zero_pages: u64,
+    /// Bytes saved, less those that sharing itself needs.
+    pub general_profit: i64,
+    /// Pages of KSM that were copied because somebody wrote them, so far.
+    pub cow_ksm: u64,
+}
+
+/// What `/proc/PID/ksm_stat` says of an address space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KsmMmStats {
+    /// Pages that are merged, or might be.
+    pub ksm_rmap_items: u64,
+    /// As [`KsmStats::ksm_zero_pages`].
+    pub ksm_zero_pages: u64,
+    /// Ptes of shared frames.
+    pub ksm_merging_pages: u64,
+    /// Bytes saved, less 16 for each of its pages.
+    pub ksm_process_profit: i64,
+    /// Whether all of its private memory may be merged.
+    pub ksm_merge_any: bool,
+    /// Whether some of it may.
+    pub ksm_mergeable: bool,
+}
+
+/// How many pages were not merged, by reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct NotShared {
+    /// They change too often.
+    pub volatile: u64,
+    /// There is no other like them.
+    pub unique: u64,
+    /// Somebody held them just then, who might have written them.
+    pub pinned: u64,
+    /// There is one like them, in another domain.
+    pub domain: u64,
+    /// As many share the frame already as may.
+    pub limit: u64,
+}
+
+/// What became of the pages of a VMA.
+#[derive(Debug, Clone)]
+pub struct KsmVma {
+    /// Which; `None` for those beyond the first 1,024, together.
+    pub vma: Option<Vma>,
+    /// Private pages there are.
+    pub pages: u64,
+    /// Those that have a shared frame.
+    pub shared: u64,
+    /// Those that have the zero frame.
+    pub zero: u64,
+    /// The others.
+    pub not_shared: NotShared,
+}
+
+impl KsmVma {
+    pub(super) fn new(vma: &Vma) -> Self {
+        Self { vma: Some(vma.clone()), pages: 0, shared: 0, zero: 0, not_shared: NotShared::default() }
+    }
+}
+
+/// What one pass counted of an address space.
+#[derive(Debug, Clone, Default)]
+pub(super) struct MemberPass {
+    pub(super) vmas: Vec<KsmVma>,
+    pub(super) items: u64,
+}
+
+impl MemberPass {
+    /// The row of `vma`, which is the last one's or comes behind it.
+    pub(super) fn row(&mut self, vma: &Vma) -> usize {
+        let is_last = |row: &KsmVma| match &row.vma {
+            Some(last) => last.range.end > vma.range.start,
+            None => true,
+        };
+        if !self.vmas.last().is_some_and(is_last) {
+            let row = KsmVma::new(vma);
+            self.vmas.push(if self.vmas.len() < ROWS { row } else { KsmVma { vma: None, ..row } });
+        }
+        self.vmas.len() - 1
+    }
+
+    pub(super) fn row_at(&mut self, row: usize) -> &mut KsmVma {
+        &mut self.vmas[row]
+    }
+
+    pub(super) fn add(&mut self, row: usize, counts: &KsmVma) {
+        let row = &mut self.vmas[row];
+        row.pages += counts.pages;
+        row.shared += counts.shared;
+        row.zero += counts.zero;
+        let (sum, more) = (&mut row.not_shared, counts.not_shared);
+        sum.volatile += more.volatile;
+        sum.unique += more.unique;
+        sum.pinned += more.pinned;
+        sum.domain += more.domain;
+        sum.limit += more.limit;
+        // Pages of zeros have no item (`ksm_rmap_items`).
+        self.items += counts.pages - counts.zero;
+    }
+
+    fn alone(&self) -> u64 {
+        let alone = |row: &KsmVma| row.not_shared.unique + row.not_shared.domain + row.not_shared.limit;
+        self.vmas.iter().map(alone).sum()
+    }
+}
+
+/// What sharing came to, of one address space.
+#[derive(Debug, Clone)]
+pub struct KsmMemberReport {
+    /// Which.
+    pub member: KsmMember,
+    /// Its counters.
+    pub stats: KsmMmStats,
+    /// Its VMAs that may be merged, ascending, as the last pass found them.
+    pub vmas: Vec<KsmVma>,
+}
+
+/// What sharing came to.
+#[derive(Debug, Clone)]
+pub struct KsmReport {
+    /// The counters.
+    pub stats: KsmStats,
+    /// The address spaces there are.
+    pub members: Vec<KsmMemberReport>,
+}
+
+fn profit(saved_pages: u64, metadata: u64) -> i64 {
+    (saved_pages * PAGE_SIZE) as i64 - metadata as i64
+}
+
+fn stats_of(mm: &Mm, items: u64) -> KsmMmStats {
+    let (merging, zero) = (mm.ksm_merging_pages(), mm.ksm_zero_pages());
+    KsmMmStats {
+        ksm_rmap_items: items,
+        ksm_zero_pages: zero,
+        ksm_merging_pages: merging,
+        ksm_process_profit: profit(merging + zero, 16 * items),
+        ksm_merge_any: mm.merge_any() == MergeAny::On,
+        ksm_mergeable: mm.merge_any() == MergeAny::On
+            || mm.read_map().vmas.iter().any(|vma| vma.flags.contains(VmaFlags::MERGEABLE)),
+    }
+}
+
+impl Ksm {
+    /// The counters, now. Waits for a scan that is under way.
+    pub fn stats(&self) -> KsmStats {
+        self.report().stats
+    }
+
+    /// Counters and reasons, now. Waits for a scan that is under way.
+    pub fn report(&self) -> KsmReport {
+        let mut scanner = self.scanner.lock();
+        scanner.admit(&mut self.queue.lock());
+        let (mut merging, mut zero, mut items, mut unshared) = (0, 0, 0, 0);
+        let mut members = Vec::new();
+        for member in scanner.members.iter().flatten() {
+            let Some(mm) = member.mm.upgrade() else { continue };
+            let stats = stats_of(&mm, member.last.items);
+            merging += stats.ksm_merging_pages;
+            zero += stats.ksm_zero_pages;
+            items += stats.ksm_rmap_items;
+            unshared += member.last.alone();
+            members.push(KsmMemberReport { member: member.id, stats, vmas: member.last.vmas.clone() });
+        }
+        // Frames first counted, ptes later: while others unmap, a frame may seem to have one pte too few.
+        let shared = (self.pool.ksm_frames() as u64).min(merging);
+        let (chains, dups) = self.chains(&scanner);
+        let counters = &self.counters;
+        let stats = KsmStats {
+            pages_scanned: counters.pages_scanned.load(Ordering::Relaxed),
+            pages_shared: shared,
+            pages_sharing: merging - shared,
+            pages_unshared: unshared,
+            pages_volatile: items.saturating_sub(merging + unshared),
+            pages_skipped: counters.pages_skipped.load(Ordering::Relaxed),
+            full_scans: counters.full_scans.load(Ordering::Relaxed),
+            stable_node_chains: chains,
+            stable_node_dups: dups,
+            ksm_zero_pages: zero,
+            general_profit: profit(merging - shared + zero, self.metadata),
+            cow_ksm: self.pool.ksm_copies(),
+        };
+        KsmReport { stats, members }
+    }
+
+    /// Contents with several frames, and those frames.
+    fn chains(&self, scanner: &super::scan::Scanner) -> (u64, u64) {
+        let mut frames: HashMap<(u32, u32), u64> = HashMap::new();
+        if self.pool.ksm_frames() == 0 {
+            return (0, 0);
+        }
+        for pfn in (0..self.pool.frame_count() as u32).map(crate::addr::Pfn) {
+            let frame = self.pool.frame(pfn);
+            let is_shared = frame.flags().contains(FrameFlags::KSM) && frame.ref_count() > 0;
+            if is_shared && scanner.index.is_entry(pfn) {
+                let content = (scanner.index.hash(pfn), scanner.index.place(pfn).domain());
+                *frames.entry(content).or_default() += 1;
+            }
+        }
+        let several = frames.values().filter(|&&frames| frames > 1);
+        (several.clone().count() as u64, several.sum())
+    }
+}
