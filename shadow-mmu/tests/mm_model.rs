@@ -12,6 +12,8 @@
 //! Listeners come and go. Each op reaches all that are registered, the newest first (I12), and nobody else (I7); pairs are
 //! pairs (I1, I9); and what a listener mirrors is true, or it was told (I13, I14).
 //!
+//! Pages of all spaces are merged now and then, and nothing of the above is different for that (I51, I53, I55, I58).
+//!
 //! A failure prints the smallest script that fails; it goes into [`scripts_that_failed_once`].
 #![cfg(feature = "mmu-notifier")]
 // What a test does not expect may end it.
@@ -30,19 +32,27 @@ mod space;
 use common::RW;
 use proptest::prelude::*;
 use script::{Child, Death, Op, SPACES, What, Where, op};
+use shadow_mmu::ksm::{Domain, Ksm, KsmSettings};
 use shadow_mmu::mm::{Advice, MapFlags, RemapFlags};
 use shadow_mmu::shadow::FaultAroundPolicy;
 use space::Space;
+use std::sync::Arc;
 
 /// A family of spaces, and the one that the script is in.
 struct World {
     spaces: Vec<Space>,
     current: usize,
+    ksm: Arc<Ksm>,
+    short: bool,
 }
 
 impl World {
     fn new(frames: u64, policy: FaultAroundPolicy, short: bool) -> Self {
-        Self { spaces: vec![Space::new(frames, policy, short)], current: 0 }
+        let first = Space::new(frames, policy, short);
+        let settings = KsmSettings { max_page_sharing: 4, ..KsmSettings::default() };
+        let ksm = Ksm::new(Arc::clone(first.mm().pool()), settings).unwrap();
+        ksm.enter(first.mm(), Domain(0)).unwrap();
+        Self { spaces: vec![first], current: 0, ksm, short }
     }
 
     fn step(&mut self, op: Op) {
@@ -60,11 +70,17 @@ impl World {
                 self.spaces.remove(self.current).die(death);
                 self.current = 0;
             }
+            Op::Scan(pages) => _ = self.ksm.scan(pages),
+            Op::Unmerge => {
+                let unmerged = self.ksm.unmerge();
+                assert!(unmerged.is_ok() || self.short, "{unmerged:?}");
+            }
             Op::Fork(_) | Op::Die(_) => {}
             op => self.spaces[self.current].step(op),
         }
         // All of them: what is done to one must leave the others as they are.
         self.spaces.iter().for_each(Space::check);
+        assert_eq!(self.ksm.audit(), []);
     }
 
     fn run(mut self, script: &[Op]) {

@@ -290,8 +290,8 @@ impl FramePool {
         self.ksm_copies.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Makes `pfn`, which the caller holds, a page of [`ksm`](crate::ksm). The caller has the page-table lock of its only writable
-    /// pte, and has taken W from that.
+    /// Makes `pfn`, which the caller holds, a page of [`ksm`](crate::ksm). No pte maps it; or one, whose lock the caller has, and
+    /// from which W was taken.
     pub(crate) fn make_ksm(&self, pfn: Pfn) {
         self.frame(pfn).set_flags(FrameFlags::KSM);
         self.ksm_frames.fetch_add(1, Ordering::Relaxed);

@@ -72,7 +72,8 @@ impl Ksm {
     /// Checks every merged page. While it runs nothing is merged, so the number of shared frames can only fall; each address space
     /// is kept as it is while it is looked at.
     pub fn audit(&self) -> Vec<KsmViolation> {
-        let scanner = self.scanner.lock();
+        let mut scanner = self.scanner.lock();
+        scanner.admit(&mut self.queue.lock());
         let mut wrong = Vec::new();
         let mut ptes: BTreeMap<Pfn, u32> = BTreeMap::new();
         let (frames, forks) = (self.pool.ksm_frames(), self.forks());

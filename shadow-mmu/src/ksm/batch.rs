@@ -4,15 +4,15 @@
 //! A page that was found equal to a candidate needs that one to become a page of KSM first (`try_to_merge_two_pages`). So the
 //! candidates that are wanted come first, all of them, each in the place where it is; then the pages that are merged into
 //! something. A candidate to which nobody could be merged in the end becomes an ordinary page again (`break_cow`, without
-//! the copy: nobody else has it).
+//! the copy: nobody else has it). A candidate that others have since a fork stays theirs, and a copy of it becomes the page of KSM.
 //!
 //! Between look and merge anything may have happened; what is not as it was is left alone, and found again by a later pass.
 
 use super::index::{Index, Place};
 use super::scan::Scanner;
-use super::{CandidateAccess, Ksm};
+use super::{CandidateAccess, Domain, Ksm};
 use crate::addr::Pfn;
-use crate::frame::FrameFlags;
+use crate::frame::{Fill, FrameFlags};
 use crate::mm::{MergeInto, Mm, Outcome, Target};
 use crate::sync::Arc;
 use std::collections::HashMap;
@@ -102,12 +102,23 @@ impl Ksm {
         let Batch { mut promoted, mut merged, waiting: _, mut held } = std::mem::take(&mut scanner.batch);
         let limit = self.settings.max_page_sharing;
         merge_all(scanner, &mut promoted, limit);
-        promoted.retain(|one| {
+        // Copies, by what they are copies of.
+        let mut copies = HashMap::new();
+        promoted.retain_mut(|one| {
             let pfn = one.target.pfn;
             let domain = scanner.domain(one.space);
-            let is_page = one.target.outcome == Outcome::Merged;
-            // Of its own page there is a reference; it could be written away at once.
-            let is_held = is_page && self.pool.get_ksm(pfn);
+            if one.target.outcome == Outcome::Forked
+                && let Some(copy) = self.copy_of(scanner, pfn, domain)
+            {
+                copies.insert(pfn, copy);
+                held.push(copy);
+                let target = Target::new(one.target.page, pfn, MergeInto::Frame(copy));
+                merged.push(Wanted { target, ..*one });
+                one.target.pfn = copy;
+                return true;
+            }
+            // It may have been written, and its frame gone, since.
+            let is_held = one.target.outcome == Outcome::Merged && self.pool.get_ksm(pfn);
             if is_held {
                 held.push(pfn);
                 self.pool.frame(pfn).take_flags(FrameFlags::CANDIDATE);
@@ -117,6 +128,11 @@ impl Ksm {
             }
             is_held
         });
+        for one in &mut merged {
+            if let MergeInto::Frame(into) = &mut one.target.into {
+                *into = copies.get(into).copied().unwrap_or(*into);
+            }
+        }
         held.sort_unstable();
         // Those whose other half could not be promoted wait for another pass.
         merged.retain(|one| match one.target.into {
@@ -126,10 +142,13 @@ impl Ksm {
         merge_all(scanner, &mut merged, limit);
         let mut count = 0;
         for one in &merged {
-            let row = scanner.now(one.space).row_at(one.row);
+            if one.target.outcome == Outcome::Merged {
+                count += 1;
+            }
+            // A candidate of another space has no row in the pass of this one.
+            let Some(row) = scanner.now(one.space).pages_of(one.row) else { continue };
             match one.target.outcome {
                 Outcome::Merged => {
-                    count += 1;
                     if one.target.into == MergeInto::Zero {
                         row.zero += 1;
                     } else {
@@ -139,7 +158,7 @@ impl Ksm {
                 Outcome::Pinned => row.not_shared.pinned += 1,
                 Outcome::Full => row.not_shared.limit += 1,
                 Outcome::Changed | Outcome::Different => row.not_shared.volatile += 1,
-                Outcome::NotMergeable | Outcome::Pending | Outcome::Protected(_) => {}
+                Outcome::NotMergeable | Outcome::Forked | Outcome::Pending | Outcome::Protected(_) => {}
             }
         }
         self.pool.put_all(&held);
@@ -147,6 +166,22 @@ impl Ksm {
             promoted.iter().for_each(|one| self.demote(scanner, one));
         }
         count
+    }
+
+    /// A page of KSM with the content of a candidate, which is forgotten; with one reference, which is the caller's.
+    fn copy_of(&self, scanner: &mut Scanner, candidate: Pfn, domain: Domain) -> Option<Pfn> {
+        let copy = self.pool.alloc(Fill::Overwritten).ok()?;
+        self.pool.copy(candidate, copy);
+        // It may have been written meanwhile; the copy is what counts.
+        let hash = scanner.hash_of(self, copy);
+        scanner.forget(self.pool.frame(candidate), candidate);
+        scanner.index.remove(copy);
+        if !scanner.index.insert(copy, hash, Place::of_domain(domain.0)) {
+            self.pool.put(copy);
+            return None;
+        }
+        self.pool.make_ksm(copy);
+        Some(copy)
     }
 
     /// Makes a page of KSM that has remained alone a candidate again.

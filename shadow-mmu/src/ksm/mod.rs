@@ -48,7 +48,7 @@ mod report;
 mod scan;
 
 pub use audit::KsmViolation;
-pub use report::{KsmMemberReport, KsmMmStats, KsmReport, KsmStats, KsmVma, NotShared};
+pub use report::{KsmMemberReport, KsmMmStats, KsmPages, KsmPlace, KsmReport, KsmStats, KsmVma, NotShared};
 pub use scan::{PassEnd, Scanned};
 
 use crate::addr::HvaRange;

@@ -7,7 +7,7 @@
 //! VMAs are, for each address space, of the last pass that has left it behind.
 
 use super::{Ksm, KsmMember};
-use crate::addr::PAGE_SIZE;
+use crate::addr::{Access, HvaRange, PAGE_SIZE};
 use crate::frame::FrameFlags;
 use crate::mm::{MergeAny, Mm, Vma, VmaFlags};
 use crate::sync::atomic::Ordering;
@@ -77,25 +77,37 @@ pub struct NotShared {
     pub limit: u64,
 }
 
+/// A VMA in a report. Not the VMA itself: that would keep what it shows alive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KsmPlace {
+    /// Where it is.
+    pub range: HvaRange,
+    /// What an access may do.
+    pub prot: Access,
+    /// Its [name](Vma::name).
+    pub name: String,
+}
+
 /// What became of the pages of a VMA.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KsmVma {
     /// Which; `None` for those beyond the first 1,024, together.
-    pub vma: Option<Vma>,
+    pub place: Option<KsmPlace>,
+    /// Its pages.
+    pub pages: KsmPages,
+}
+
+/// What became of some pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KsmPages {
     /// Private pages there are.
-    pub pages: u64,
+    pub all: u64,
     /// Those that have a shared frame.
     pub shared: u64,
     /// Those that have the zero frame.
     pub zero: u64,
     /// The others.
     pub not_shared: NotShared,
-}
-
-impl KsmVma {
-    pub(super) fn new(vma: &Vma) -> Self {
-        Self { vma: Some(vma.clone()), pages: 0, shared: 0, zero: 0, not_shared: NotShared::default() }
-    }
 }
 
 /// What one pass counted of an address space.
@@ -108,24 +120,25 @@ pub(super) struct MemberPass {
 impl MemberPass {
     /// The row of `vma`, which is the last one's or comes behind it.
     pub(super) fn row(&mut self, vma: &Vma) -> usize {
-        let is_last = |row: &KsmVma| match &row.vma {
+        let is_last = |row: &KsmVma| match &row.place {
             Some(last) => last.range.end > vma.range.start,
             None => true,
         };
         if !self.vmas.last().is_some_and(is_last) {
-            let row = KsmVma::new(vma);
-            self.vmas.push(if self.vmas.len() < ROWS { row } else { KsmVma { vma: None, ..row } });
+            let place = || KsmPlace { range: vma.range, prot: vma.prot, name: vma.name().to_owned() };
+            let place = (self.vmas.len() < ROWS).then(place);
+            self.vmas.push(KsmVma { place, pages: KsmPages::default() });
         }
         self.vmas.len() - 1
     }
 
-    pub(super) fn row_at(&mut self, row: usize) -> &mut KsmVma {
-        &mut self.vmas[row]
+    pub(super) fn pages_of(&mut self, row: usize) -> Option<&mut KsmPages> {
+        self.vmas.get_mut(row).map(|row| &mut row.pages)
     }
 
-    pub(super) fn add(&mut self, row: usize, counts: &KsmVma) {
-        let row = &mut self.vmas[row];
-        row.pages += counts.pages;
+    pub(super) fn add(&mut self, row: usize, counts: &KsmPages) {
+        let row = &mut self.vmas[row].pages;
+        row.all += counts.all;
         row.shared += counts.shared;
         row.zero += counts.zero;
         let (sum, more) = (&mut row.not_shared, counts.not_shared);
@@ -135,12 +148,12 @@ impl MemberPass {
         sum.domain += more.domain;
         sum.limit += more.limit;
         // Pages of zeros have no item (`ksm_rmap_items`).
-        self.items += counts.pages - counts.zero;
+        self.items += counts.all - counts.zero;
     }
 
     fn alone(&self) -> u64 {
-        let alone = |row: &KsmVma| row.not_shared.unique + row.not_shared.domain + row.not_shared.limit;
-        self.vmas.iter().map(alone).sum()
+        let alone = |of: &NotShared| of.unique + of.domain + of.limit;
+        self.vmas.iter().map(|row| alone(&row.pages.not_shared)).sum()
     }
 }
 

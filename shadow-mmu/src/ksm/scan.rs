@@ -16,7 +16,7 @@
 
 use super::batch::Batch;
 use super::index::{Index, Place, SPACES, Step};
-use super::report::{KsmVma, MemberPass, NotShared};
+use super::report::{KsmPages, MemberPass, NotShared};
 use super::{CandidateAccess, Domain, Ksm, KsmMember, Queue, SmartScan, ZeroPages};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Frame, FrameFlags};
@@ -344,7 +344,7 @@ impl Ksm {
         let tables = (part.end.page().div_ceil(ENTRIES) - part.start.page() / ENTRIES) as usize;
         asked.reset(part.start, tables);
         looked.clear();
-        let mut counts = KsmVma::new(vma);
+        let mut counts = KsmPages::default();
         let (mut end, mut cost, mut skipped) = (part.end.page(), 0, 0);
         mm.for_each_leaf(part, |base, leaf, entries| {
             cost += 1;
@@ -356,7 +356,7 @@ impl Ksm {
                 }
                 let pte = leaf.get(entry);
                 if pte.is_ksm() && pte.is_present() {
-                    counts.pages += 1;
+                    counts.all += 1;
                     if pte.is_zero() {
                         counts.zero += 1;
                     } else if self.settings.access == CandidateAccess::CopyOnAccess
@@ -371,14 +371,10 @@ impl Ksm {
                 if !pte.is_anonymous() {
                     continue;
                 }
-                counts.pages += 1;
+                counts.all += 1;
                 let frame = self.pool.frame(pte.pfn());
                 let (flags, note) = frame.flags_and_note();
-                if flags.contains(FrameFlags::KSM) {
-                    mm.adopt_merged(leaf, entry);
-                    counts.shared += 1;
-                    continue;
-                }
+                debug_assert!(!flags.contains(FrameFlags::KSM), "{pte:?} does not say that it is merged");
                 let mut note = Note::of(note);
                 if note.skip > 0 && turn == Turn::Cursor && self.settings.smart_scan == SmartScan::On {
                     note.skip -= 1;
@@ -431,7 +427,7 @@ impl Ksm {
         looked: Looked,
         written: bool,
         turn: Turn,
-        counts: &mut KsmVma,
+        counts: &mut KsmPages,
     ) -> Work {
         let Looked { page, pfn, candidate, note } = looked;
         let frame = self.pool.frame(pfn);
@@ -520,8 +516,10 @@ impl Ksm {
             if !flags.contains(FrameFlags::CANDIDATE) || frame.ref_count() == 0 {
                 return Step::Remove;
             }
-            let owner = members.get(place.space()).and_then(Option::as_ref);
-            if owner.is_none_or(|owner| owner.domain != domain) {
+            let Some(owner) = members.get(place.space()).and_then(Option::as_ref) else {
+                return Step::Remove;
+            };
+            if owner.domain != domain {
                 why = Why::Domain;
                 return Step::Next;
             }

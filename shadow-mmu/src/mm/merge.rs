@@ -17,7 +17,8 @@
 //! first and protect then would lose a write in between (R10b); to protect without the pair would leave a secondary that
 //! writes (R10).
 //!
-//! A page that becomes a page of KSM itself, for others to be merged into, needs 1 to 3 only.
+//! A page that becomes a page of KSM itself, for others to be merged into, needs 1 to 3 only. Whoever maps such a page says so in
+//! his pte.
 //!
 //! Many pages are done at once: neighbours share pairs, hence flushes. A pair covers gaps of up to [`GAP`] pages, which lose
 //! their sptes with the others, and find them again by a fault that changes nothing.
@@ -70,6 +71,8 @@ pub(crate) enum Outcome {
     Changed,
     /// Somebody holds the frame who might write it.
     Pinned,
+    /// It cannot become a page of KSM itself, for others have it since a fork, whose ptes do not say so.
+    Forked,
     /// The bytes differ.
     Different,
     /// The other frame has as many ptes as it may.
@@ -356,9 +359,10 @@ impl Mm {
         if target.into != MergeInto::Itself {
             return Outcome::Protected(orig);
         }
-        if !frame.flags().contains(FrameFlags::KSM) {
-            self.pool.make_ksm(pte.pfn());
+        if frame.map_count() > 1 {
+            return Outcome::Forked;
         }
+        self.pool.make_ksm(pte.pfn());
         leaf.set(at, orig.merged());
         self.sharing.gained(orig);
         Outcome::Merged
@@ -410,14 +414,6 @@ impl Mm {
         merged.add(pte);
         self.sharing.lost(merged);
         true
-    }
-
-    /// Notes at the pte of a page that its frame is one of KSM: a fork had given it to both, and the other side's was merged.
-    /// The caller has the lock of the leaf.
-    pub(crate) fn adopt_merged(&self, leaf: &super::LockedLeaf<'_>, at: usize) {
-        let pte = leaf.get(at).write_protected();
-        leaf.set(at, pte.merged());
-        self.sharing.gained(pte);
     }
 
     /// Gives every merged page a frame of its own (`run` = 2, `unmerge_ksm_pages`).

@@ -25,6 +25,7 @@ pub(super) struct Page {
     pub(super) heap: bool,
     pub(super) random: bool,
     pub(super) dont_fork: bool,
+    pub(super) mergeable: bool,
     /// Accessed since it was last aged: it may be young. What was not, must not be.
     pub(super) touched: bool,
     pub(super) content: Content,
@@ -149,7 +150,15 @@ impl Model {
                 Content::Shared(objects.len() - 1, 0)
             }
         };
-        let first = Page { prot, heap: false, random: false, dont_fork: false, touched: false, content };
+        let first = Page {
+            prot,
+            heap: false,
+            random: false,
+            dont_fork: false,
+            mergeable: false,
+            touched: false,
+            content,
+        };
         self.pages.extend((0..len).map(|n| (at + n, first.fresh(n))));
         Ok(at)
     }
@@ -254,6 +263,11 @@ impl Model {
                 }
                 (Advice::DontFork, _) => self.pages.get_mut(&at).unwrap().dont_fork = true,
                 (Advice::DoFork, _) => self.pages.get_mut(&at).unwrap().dont_fork = false,
+                (Advice::Mergeable, content) => {
+                    let mergeable = !matches!(content, Content::Shared(..));
+                    self.pages.get_mut(&at).unwrap().mergeable |= mergeable;
+                }
+                (Advice::Unmergeable, _) => self.pages.get_mut(&at).unwrap().mergeable = false,
                 (Advice::NoEffect, _) => {}
             }
         }
@@ -269,7 +283,15 @@ impl Model {
         }
         self.unmap(new, old.saturating_sub(new));
         let content = Content::Anonymous(0);
-        let page = Page { prot: RW, heap: true, random: false, dont_fork: false, touched: false, content };
+        let page = Page {
+            prot: RW,
+            heap: true,
+            random: false,
+            dont_fork: false,
+            mergeable: false,
+            touched: false,
+            content,
+        };
         self.pages.extend((old..new).map(|at| (at, page.clone())));
         self.brk = to;
         to

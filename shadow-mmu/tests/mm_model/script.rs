@@ -92,6 +92,12 @@ pub(super) enum Op {
     ReadAll,
     /// A word of its own to each page.
     WriteAll(u64),
+    /// The same word to each page.
+    WriteSame(u64),
+    /// A scan of so many pages of all spaces.
+    Scan(u64),
+    /// Every merge of every space is taken back.
+    Unmerge,
     Age(Spot, Age),
     /// A child, if there are not too many spaces. The script goes on in the parent.
     Fork(Child),
@@ -148,6 +154,8 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         2 => Just(Advice::DontFork),
         1 => Just(Advice::DoFork),
         1 => Just(Advice::NoEffect),
+        8 => Just(Advice::Mergeable),
+        2 => Just(Advice::Unmergeable),
     ];
     let (fixed, keep) = (RemapFlags::FIXED, RemapFlags::DONTUNMAP);
     let remap_flags = prop_oneof![
@@ -182,7 +190,10 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         2 => spot().prop_map(Op::HostRead),
         4 => (spot(), word.clone()).prop_map(|(at, word)| Op::HostWrite(at, word)),
         1 => Just(Op::ReadAll),
-        2 => word.prop_map(Op::WriteAll),
+        2 => word.clone().prop_map(Op::WriteAll),
+        2 => word.prop_map(Op::WriteSame),
+        8 => prop_oneof![Just(3u64), Just(10_000)].prop_map(Op::Scan),
+        1 => Just(Op::Unmerge),
         6 => (spot(), age).prop_map(|(at, age)| Op::Age(at, age)),
         3 => prop_oneof![Just(Child::AsForked), Just(Child::HasRead)].prop_map(Op::Fork),
         3 => (0..SPACES).prop_map(Op::Switch),

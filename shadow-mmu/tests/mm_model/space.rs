@@ -7,7 +7,7 @@ use super::model::{Content, Model, Result};
 use super::script::{Age, Death, FILE_PAGES, HEAP, Op, What, Where, hva, page_of};
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
 use shadow_mmu::iommu::{self, GuestView};
-use shadow_mmu::mm::{Backing, FaultError, MapFlags, Mm, MmError, Object, VmaFlags};
+use shadow_mmu::mm::{Advice, Backing, FaultError, MapFlags, Mm, MmError, Object, VmaFlags};
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, guest_memory::Error};
@@ -36,6 +36,11 @@ impl Space {
         let model = Model { brk: start.0, ..Model::default() };
         let view = iommu::view(&machine.mm).unwrap();
         Self { machine, view, file, vcpu, policy, model, listeners: Listeners::default(), short }
+    }
+
+    /// The address space.
+    pub(super) fn mm(&self) -> &Arc<Mm> {
+        &self.machine.mm
     }
 
     /// A child, if there is memory for one. Nobody listens to it but its own shadow map.
@@ -144,7 +149,11 @@ impl Space {
                 let at = page_of(spot);
                 let model = self.model.advise(at..at + len, advice);
                 let real = mm.madvise(hva(at), pages(len), advice);
-                self.agree(real, model, MmError::NoMemory, &[MmError::Fault, MmError::Invalid]);
+                let ran_out = self.agree(real, model, MmError::NoMemory, &[MmError::Fault, MmError::Invalid]);
+                if ran_out && advice == Advice::Unmergeable {
+                    // Failure leaves the flag (I55).
+                    self.model = before;
+                }
             }
             Op::Brk { bytes } => {
                 let to = hva(page_of(HEAP)).0 + bytes;
@@ -176,11 +185,17 @@ impl Space {
                 let mapped: Vec<u64> = self.model.pages.keys().copied().collect();
                 mapped.into_iter().for_each(|at| self.write(at, value.wrapping_add(at)));
             }
+            Op::WriteSame(value) => {
+                let mapped: Vec<u64> = self.model.pages.keys().copied().collect();
+                mapped.into_iter().for_each(|at| self.write(at, value));
+            }
             Op::Age(spot, age) => self.age(page_of(spot), age),
             Op::Register => self.listeners.register(&mm),
             Op::Unregister(which) => self.listeners.unregister(&mm, which),
             Op::UnregisterNoRelease(which) => self.listeners.unregister_no_release(&mm, which),
-            Op::Fork(_) | Op::Switch(_) | Op::Die(_) => unreachable!("{op:?} is not about one space"),
+            Op::Fork(_) | Op::Switch(_) | Op::Die(_) | Op::Scan(_) | Op::Unmerge => {
+                unreachable!("{op:?} is not about one space")
+            }
         }
     }
 
@@ -291,7 +306,13 @@ impl Space {
         let shapes: Vec<_> = vmas
             .iter()
             .map(|vma| {
-                let flags = [VmaFlags::SHARED, VmaFlags::HEAP, VmaFlags::RANDOM, VmaFlags::DONT_FORK];
+                let flags = [
+                    VmaFlags::SHARED,
+                    VmaFlags::HEAP,
+                    VmaFlags::RANDOM,
+                    VmaFlags::DONT_FORK,
+                    VmaFlags::MERGEABLE,
+                ];
                 let flags = flags.map(|flag| vma.flags.contains(flag));
                 let offset = vma.object_page(vma.range.start).map(|(_, page)| page);
                 (vma.range.page_numbers(), vma.prot, flags, offset)
@@ -306,7 +327,7 @@ impl Space {
                     Content::Anonymous(_) => None,
                     Content::File(index, _) | Content::Shared(_, index) => Some(index),
                 };
-                let flags = [page.is_shared(), page.heap, page.random, page.dont_fork];
+                let flags = [page.is_shared(), page.heap, page.random, page.dont_fork, page.mergeable];
                 (run, page.prot, flags, offset)
             })
             .collect();
