@@ -242,6 +242,7 @@ fn machine(
     let config = VmConfig {
         kvm_device,
         memory: 16 << 20,
+        pool: None,
         fault_around,
         freed,
         window,
@@ -387,7 +388,7 @@ fn the_report_on_a_guest_that_the_host_took_memory_from_says_so() {
     vm.start(entry).unwrap();
     assert_eq!(vm.wait().unwrap(), ExitStatus::Signaled(libc::SIGBUS));
     let death = vm.machine().death().unwrap();
-    let report = vmm::report::death_report(&death, vm.machine());
+    let report = vmm::report::death_report(&death, "the guest", vm.machine());
     assert!(report.contains("page of adopted memory") && !report.contains("beyond the end"), "{report}");
     match death.address {
         // KVM of some hosts names the page, of others not.

@@ -6,7 +6,8 @@
 //! | [`engine`] | a vCPU that runs ring-3 code until something needs umbra |
 //! | [`guest`] | what a program sees: ELF loading and the Linux system calls |
 //! | [`vm`] | one guest, put together: pool, address space, shadow map, engine, threads |
-//! | [`reactor`] | the event loop around it |
+//! | [`fleet`] | guests that share a pool |
+//! | [`reactor`] | the event loop around them |
 //! | [`aging`], [`dirty_rate`] | which pages the guest uses, and which it writes |
 //! | [`stalls`] | what it waited for |
 //! | [`trace`] | notifier events, to be read |
@@ -19,6 +20,7 @@ mod causes;
 pub mod cli;
 pub mod dirty_rate;
 pub mod engine;
+pub mod fleet;
 pub mod guest;
 pub mod ksm;
 pub mod reactor;

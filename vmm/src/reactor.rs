@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The event loop of a running guest: signals to umbra, the time limit, what is done regularly, the guest's end.
+//! The event loop of running guests: signals to umbra, the time limit, what is done regularly, the end of each guest.
 //!
 //! It runs on the main thread, on event-manager; vCPUs have threads of their own. SIGINT, SIGTERM and SIGHUP are blocked in
 //! every thread ([`block_signals`], before the first one is started) and read here from a signalfd, so that a guest that
@@ -40,8 +40,8 @@ pub enum Event {
     CollectDirty,
     /// A vCPU waits for its dirty ring to be emptied.
     RingFull,
-    /// The guest has ended.
-    Exited,
+    /// This guest has ended: its place among those that the loop was given.
+    Exited(usize),
 }
 
 /// Blocks the signals that [`Reactor`] reads, in this thread and all it starts.
@@ -126,7 +126,7 @@ impl Ticker {
 #[derive(Debug)]
 pub struct Sources {
     signals: OwnedFd,
-    exited: EventFd,
+    exited: Vec<EventFd>,
     limit: Option<TimerFd>,
     tickers: Vec<Ticker>,
     ring_full: Option<EventFd>,
@@ -134,12 +134,13 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Signals that end umbra; and `exited`, which is written to when the guest has ended.
+    /// Signals that end umbra; and `exited`, one a guest, each of which is written to once, when its guest has ended.
     ///
     /// # Errors
     /// The host's.
-    pub fn new(exited: EventFd) -> Result<Self> {
+    pub fn new(exited: impl IntoIterator<Item = EventFd>) -> Result<Self> {
         let signals = signal_fd(&SIGNALS)?;
+        let exited = exited.into_iter().collect();
         Ok(Self { signals, exited, limit: None, tickers: Vec::new(), ring_full: None, heard: Vec::new() })
     }
 
@@ -198,9 +199,9 @@ impl MutEventSubscriber for Sources {
         let fd = events.fd();
         if fd == self.signals.as_raw_fd() {
             self.read_signals();
-        } else if fd == self.exited.as_raw_fd() {
-            let _ = self.exited.read();
-            self.heard.push(Event::Exited);
+        } else if let Some(guest) = self.exited.iter().position(|exited| exited.as_raw_fd() == fd) {
+            let _ = self.exited[guest].read();
+            self.heard.push(Event::Exited(guest));
         } else if let Some(limit) = self.limit.as_mut().filter(|limit| limit.as_raw_fd() == fd) {
             let _ = limit.wait();
             self.heard.push(Event::TimeLimit);
@@ -216,11 +217,16 @@ impl MutEventSubscriber for Sources {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let fixed = [self.signals.as_raw_fd(), self.exited.as_raw_fd()];
+        let exited = self.exited.iter().map(AsRawFd::as_raw_fd);
         let limit = self.limit.iter().map(AsRawFd::as_raw_fd);
         let tickers = self.tickers.iter().map(|ticker| ticker.timer.as_raw_fd());
         let ring_full = self.ring_full.iter().map(AsRawFd::as_raw_fd);
-        for fd in fixed.into_iter().chain(limit).chain(tickers).chain(ring_full) {
+        for fd in std::iter::once(self.signals.as_raw_fd())
+            .chain(exited)
+            .chain(limit)
+            .chain(tickers)
+            .chain(ring_full)
+        {
             // Fails only for a descriptor that is closed or added twice; these are ours, and few.
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 log::error!("cannot listen to descriptor {fd}: {error}");
@@ -233,6 +239,8 @@ impl MutEventSubscriber for Sources {
 pub struct Reactor {
     manager: EventManager<Arc<Mutex<Sources>>>,
     sources: Arc<Mutex<Sources>>,
+    /// Guests whose end was not told yet.
+    running: usize,
 }
 
 impl std::fmt::Debug for Reactor {
@@ -247,10 +255,11 @@ impl Reactor {
     /// # Errors
     /// The host's.
     pub fn new(sources: Sources) -> Result<Self> {
+        let running = sources.exited.len();
         let sources = Arc::new(Mutex::new(sources));
         let mut manager = EventManager::new().context("cannot make an event loop")?;
         manager.add_subscriber(Arc::clone(&sources));
-        Ok(Self { manager, sources })
+        Ok(Self { manager, sources, running })
     }
 
     fn sources(&self) -> MutexGuard<'_, Sources> {
@@ -258,25 +267,29 @@ impl Reactor {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits, and calls `handle` for each event; returns after [`Event::Exited`] was handled.
+    /// Waits, and calls `handle` for each event; returns after the last guest's [`Event::Exited`] was handled.
     ///
     /// # Errors
     /// The host's, where epoll fails.
     pub fn run(&mut self, mut handle: impl FnMut(Event)) -> Result<()> {
-        loop {
+        while self.running > 0 {
             self.manager.run().context("the event loop failed")?;
             let heard = std::mem::take(&mut self.sources().heard);
             for event in heard {
                 let began = Instant::now();
                 handle(event);
-                if event == Event::Exited {
-                    return Ok(());
+                if matches!(event, Event::Exited(_)) {
+                    self.running -= 1;
+                    if self.running == 0 {
+                        return Ok(());
+                    }
                 }
                 if let Some(ticker) = self.sources().tickers.iter_mut().find(|it| it.event == event) {
                     ticker.turn_took(began.elapsed());
                 }
             }
         }
+        Ok(())
     }
 
     /// Ticks of `event` that were left out because the loop was busy.
@@ -292,7 +305,7 @@ mod tests {
     #[test]
     fn the_limit_comes_before_an_exit_that_comes_later() {
         let exited = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let sources = Sources::new(exited.try_clone().unwrap()).unwrap();
+        let sources = Sources::new([exited.try_clone().unwrap()]).unwrap();
         let mut reactor = Reactor::new(sources.with_limit(Some(Duration::from_millis(5))).unwrap()).unwrap();
         let mut heard = Vec::new();
         reactor
@@ -303,14 +316,33 @@ mod tests {
                 }
             })
             .unwrap();
-        assert_eq!(heard, [Event::TimeLimit, Event::Exited]);
+        assert_eq!(heard, [Event::TimeLimit, Event::Exited(0)]);
+    }
+
+    #[test]
+    fn the_loop_waits_for_every_guest_and_says_which_has_ended() {
+        let exited: [EventFd; 3] = std::array::from_fn(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let sources = Sources::new(exited.iter().map(|it| it.try_clone().unwrap())).unwrap();
+        let mut reactor = Reactor::new(sources).unwrap();
+        let mut heard = Vec::new();
+        exited[1].write(1).unwrap();
+        reactor
+            .run(|event| {
+                heard.push(event);
+                // Each is followed by another, the last one excepted.
+                if let Some(next) = [2, 0].get(heard.len() - 1) {
+                    exited[*next].write(1).unwrap();
+                }
+            })
+            .unwrap();
+        assert_eq!(heard, [Event::Exited(1), Event::Exited(2), Event::Exited(0)]);
     }
 
     #[test]
     fn ticks_that_fall_into_a_long_turn_are_left_out_and_counted() {
         const EVERY: Duration = Duration::from_millis(5);
         let exited = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let sources = Sources::new(exited.try_clone().unwrap()).unwrap();
+        let sources = Sources::new([exited.try_clone().unwrap()]).unwrap();
         let sources = sources.with_ticks(Event::Age, Some(EVERY)).unwrap();
         let mut reactor = Reactor::new(sources).unwrap();
         let mut turns = 0u64;

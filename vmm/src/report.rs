@@ -4,7 +4,7 @@
 use crate::aging::AgingCost;
 use crate::guest::{Death, ExitStatus};
 use crate::stalls::StallSummary;
-use crate::vm::Machine;
+use crate::vm::{Frames, Machine};
 use serde::Serialize;
 use shadow_mmu::addr::{Gpa, Hva, PAGE_SIZE};
 use shadow_mmu::mm::{Backing, Vma};
@@ -159,17 +159,22 @@ pub fn exit_code(status: ExitStatus) -> u8 {
 }
 
 /// Everything that helps to see why a guest died of an exception: what it did, where, what was mapped there, what the CPU
-/// found on its walk, and what the notifier said last.
-pub fn death_report(death: &Death, machine: &Machine) -> String {
+/// found on its walk, and what the notifier said last. `who` names the guest: `the guest`, or `guest 3`.
+pub fn death_report(death: &Death, who: &str, machine: &Machine) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
-    let _ = write_report(&mut out, death, machine);
+    let _ = write_report(&mut out, death, who, machine);
     out
 }
 
-fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt::Result {
+fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -> std::fmt::Result {
     let vmas = machine.mm().vmas();
-    writeln!(out, "umbra: the guest died of {}{}", signal_name(death.signal), reason(death, &vmas))?;
+    writeln!(
+        out,
+        "umbra: {who} died of {}{}",
+        signal_name(death.signal),
+        reason(death, &vmas, machine.frames())
+    )?;
     let regs = &death.regs;
     let vector = death.vector.map_or_else(String::new, |vector| format!(" (exception {vector})"));
     match (death.address, death.access) {
@@ -206,13 +211,18 @@ fn write_report(out: &mut String, death: &Death, machine: &Machine) -> std::fmt:
 }
 
 /// Why, with a look at what is mapped now.
-fn reason(death: &Death, vmas: &[Vma]) -> &'static str {
+fn reason(death: &Death, vmas: &[Vma], frames: Frames) -> &'static str {
     match (death.signal, death.code) {
         (libc::SIGSEGV, 1) => ": nothing is mapped there (SEGV_MAPERR)",
         (libc::SIGSEGV, 2) => ": the mapping does not allow it (SEGV_ACCERR)",
         (libc::SIGBUS, 2) => unreachable_page(death, vmas),
         // SI_KERNEL: umbra's own doing; a guest that kills itself has another code.
-        (libc::SIGKILL, 0x80) => ": out of memory, every frame is in use (give it more with --memory)",
+        (libc::SIGKILL, 0x80) => match frames {
+            Frames::Own => ": out of memory, every frame is in use (give it more with --memory)",
+            Frames::Shared => {
+                ": out of memory, every frame that the guests share is in use (give more with --memory or --pool)"
+            }
+        },
         _ => "",
     }
 }
@@ -297,7 +307,7 @@ mod tests {
                 tid: 1,
                 vector: Some(14),
             };
-            reason(&death, &vmas)
+            reason(&death, &vmas, Frames::Own)
         };
         assert!(said(Some(0x1008)).contains("beyond the end of its file"), "{}", said(Some(0x1008)));
         assert!(said(Some(0x2000)).contains("this page of adopted memory"), "{}", said(Some(0x2000)));

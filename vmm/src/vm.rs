@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One guest, put together: frame pool, address space, shadow map, KVM engine, process, and a host thread for each vCPU.
+//! Several may share a frame pool ([`VmConfig::pool`]); they share nothing else.
 //!
 //! # Who holds whom
 //! ```text
@@ -13,7 +14,7 @@ mod config;
 mod faults;
 mod rings;
 
-pub use config::{Accesses, AdBitsUse, Tracking, VmConfig, WindowFill};
+pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 
 use crate::engine::kvm::{Effort, KvmVm};
 use crate::engine::{EngineError, Regs, Vcpu};
@@ -25,7 +26,7 @@ use anyhow::{Context, Result};
 use config::ConfiguredTlb;
 use faults::VcpuFaults;
 use rings::Rings;
-use shadow_mmu::addr::{Gfn, Hva};
+use shadow_mmu::addr::{Gfn, Hva, PAGE_SIZE};
 use shadow_mmu::frame::FramePool;
 use shadow_mmu::mm::Mm;
 use shadow_mmu::mm::watch::{Forks, Watch};
@@ -82,7 +83,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Machine {
     fn new(config: VmConfig) -> Result<Arc<Self>> {
-        let pool = Arc::new(FramePool::new(config.memory, config.freed)?);
+        let pool = match &config.pool {
+            Some(pool) => Arc::clone(pool),
+            None => Arc::new(FramePool::new(config.memory, config.freed)?),
+        };
         let kvm = KvmVm::new(&config.kvm_device, Arc::clone(&pool)).context("cannot use KVM")?;
         kvm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
         let mm = Mm::new(Arc::clone(&pool))?;
@@ -151,6 +155,10 @@ impl Machine {
     pub fn pool(&self) -> &Arc<FramePool> {
         &self.pool
     }
+    /// Whether others have them too.
+    pub fn frames(&self) -> Frames {
+        if self.config.pool.is_some() { Frames::Shared } else { Frames::Own }
+    }
     /// The engine.
     pub fn kvm(&self) -> &Arc<KvmVm> {
         &self.kvm
@@ -203,7 +211,11 @@ impl Machine {
     }
     /// Checks the shadow map and the free frames now.
     pub fn check(&self) -> (AuditReport, u64) {
-        (self.shadow.audit(&self.mm), self.pool.check_poison())
+        (self.audit(), self.pool.check_poison())
+    }
+    /// Checks the shadow map alone now: the frames may be those of other machines too.
+    pub fn audit(&self) -> AuditReport {
+        self.shadow.audit(&self.mm)
     }
 
     fn spawn(self: Arc<Self>, thread: Thread, regs: Regs, xsave: Option<Vec<u8>>) -> Result<()> {
@@ -230,8 +242,8 @@ impl Machine {
 }
 
 /// Threads that a guest with this much memory may have: one for every 32 frames, as Linux's `threads-max`.
-fn max_threads(pool: &FramePool) -> usize {
-    (pool.frame_count() / 32).max(20)
+fn max_threads(memory: u64) -> usize {
+    usize::try_from(memory.div_ceil(PAGE_SIZE) / 32).unwrap_or(usize::MAX).max(20)
 }
 
 /// The machine as its process sees it.
@@ -278,7 +290,7 @@ impl Vm {
             files,
             host: Arc::new(MachineHost(Arc::clone(&machine))),
             exe: program.arguments.exe,
-            max_threads: machine.kvm.max_vcpus().min(max_threads(&machine.pool)),
+            max_threads: machine.kvm.max_vcpus().min(max_threads(machine.config.memory)),
         })?;
         Ok((Self { machine, process }, entry))
     }

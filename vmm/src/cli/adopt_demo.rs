@@ -294,7 +294,7 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
     let mut board = Board { memory, requests: 0, over: Arc::clone(&over) };
     // SAFETY: a page of atomic words, for which any value is valid, that is unmapped when the guest has ended.
     unsafe { vm.machine().mm().adopt(&watch, range, access, Some(Hva(BOARD))) }?;
-    let mut reactor = Reactor::new(Sources::new(vm.exited()?)?.with_limit(limit)?)?;
+    let mut reactor = Reactor::new(Sources::new([vm.exited()?])?.with_limit(limit)?)?;
     let mut interrupted = None;
     let (verdict, status) = std::thread::scope(|scope| -> Result<(Result<String>, ExitStatus)> {
         vm.start(entry)?;
@@ -310,7 +310,7 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
                 Event::Signal(signal) => signal,
                 Event::TimeLimit => libc::SIGKILL,
                 // The demo asks for no ticks and no rings.
-                Event::Exited | Event::Age | Event::CollectDirty | Event::RingFull => return,
+                Event::Exited(_) | Event::Age | Event::CollectDirty | Event::RingFull => return,
             };
             // The first ends the guest.
             interrupted.get_or_insert((event, signal));
@@ -334,7 +334,7 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
         return Ok(ExitCode::from(exit_code(status)));
     }
     if let Some(death) = vm.machine().death().filter(|death| death.signal != libc::SIGKILL) {
-        eprint!("{}", death_report(&death, vm.machine()));
+        eprint!("{}", death_report(&death, "the guest", vm.machine()));
     }
     let verdict = verdict.context("not as promised")?;
     ensure!(status == ExitStatus::Exited(0), "the guest ended with {status:?}");

@@ -54,6 +54,16 @@ impl AgeArgs {
         self.age.or_else(|| (self.wss.is_some() || self.heatmap.is_some()).then_some(INTERVAL))
     }
 
+    /// An option that shows a guest, if one is given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let given = [
+            (self.age.is_some(), "--age"),
+            (self.wss.is_some(), "--wss"),
+            (self.heatmap.is_some(), "--heatmap"),
+        ];
+        given.iter().find(|(is_given, _)| *is_given).map(|(_, option)| *option)
+    }
+
     pub(super) fn ad_bits(&self) -> AdBitsUse {
         match self.ad_bits {
             Switch::On => AdBitsUse::Engine,

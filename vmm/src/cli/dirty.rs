@@ -83,6 +83,11 @@ impl DirtyArgs {
         self.dirty_rate.map(|rate| rate.every)
     }
 
+    /// An option that shows a guest, if one is given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        self.dirty_rate.map(|_| "--dirty-rate")
+    }
+
     /// Entries of each vCPU's ring, where there are to be rings.
     pub(super) fn ring_entries(&self) -> Option<u32> {
         match (self.dirty_rate, self.dirty_log) {

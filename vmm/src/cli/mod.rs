@@ -7,8 +7,10 @@
 mod adopt_demo;
 mod age;
 mod bench;
+mod check;
 mod dirty;
 mod doctor;
+mod guests;
 mod images;
 mod observers;
 mod parse;

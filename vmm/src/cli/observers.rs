@@ -1,21 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What `umbra run` does beside a running guest to tell of it: aging, the dirty log, and their reports. One value, so that
+//! What `umbra run` does beside running guests to tell of them: aging, the dirty log, and their reports. One value, so that
 //! the command itself reads as start, wait, end.
+//!
+//! Aging and the dirty log are of one guest, and of a fleet with more the command line has not asked for them: what is
+//! observed is guest 0. Of several guests it is told how each of them ended.
 //!
 //! Everything in here is on the event loop's thread; only the writing of reports is not ([`Reports`]).
 
+use super::Format;
 use super::age::{AgeArgs, Aging};
 use super::dirty::{Dirty, DirtyArgs};
 use super::replacement::Replacement;
 use super::reports::Reports;
 use crate::aging::AgingCost;
+use crate::fleet::Fleet;
 use crate::reactor::{Event, Reactor, Sources};
-use crate::vm::Machine;
-use anyhow::Result;
+use crate::vm::Vm;
+use anyhow::{Context, Result};
+use std::sync::Arc;
 
-/// What tells of a guest.
+/// What tells of guests.
 #[derive(Debug)]
 pub(super) struct Observers {
+    /// The guest that is observed, if one is.
+    observed: Option<Arc<Vm>>,
     aging: Option<Aging>,
     dirty: Option<Dirty>,
     /// Where something is to be told.
@@ -33,31 +41,43 @@ impl Observers {
     /// Adds what the observers listen to.
     pub(super) fn listen(
         sources: Sources,
-        machine: &Machine,
+        fleet: &Fleet,
         age: &AgeArgs,
         dirty: &DirtyArgs,
     ) -> Result<Sources> {
         let sources = sources
             .with_ticks(Event::Age, age.interval())?
             .with_ticks(Event::CollectDirty, dirty.interval())?
-            .with_ring_full(machine.dirty_ring_full()?);
+            .with_ring_full(first(fleet)?.machine().dirty_ring_full()?);
         if age.reports_on_signal() { sources.with_report_signal() } else { Ok(sources) }
     }
 
-    /// For the guest of `machine`, which is about to start.
+    /// For the guests of `fleet`, which are about to start.
     pub(super) fn start(
-        machine: &Machine,
+        fleet: &Fleet,
         age: &AgeArgs,
         picture: Option<Replacement>,
         dirty: &DirtyArgs,
     ) -> Result<Self> {
-        let tells = age.reports_on_signal() || dirty.interval().is_some();
+        let tells = age.reports_on_signal() || dirty.interval().is_some() || fleet.count() > 1;
         let reports = tells.then(Reports::to_stderr).transpose()?;
-        Ok(Self { aging: age.start(machine, picture), dirty: dirty.start(machine)?, reports })
+        let vm = first(fleet)?;
+        let (aging, dirty) = (age.start(vm.machine(), picture), dirty.start(vm.machine())?);
+        let observed = (aging.is_some() || dirty.is_some()).then_some(vm);
+        Ok(Self { observed, aging, dirty, reports })
+    }
+
+    /// Tells `text`, whole lines, while guests run.
+    pub(super) fn tell(&mut self, text: String) {
+        if let Some(reports) = self.reports.as_mut().filter(|_| !text.is_empty()) {
+            reports.send(Format::Text, text);
+        }
     }
 
     /// Does what `event` asks for.
-    pub(super) fn handle(&mut self, machine: &Machine, event: Event) {
+    pub(super) fn handle(&mut self, event: Event) {
+        let Some(vm) = &self.observed else { return };
+        let machine = vm.machine();
         let report = match event {
             Event::Age => {
                 self.aging.iter_mut().for_each(Aging::pass);
@@ -71,7 +91,7 @@ impl Observers {
                 self.dirty.as_mut().and_then(|dirty| Some((dirty.format(), dirty.tick(machine)?)))
             }
             Event::Signal(libc::SIGUSR1) => self.aging.as_ref().and_then(Aging::report),
-            Event::Signal(_) | Event::TimeLimit | Event::Exited => None,
+            Event::Signal(_) | Event::TimeLimit | Event::Exited(_) => None,
         };
         if let (Some((format, report)), Some(reports)) = (report, &mut self.reports) {
             reports.send(format, report);
@@ -79,16 +99,21 @@ impl Observers {
     }
 
     /// The guest has ended, its memory is still there. Writes what is left to tell, and waits for who reads it.
-    pub(super) fn finish(self, machine: &Machine, reactor: &Reactor) -> Observed {
-        let Self { mut aging, dirty, reports } = self;
+    pub(super) fn finish(self, reactor: &Reactor) -> Observed {
+        let Self { observed, mut aging, dirty, reports } = self;
         if let Some(aging) = &mut aging {
             aging.last_pass(reactor.skipped(Event::Age));
         }
-        let mut last = dirty.map_or_else(Vec::new, |dirty| dirty.finish(machine));
+        let dirty = dirty.zip(observed);
+        let mut last = dirty.map_or_else(Vec::new, |(dirty, vm)| dirty.finish(vm.machine()));
         last.extend(aging.as_ref().and_then(Aging::report).map(|(_, report)| report));
         if let Some(reports) = reports {
             reports.finish(last);
         }
         Observed { aging: aging.map(Aging::finish) }
     }
+}
+
+fn first(fleet: &Fleet) -> Result<Arc<Vm>> {
+    fleet.guest(0).context("there is no guest")
 }

@@ -24,6 +24,9 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than 64 bits can count"))
 }
 
+/// The largest pool, bytes.
+pub(super) const MOST_MEMORY: u64 = 1 << 44;
+
 /// Memory for a guest: a size that makes a pool.
 pub(super) fn memory(text: &str) -> Result<u64, String> {
     /// Root tables, monitor, zero frame, a program's own first pages.
@@ -32,7 +35,7 @@ pub(super) fn memory(text: &str) -> Result<u64, String> {
     if bytes < LEAST {
         return Err(format!("{text} is too little to run anything: give at least 1M"));
     }
-    if bytes > 1 << 44 {
+    if bytes > MOST_MEMORY {
         return Err(format!("{text} is more than the 16T that umbra can address"));
     }
     Ok(bytes)

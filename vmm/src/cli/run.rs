@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra run`.
 
+use super::check::Checker;
+use super::guests::{Endings, GuestsArgs};
 use super::observers::Observers;
 use super::replacement::Replacement;
 use super::{Format, adopt_demo, age, dirty, kvm_device, parse, trace};
-use crate::guest::{Arguments, ExitStatus};
+use crate::fleet::Fleet;
+use crate::guest::Arguments;
 use crate::reactor::{Event, Reactor, Sources, block_report_signal, block_signals, unblock_signals};
-use crate::report::{Stats, death_report, exit_code, signal_name};
 use crate::trace::Tracer;
-use crate::vm::{Accesses, Machine, Program, Tracking, Vm, VmConfig, WindowFill};
+use crate::vm::{Accesses, Program, Tracking, VmConfig, WindowFill};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use shadow_mmu::frame::FreedFrames;
@@ -19,7 +21,6 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Run a program: a bundled guest by name, or any static x86-64 Linux ELF by path.
@@ -37,6 +38,8 @@ pub(super) struct RunArgs {
     /// What a page fault brings along: `off`, a block of this SIZE, or what the faults so far suggest.
     #[arg(long, value_name = "off|SIZE|adaptive", default_value = "adaptive", value_parser = parse::fault_around)]
     fault_around: FaultAroundPolicy,
+    #[command(flatten)]
+    guests: GuestsArgs,
     /// Print what the run cost, to stderr, at the end.
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     stats: Option<Format>,
@@ -59,7 +62,7 @@ pub(super) struct RunArgs {
     /// Instead of a program, show a guest memory of umbra's own, and unmap, move and discard it behind the guest's back;
     /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must.
     #[arg(long, conflicts_with_all = [
-        "program", "stats", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
+        "program", "guests", "stats", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
     ])]
     adopt_demo: bool,
     /// How KVM's view of the frames is filled; for benchmarks.
@@ -90,6 +93,11 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
         eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
         return Ok(ExitCode::from(2));
     }
+    let shows_one = args.age.given().or(args.dirty.given()).or(args.trace.given());
+    if let Some(refusal) = args.guests.refusal(shows_one, args.memory) {
+        eprintln!("umbra: {refusal}");
+        return Ok(ExitCode::from(2));
+    }
     // While signals still end umbra, for it may wait.
     let output = args.trace.open()?;
     let picture = args.age.open()?;
@@ -116,6 +124,7 @@ fn run_traced(
     let config = VmConfig {
         kvm_device: kvm_device(),
         memory: args.memory,
+        pool: None,
         fault_around: args.fault_around,
         freed: if args.check { FreedFrames::Poison } else { FreedFrames::Keep },
         window: match args.window {
@@ -136,22 +145,33 @@ fn run_traced(
     if args.adopt_demo {
         return adopt_demo::run(config, args.timeout);
     }
-    let (vm, entry) = Vm::new(config, program(args.program, args.env)?)?;
-    let sources = Sources::new(vm.exited()?)?.with_limit(args.timeout)?;
-    let sources = Observers::listen(sources, vm.machine(), &args.age, &args.dirty)?;
+    let program = program(args.program, args.env)?;
+    let fleet = Fleet::new(args.guests.count(), args.guests.pool(), config, &program)?;
+    let mut endings = Endings::new(fleet.count(), began);
+    let sources = Sources::new(fleet.exited()?)?.with_limit(args.timeout)?;
+    let sources = Observers::listen(sources, &fleet, &args.age, &args.dirty)?;
     let mut reactor = Reactor::new(sources)?;
-    let mut observers = Observers::start(vm.machine(), &args.age, picture, &args.dirty)?;
-    let checker = args.check.then(|| Checker::new(vm.machine()));
-    let status = std::thread::scope(|scope| -> Result<ExitStatus> {
+    let mut observers = Observers::start(&fleet, &args.age, picture, &args.dirty)?;
+    let checker = args.check.then(|| Checker::new(&fleet));
+    std::thread::scope(|scope| -> Result<()> {
         if let Some(checker) = &checker {
             scope.spawn(|| checker.run());
         }
-        let ended = vm.start(entry).and_then(|()| {
+        let ended = fleet.start().and_then(|()| {
             reactor.run(|event| match event {
-                Event::Signal(signal) if signal != libc::SIGUSR1 => vm.kill(signal),
-                Event::TimeLimit => vm.kill(libc::SIGKILL),
-                Event::Exited => {}
-                _ => observers.handle(vm.machine(), event),
+                Event::Signal(signal) if signal != libc::SIGUSR1 => fleet.kill(signal),
+                Event::TimeLimit => fleet.kill(libc::SIGKILL),
+                // The last one is told of below, when umbra may wait for who reads it.
+                Event::Exited(number) => {
+                    if let Some(vm) = fleet.take_unless_last(number) {
+                        let text = endings.note(number, &vm, None);
+                        checker.iter().for_each(|checker| checker.audit(number, &vm));
+                        // Who reads of its end finds its memory given back.
+                        drop(vm);
+                        observers.tell(text);
+                    }
+                }
+                _ => observers.handle(event),
             })
         });
         if let Some(checker) = &checker {
@@ -159,28 +179,21 @@ fn run_traced(
         }
         // From here on umbra may wait for who reads what it says, and a signal is to end that.
         unblock_signals()?;
-        ended?;
-        vm.wait()
+        ended
     })?;
-    let observed = observers.finish(vm.machine(), &reactor);
-
-    if let ExitStatus::Signaled(signal) = status {
-        match vm.machine().death() {
-            Some(death) => eprint!("{}", death_report(&death, vm.machine())),
-            None => eprintln!("umbra: the guest was ended by {}", signal_name(signal)),
-        }
+    let observed = observers.finish(&reactor);
+    for (number, vm) in fleet.left() {
+        eprint!("{}", endings.note(number, &vm, observed.aging));
+        checker.iter().for_each(|checker| checker.audit(number, &vm));
+        drop(fleet.take(number));
     }
     if let Some(format) = args.stats {
-        let stats = Stats::of(vm.machine(), began.elapsed(), observed.aging);
-        match format {
-            Format::Text => eprintln!("{}", stats.text()),
-            Format::Json => eprintln!("{}", serde_json::to_string(&stats)?),
-        }
+        eprintln!("{}", endings.stats(format)?);
     }
     if let Some(checker) = checker {
         checker.finish()?;
     }
-    Ok(ExitCode::from(exit_code(status)))
+    Ok(ExitCode::from(endings.exit_status()))
 }
 
 /// The program that the command line names, with its arguments.
@@ -211,53 +224,4 @@ fn program(words: Vec<OsString>, env: Vec<String>) -> Result<Program> {
         random: None,
     };
     Ok(Program { elf, arguments })
-}
-
-/// Audits a running guest.
-#[derive(Debug)]
-struct Checker<'a> {
-    machine: &'a Machine,
-    over: AtomicBool,
-    audits: std::sync::Mutex<(u64, Vec<String>)>,
-}
-
-impl<'a> Checker<'a> {
-    fn new(machine: &'a Machine) -> Self {
-        Self { machine, over: AtomicBool::new(false), audits: std::sync::Mutex::default() }
-    }
-
-    fn run(&self) {
-        while !self.over.load(Ordering::Acquire) {
-            self.audit();
-            std::thread::park_timeout(Duration::from_millis(100));
-        }
-    }
-
-    fn stop(&self) {
-        self.over.store(true, Ordering::Release);
-    }
-
-    fn audit(&self) {
-        let (report, broken) = self.machine.check();
-        let mut audits = self.audits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        audits.0 += 1;
-        audits.1.extend(report.violations.iter().map(ToString::to_string));
-        if broken > 0 {
-            audits.1.push(format!("{broken} free frames were written"));
-        }
-    }
-
-    /// A last look, and the verdict.
-    fn finish(&self) -> Result<()> {
-        self.audit();
-        let audits = self.audits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for line in audits.1.iter().take(20) {
-            eprintln!("umbra: check: {line}");
-        }
-        if !audits.1.is_empty() {
-            bail!("{} checks failed: this is a bug of umbra's", audits.1.len());
-        }
-        eprintln!("umbra: check: {} audits clean, no free frame written", audits.0);
-        Ok(())
-    }
 }

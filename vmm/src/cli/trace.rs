@@ -45,6 +45,11 @@ pub(super) struct Output {
 }
 
 impl TraceArgs {
+    /// An option that shows a guest, if one is given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        self.trace.map(|_| "--trace")
+    }
+
     /// Opens what the trace is to be written to; `None` if nothing is traced. May wait: a FIFO has no reader at first.
     pub(super) fn open(&self) -> Result<Option<Output>> {
         let Some(Traced { notifier: Some(format) }) = self.trace else { return Ok(None) };

@@ -3,7 +3,7 @@
 
 use crate::engine::kvm::KvmVm;
 use shadow_mmu::addr::Pfn;
-use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb, Zapped};
 use std::path::PathBuf;
@@ -23,16 +23,28 @@ pub enum WindowFill {
     Userfaultfd(Duration),
 }
 
+/// Whose frames a machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Frames {
+    /// Its own.
+    Own,
+    /// Those of a pool that several machines share.
+    Shared,
+}
+
 /// What a machine is made of.
 #[derive(Debug, Clone)]
 pub struct VmConfig {
     /// The KVM device.
     pub kvm_device: PathBuf,
-    /// Bytes of memory, page tables included.
+    /// Bytes of memory, page tables included. Where the pool is shared it is what the guest adds to it, and how many threads it
+    /// may have goes by it; nothing else holds the guest to it.
     pub memory: u64,
+    /// The frames, where several machines share them; `None`: a pool of its own, of `memory` bytes.
+    pub pool: Option<Arc<FramePool>>,
     /// What a fault brings along.
     pub fault_around: FaultAroundPolicy,
-    /// What happens to freed frames.
+    /// What happens to freed frames of a pool of its own.
     pub freed: FreedFrames,
     /// How the window is filled.
     pub window: WindowFill,

@@ -75,6 +75,7 @@ impl Work {
             kvm_device: crate::cli::kvm_device(),
             memory: (bytes + bytes / 4 + threads).saturating_add(32 << 20),
             fault_around,
+            pool: None,
             freed: FreedFrames::Keep,
             window,
             listeners: Vec::new(),

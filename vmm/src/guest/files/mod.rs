@@ -51,6 +51,15 @@ impl Files {
         Self::new([0, 1, 2].map(|fd| host::duplicate(fd).ok()))
     }
 
+    /// The same, but that there is nothing to read: what all guests have but one, where several share umbra's files.
+    ///
+    /// # Errors
+    /// `/dev/null` cannot be opened.
+    pub fn inherit_output() -> std::io::Result<Self> {
+        let nothing = OwnedFd::from(std::fs::File::open("/dev/null")?);
+        Ok(Self::new([Some(nothing), host::duplicate(1).ok(), host::duplicate(2).ok()]))
+    }
+
     /// Standard input, output and error are these; `None` for a closed one.
     pub fn new(standard: [Option<OwnedFd>; 3]) -> Self {
         let names = ["/dev/stdin", "/dev/stdout", "/dev/stderr"];
