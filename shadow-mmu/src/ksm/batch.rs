@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Merging what a scan has found, many pages at a time: neighbours share pairs, hence flushes.
+//! Merging what a sweep has come to, many pages at a time and in the order of their addresses: neighbours share pairs, hence
+//! flushes.
 //!
-//! A page that was found equal to a candidate needs that one to become a page of KSM first (`try_to_merge_two_pages`). So the
-//! candidates that are wanted come first, all of them, each in the place where it is; then the pages that are merged into
-//! something. A candidate to which nobody could be merged in the end becomes an ordinary page again (`break_cow`, without
-//! the copy: nobody else has it). A candidate that others have since a fork stays theirs, and a copy of it becomes the page of KSM.
+//! The first page of a content becomes a page of KSM, in its place in that order, hence before any page is compared with it. If
+//! it turns out that nobody could be merged into it, it is made an ordinary page again at the end of the pass (`break_cow`, without
+//! the copy: nobody else has it). Of a page that others have since a fork, a copy becomes the page of KSM.
 //!
 //! Between look and merge anything may have happened; what is not as it was is left alone, and found again by a later pass.
 
-use super::index::{Index, Place};
+use super::index::Place;
 use super::scan::Scanner;
-use super::{CandidateAccess, Domain, Ksm};
+use super::{CandidateAccess, Ksm};
 use crate::addr::Pfn;
 use crate::frame::{Fill, FrameFlags};
 use crate::mm::{MergeInto, Mm, Outcome, Target};
@@ -22,73 +22,52 @@ use std::collections::HashMap;
 struct Wanted {
     /// The number of its space.
     space: usize,
-    /// The row of its VMA.
-    row: usize,
     target: Target,
 }
 
 /// Pages that wait to be merged.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    /// Candidates that are to become pages of KSM.
-    promoted: Vec<Wanted>,
-    merged: Vec<Wanted>,
+    wanted: Vec<Wanted>,
     /// How many pages wait for each page of KSM, or candidate that is to become one.
     waiting: HashMap<Pfn, usize>,
-    /// Pages of KSM to which a reference is held.
-    held: Vec<Pfn>,
+    /// Copies that are pages of KSM, with a reference each.
+    copies: Vec<Pfn>,
+    /// Pages that have become pages of KSM in this pass, and where they are. Longer than a batch: it has to be seen whether
+    /// anybody is merged into them.
+    promoted: Vec<(Place, Pfn)>,
 }
 
 impl Batch {
     /// Pages that wait.
     pub(super) fn len(&self) -> usize {
-        self.promoted.len() + self.merged.len()
+        self.wanted.len()
     }
 
-    /// How many wait for `into`.
-    pub(super) fn waiting(&self, into: Pfn) -> usize {
-        self.waiting.get(&into).copied().unwrap_or(0)
+    /// How many wait for `into`; `None` if it is not known that anybody may.
+    pub(super) fn waiting(&self, into: Pfn) -> Option<usize> {
+        self.waiting.get(&into).copied()
+    }
+
+    fn add(&mut self, space: usize, page: u64, pfn: Pfn, into: MergeInto) {
+        self.wanted.push(Wanted { space, target: Target::new(page, pfn, into) });
     }
 
     /// A page of zeros.
-    pub(super) fn zero(&mut self, space: usize, row: usize, page: u64, pfn: Pfn) {
-        self.merged.push(Wanted { space, row, target: Target::new(page, pfn, MergeInto::Zero) });
+    pub(super) fn zero(&mut self, space: usize, page: u64, pfn: Pfn) {
+        self.add(space, page, pfn, MergeInto::Zero);
     }
 
-    /// A page like a page of KSM, to which the caller gives the reference that it has.
-    pub(super) fn merge(&mut self, space: usize, row: usize, page: u64, pfn: Pfn, into: Pfn) {
-        self.held.push(into);
-        self.merge_with(space, row, page, pfn, into);
-    }
-
-    /// A page like a candidate that was promoted.
-    pub(super) fn merge_with(&mut self, space: usize, row: usize, page: u64, pfn: Pfn, into: Pfn) {
+    /// A page like a page of KSM, or like one that waits to become one.
+    pub(super) fn merge(&mut self, space: usize, page: u64, pfn: Pfn, into: Pfn) {
         *self.waiting.entry(into).or_default() += 1;
-        self.merged.push(Wanted { space, row, target: Target::new(page, pfn, MergeInto::Frame(into)) });
+        self.add(space, page, pfn, MergeInto::Frame(into));
     }
 
-    /// A candidate is to become a page of KSM.
-    pub(super) fn promote(&mut self, candidate: Pfn, index: &Index) {
-        if self.waiting.contains_key(&candidate) {
-            return;
-        }
-        self.waiting.insert(candidate, 0);
-        let place = index.place(candidate);
-        let target = Target::new(place.page(), candidate, MergeInto::Itself);
-        self.promoted.push(Wanted { space: place.space(), row: usize::MAX, target });
-    }
-}
-
-/// Has each address space merge its part of `wanted`.
-fn merge_all(scanner: &Scanner, wanted: &mut [Wanted], limit: u32) {
-    wanted.sort_unstable_by_key(|one| (one.space, one.target.page));
-    let mut targets = Vec::new();
-    for of_space in wanted.chunk_by_mut(|a, b| a.space == b.space) {
-        let Some(mm) = space(scanner, of_space[0].space) else { continue };
-        targets.clear();
-        targets.extend(of_space.iter().map(|one| one.target));
-        mm.merge(&mut targets, limit);
-        of_space.iter_mut().zip(&targets).for_each(|(one, &target)| one.target = target);
+    /// A candidate that is to become a page of KSM.
+    pub(super) fn promote(&mut self, space: usize, page: u64, pfn: Pfn) {
+        self.waiting.insert(pfn, 0);
+        self.add(space, page, pfn, MergeInto::Itself);
     }
 }
 
@@ -99,97 +78,101 @@ fn space(scanner: &Scanner, at: usize) -> Option<Arc<Mm>> {
 impl Ksm {
     /// Merges what waits. Returns how many pages were merged with something.
     pub(super) fn merge(&self, scanner: &mut Scanner) -> u64 {
-        let Batch { mut promoted, mut merged, waiting: _, mut held } = std::mem::take(&mut scanner.batch);
-        let limit = self.settings.max_page_sharing;
-        merge_all(scanner, &mut promoted, limit);
-        // Copies, by what they are copies of.
-        let mut copies = HashMap::new();
-        promoted.retain_mut(|one| {
-            let pfn = one.target.pfn;
-            let domain = scanner.domain(one.space);
-            if one.target.outcome == Outcome::Forked
-                && let Some(copy) = self.copy_of(scanner, pfn, domain)
-            {
-                copies.insert(pfn, copy);
-                held.push(copy);
-                let target = Target::new(one.target.page, pfn, MergeInto::Frame(copy));
-                merged.push(Wanted { target, ..*one });
-                one.target.pfn = copy;
-                return true;
-            }
-            // It may have been written, and its frame gone, since.
-            let is_held = one.target.outcome == Outcome::Merged && self.pool.get_ksm(pfn);
-            if is_held {
-                held.push(pfn);
-                self.pool.frame(pfn).take_flags(FrameFlags::CANDIDATE);
-                scanner.index.set_place(pfn, Place::of_domain(domain.0));
-            } else {
-                scanner.forget(self.pool.frame(pfn), pfn);
-            }
-            is_held
-        });
-        for one in &mut merged {
-            if let MergeInto::Frame(into) = &mut one.target.into {
-                *into = copies.get(into).copied().unwrap_or(*into);
-            }
+        let mut wanted = std::mem::take(&mut scanner.batch.wanted);
+        // In order as they come, but for what hints brought.
+        wanted.sort_by_key(|one| (one.space, one.target.page));
+        let mut targets = Vec::with_capacity(wanted.len());
+        for of_space in wanted.chunk_by_mut(|a, b| a.space == b.space) {
+            let Some(mm) = space(scanner, of_space[0].space) else { continue };
+            targets.clear();
+            targets.extend(of_space.iter().map(|one| one.target));
+            mm.merge(&mut targets, self.settings.max_page_sharing);
+            of_space.iter_mut().zip(&targets).for_each(|(one, &target)| one.target = target);
         }
-        held.sort_unstable();
-        // Those whose other half could not be promoted wait for another pass.
-        merged.retain(|one| match one.target.into {
-            MergeInto::Frame(into) => held.binary_search(&into).is_ok(),
-            MergeInto::Zero | MergeInto::Itself => true,
-        });
-        merge_all(scanner, &mut merged, limit);
-        let mut count = 0;
-        for one in &merged {
-            if one.target.outcome == Outcome::Merged {
-                count += 1;
-            }
-            // A candidate of another space has no row in the pass of this one.
-            let Some(row) = scanner.now(one.space).pages_of(one.row) else { continue };
-            match one.target.outcome {
-                Outcome::Merged => {
-                    if one.target.into == MergeInto::Zero {
-                        row.zero += 1;
-                    } else {
-                        row.shared += 1;
-                    }
-                }
-                Outcome::Pinned => row.not_shared.pinned += 1,
-                Outcome::Full => row.not_shared.limit += 1,
-                Outcome::Changed | Outcome::Different => row.not_shared.volatile += 1,
-                Outcome::NotMergeable | Outcome::Forked | Outcome::Pending | Outcome::Protected(_) => {}
-            }
-        }
-        self.pool.put_all(&held);
-        if self.settings.access == CandidateAccess::Normal {
-            promoted.iter().for_each(|one| self.demote(scanner, one));
-        }
-        count
+        let merged = wanted.iter().map(|one| self.after_merge(scanner, one)).sum();
+        scanner.batch.waiting.clear();
+        let copies = std::mem::take(&mut scanner.batch.copies);
+        self.pool.put_all(&copies);
+        wanted.clear();
+        scanner.batch.wanted = wanted;
+        merged
     }
 
-    /// A page of KSM with the content of a candidate, which is forgotten; with one reference, which is the caller's.
-    fn copy_of(&self, scanner: &mut Scanner, candidate: Pfn, domain: Domain) -> Option<Pfn> {
-        let copy = self.pool.alloc(Fill::Overwritten).ok()?;
+    /// What follows from what became of one page. Returns 1 if it was merged with another, else 0.
+    fn after_merge(&self, scanner: &mut Scanner, one: &Wanted) -> u64 {
+        let Target { page, pfn, into, outcome } = one.target;
+        let (place, frame) = (Place::of_page(one.space, page), self.pool.frame(pfn));
+        let mut merged = 0;
+        let mut counted = None;
+        if let Some(pass) = scanner.pass_of(one.space) {
+            counted = pass.pages_at(page);
+        }
+        match (outcome, into) {
+            (Outcome::Merged, MergeInto::Itself) => {
+                if let Some(pages) = counted {
+                    pages.shared += 1;
+                }
+                // If it was written since, its frame has gone, and the entry is found to be out of date.
+                let domain = scanner.domain(one.space);
+                scanner.index.set_place(pfn, Place::of_domain(domain.0));
+                scanner.batch.promoted.push((place, pfn));
+                frame.take_flags(FrameFlags::CANDIDATE);
+                return 0;
+            }
+            (Outcome::Merged, _) => {
+                merged = 1;
+                if let Some(pages) = counted {
+                    let counter = if into == MergeInto::Zero { &mut pages.zero } else { &mut pages.shared };
+                    *counter += 1;
+                }
+            }
+            (Outcome::Pinned, _) => counted.into_iter().for_each(|pages| pages.not_shared.pinned += 1),
+            (Outcome::Full, _) => counted.into_iter().for_each(|pages| pages.not_shared.limit += 1),
+            _ => counted.into_iter().for_each(|pages| pages.not_shared.volatile += 1),
+        }
+        scanner.forget(frame, pfn);
+        merged
+    }
+
+    /// Has a copy of a candidate become a page of KSM, and the candidate be merged into it.
+    pub(super) fn promote_copy(&self, scanner: &mut Scanner, at: usize, page: u64, candidate: Pfn) {
+        // Without memory it stays as it is, and so do those that are like it.
+        let Ok(copy) = self.pool.alloc(Fill::Overwritten) else { return };
         self.pool.copy(candidate, copy);
         // It may have been written meanwhile; the copy is what counts.
         let hash = scanner.hash_of(self, copy);
-        scanner.forget(self.pool.frame(candidate), candidate);
         scanner.index.remove(copy);
+        let domain = scanner.domain(at);
         if !scanner.index.insert(copy, hash, Place::of_domain(domain.0)) {
             self.pool.put(copy);
-            return None;
+            return;
         }
         self.pool.make_ksm(copy);
-        Some(copy)
+        scanner.batch.copies.push(copy);
+        scanner.batch.promoted.push((Place::of_page(at, page), copy));
+        scanner.batch.merge(at, page, candidate, copy);
     }
 
-    /// Makes a page of KSM that has remained alone a candidate again.
-    fn demote(&self, scanner: &mut Scanner, one: &Wanted) {
-        let Target { page, pfn, .. } = one.target;
-        if space(scanner, one.space).is_some_and(|mm| mm.demote(page, pfn)) {
-            scanner.index.set_place(pfn, Place::of_page(one.space, page));
-            self.pool.frame(pfn).set_flags(FrameFlags::CANDIDATE);
+    /// Makes pages of KSM that have remained alone candidates again.
+    pub(super) fn demote_lonely(&self, scanner: &mut Scanner) {
+        let promoted = std::mem::take(&mut scanner.batch.promoted);
+        if self.settings.access == CandidateAccess::CopyOnAccess {
+            // There all are alike.
+            return;
+        }
+        for (place, pfn) in promoted {
+            // Most are not alone; a look costs less than the locks.
+            let is_alone = self.pool.frame(pfn).map_count() == 1;
+            if is_alone && space(scanner, place.space()).is_some_and(|mm| mm.demote(place.page(), pfn)) {
+                scanner.index.set_place(pfn, place);
+                self.is_alone(pfn);
+                if let Some(pages) =
+                    scanner.pass_of(place.space()).and_then(|pass| pass.pages_at(place.page()))
+                {
+                    pages.shared = pages.shared.saturating_sub(1);
+                    pages.not_shared.limit += 1;
+                }
+            }
         }
     }
 }

@@ -6,6 +6,7 @@
 //! moment. What is true of the others is counted by a pass: `pages_unshared`, `pages_volatile`, `ksm_rmap_items` and the rows of
 //! VMAs are, for each address space, of the last pass that has left it behind.
 
+use super::scan::Why;
 use super::{Ksm, KsmMember};
 use crate::addr::{Access, HvaRange, PAGE_SIZE};
 use crate::frame::FrameFlags;
@@ -113,13 +114,12 @@ pub struct KsmPages {
 /// What one pass counted of an address space.
 #[derive(Debug, Clone, Default)]
 pub(super) struct MemberPass {
-    pub(super) vmas: Vec<KsmVma>,
-    pub(super) items: u64,
+    vmas: Vec<KsmVma>,
 }
 
 impl MemberPass {
-    /// The row of `vma`, which is the last one's or comes behind it.
-    pub(super) fn row(&mut self, vma: &Vma) -> usize {
+    /// Adds what a look at a part of `vma` counted, which comes behind all others of the pass.
+    pub(super) fn add(&mut self, vma: &Vma, counts: &KsmPages) {
         let is_last = |row: &KsmVma| match &row.place {
             Some(last) => last.range.end > vma.range.start,
             None => true,
@@ -129,15 +129,8 @@ impl MemberPass {
             let place = (self.vmas.len() < ROWS).then(place);
             self.vmas.push(KsmVma { place, pages: KsmPages::default() });
         }
-        self.vmas.len() - 1
-    }
-
-    pub(super) fn pages_of(&mut self, row: usize) -> Option<&mut KsmPages> {
-        self.vmas.get_mut(row).map(|row| &mut row.pages)
-    }
-
-    pub(super) fn add(&mut self, row: usize, counts: &KsmPages) {
-        let row = &mut self.vmas[row].pages;
+        let Some(row) = self.vmas.last_mut() else { return };
+        let row = &mut row.pages;
         row.all += counts.all;
         row.shared += counts.shared;
         row.zero += counts.zero;
@@ -147,8 +140,35 @@ impl MemberPass {
         sum.pinned += more.pinned;
         sum.domain += more.domain;
         sum.limit += more.limit;
-        // Pages of zeros have no item (`ksm_rmap_items`).
-        self.items += counts.all - counts.zero;
+    }
+
+    /// What is counted of the pages of the VMA that has `page`.
+    pub(super) fn pages_at(&mut self, page: u64) -> Option<&mut KsmPages> {
+        let begins = |row: &KsmVma| row.place.as_ref().is_some_and(|place| place.range.start.page() <= page);
+        let row = self.vmas.partition_point(begins).checked_sub(1)?;
+        // Beyond the rows that are a VMA's each, the last is everybody's.
+        let last = self.vmas.len() - 1;
+        let is_in = self.vmas[row].place.as_ref().is_some_and(|place| place.range.end.page() > page);
+        let row = if is_in { row } else { last };
+        (is_in || self.vmas[row].place.is_none()).then(|| &mut self.vmas[row].pages)
+    }
+
+    /// A page was counted as `why` and is not alone any longer.
+    pub(super) fn not_any_longer(&mut self, page: u64, why: Why) {
+        let Some(pages) = self.pages_at(page) else { return };
+        let not_shared = &mut pages.not_shared;
+        let counter = match why {
+            Why::Unique => &mut not_shared.unique,
+            Why::Domain => &mut not_shared.domain,
+            Why::Limit => &mut not_shared.limit,
+            Why::Wanted => return,
+        };
+        *counter = counter.saturating_sub(1);
+    }
+
+    /// Pages that are merged, or might be; those of zeros have no item (`ksm_rmap_items`).
+    fn items(&self) -> u64 {
+        self.vmas.iter().map(|row| row.pages.all - row.pages.zero).sum()
     }
 
     fn alone(&self) -> u64 {
@@ -208,7 +228,7 @@ impl Ksm {
         let mut members = Vec::new();
         for member in scanner.members.iter().flatten() {
             let Some(mm) = member.mm.upgrade() else { continue };
-            let stats = stats_of(&mm, member.last.items);
+            let stats = stats_of(&mm, member.last.items());
             merging += stats.ksm_merging_pages;
             zero += stats.ksm_zero_pages;
             items += stats.ksm_rmap_items;

@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The scan: a cursor over all address spaces, and one look at each page. See the [module](super) for a page's way.
+//! The scan: a cursor over all address spaces, twice in a pass. See the [module](super) for a page's way.
 //!
-//! A look takes up to [`TABLES`] leaf tables of one VMA at a time, in three steps:
+//! First it *looks*: which pages were written, which were not, and what those hold; each look up to [`TABLES`] leaf tables of one
+//! VMA at a time, in three steps:
 //! 1. Under the page-table lock: which pages are there, and what is known of them. What the primary and the frame have to say
 //!    of writes is taken.
 //! 2. Every secondary is asked, once for all pages that could have been written through it (`test_clear_dirty`).
-//! 3. Without a lock but the mmap lock: pages that were written are forgotten, quiet ones are hashed and looked up.
+//! 3. Without a lock but the mmap lock: pages that were written are forgotten, quiet ones are hashed, looked up, and put into
+//!    the index. A page for which there is another is noted, and so is the other.
+//!
+//! Then, if any were noted, it *sweeps*: all that were are merged, in the order of their addresses, so that neighbours share pairs
+//! and flushes. The first of its content becomes a page of KSM, and the others are merged into it.
 //!
 //! A page that is written after step 2 has D again, and the next pass finds it; its hash is wrong until then, and nobody is
 //! merged with it, for merging compares.
 //!
 //! # What a scan costs
-//! A page that is hashed, or of which D was cleared, counts as one page of what the caller allows; so does a leaf table, for pages
-//! in it that nothing has to be done for.
+//! A page that is hashed, merged, or of which D was cleared, counts as one page of what the caller allows; so does a leaf table,
+//! for pages in it that nothing has to be done for.
 
 use super::batch::Batch;
 use super::index::{Index, Place, SPACES, Step};
@@ -20,7 +25,7 @@ use super::report::{KsmPages, MemberPass, NotShared};
 use super::{CandidateAccess, Domain, Ksm, KsmMember, Queue, SmartScan, ZeroPages};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Frame, FrameFlags};
-use crate::mm::{Mm, Vma};
+use crate::mm::{LockedLeaf, Mm, Vma};
 use crate::notifier::WrittenPages;
 use crate::sync::{Arc, Weak};
 use crate::table::ENTRIES;
@@ -29,7 +34,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// Leaf tables of one look.
 const TABLES: u64 = 16;
 /// Pages that are merged in one go, so that neighbours share flushes.
-const BATCH: usize = 4096;
+const BATCH: usize = 2048;
 
 /// What one scan came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +43,7 @@ pub struct Scanned {
     pub pages: u64,
     /// Pages that were merged.
     pub merged: u64,
-    /// Whether it came to the end of all address spaces, where it stops.
+    /// Whether it came to the end of a pass, where it stops.
     pub pass: PassEnd,
 }
 
@@ -49,6 +54,20 @@ pub enum PassEnd {
     NotYet,
     /// At the end of a pass: the next scan begins another.
     Reached,
+}
+
+/// Why a page that was quiet is not merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Why {
+    /// There is no other like it.
+    #[default]
+    Unique = 0,
+    /// There is one, in another domain.
+    Domain = 1,
+    /// There are others, and as many share a frame as may.
+    Limit = 2,
+    /// There is something to merge it with, and it waits for the sweep.
+    Wanted = 3,
 }
 
 /// What is remembered of a page that is not merged, in its frame's note.
@@ -62,24 +81,13 @@ struct Note {
     why: Why,
 }
 
-/// Why a page that was quiet is not merged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum Why {
-    /// There is no other like it.
-    #[default]
-    Unique = 0,
-    /// There is one, in another domain.
-    Domain = 1,
-    /// There are others, and as many share a frame as may.
-    Limit = 2,
-}
-
 impl Note {
     fn of(bits: u16) -> Self {
         let why = match bits & 3 {
+            0 => Why::Unique,
             1 => Why::Domain,
             2 => Why::Limit,
-            _ => Why::Unique,
+            _ => Why::Wanted,
         };
         Self { streak: bits >> 2 & 0xf, skip: bits >> 6 & 0xf, why }
     }
@@ -112,30 +120,41 @@ struct Looked {
     note: Note,
 }
 
-/// Whether pages are looked at because it is their turn.
+/// Why pages are looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    /// It is.
+    /// It is their turn.
     Cursor,
     /// Somebody said that it is worth while: they are hashed at once.
     Hint,
 }
 
-/// Whether something had to be done for a page.
+/// Where a pass is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Work {
-    Done,
-    None,
+enum Phase {
+    Look,
+    Sweep,
 }
 
-/// Whether a page is in the index, and why it is alone.
-enum Found {
-    /// Merge it into this page of KSM, to which there is a reference.
-    Stable(Pfn),
-    /// Merge it with this candidate.
-    Twin(Pfn),
-    /// There is nothing to merge it with.
-    Nothing(Why),
+/// Some pages of a VMA.
+#[derive(Debug)]
+struct Part<'a> {
+    /// The number of their space.
+    at: usize,
+    mm: &'a Mm,
+    vma: &'a Vma,
+    range: HvaRange,
+}
+
+/// What there is like a page.
+#[derive(Debug, Clone, Copy, Default)]
+struct Likes {
+    /// A page of KSM that has room, or one that waits to become one.
+    page: Option<Pfn>,
+    /// A candidate.
+    twin: Option<Pfn>,
+    /// If there is neither.
+    why: Why,
 }
 
 /// An address space in the scan.
@@ -156,9 +175,14 @@ pub(super) struct Scanner {
     pub(super) index: Index,
     /// By the number in a [`Place`].
     pub(super) members: Vec<Option<Member>>,
+    phase: Phase,
     /// Where the next look begins.
     member: usize,
     page: u64,
+    /// Pages that wait for the sweep of this pass.
+    wanted: u64,
+    /// What pages were found to be like, while a hint is followed.
+    twins: Option<Vec<Place>>,
     seed: u64,
     zero_hash: u32,
     asked: WrittenPages,
@@ -175,8 +199,11 @@ impl Scanner {
         Some(Self {
             index: Index::new(frames)?,
             members: Vec::new(),
+            phase: Phase::Look,
             member: 0,
             page: 0,
+            wanted: 0,
+            twins: None,
             seed,
             zero_hash: content_hash(&[0; PAGE_SIZE as usize], seed),
             asked: WrittenPages::default(),
@@ -189,7 +216,7 @@ impl Scanner {
         self.index.bytes()
     }
 
-    /// Takes up those who entered. Behind the cursor: what is new is likely to change yet.
+    /// Takes up those who entered.
     pub(super) fn admit(&mut self, queue: &mut Queue) {
         for newcomer in queue.newcomers.drain(..) {
             let member = Member {
@@ -213,11 +240,20 @@ impl Scanner {
         self.members.iter().flatten().filter_map(|member| member.mm.upgrade()).collect()
     }
 
-    /// Goes to the next address space.
-    fn next_member(&mut self) {
-        if let Some(Some(member)) = self.members.get_mut(self.member) {
-            member.last = std::mem::take(&mut member.now);
+    /// The next address space, if there is one.
+    fn space(&mut self) -> Option<Arc<Mm>> {
+        while let Some(member) = self.members.get_mut(self.member) {
+            match member.as_ref().and_then(|member| member.mm.upgrade()) {
+                Some(mm) => return Some(mm),
+                // Whoever is dropped is left out.
+                None => *member = None,
+            }
+            self.next_space();
         }
+        None
+    }
+
+    fn next_space(&mut self) {
         self.member += 1;
         self.page = 0;
     }
@@ -227,6 +263,54 @@ impl Scanner {
         let mut bytes = [0; PAGE_SIZE as usize];
         ksm.pool.read(pfn, &mut bytes);
         content_hash(&bytes, self.seed)
+    }
+
+    pub(super) fn pass_of(&mut self, space: usize) -> Option<&mut MemberPass> {
+        self.members.get_mut(space)?.as_mut().map(|member| &mut member.now)
+    }
+
+    pub(super) fn domain(&self, space: usize) -> Domain {
+        let member = self.members.get(space).and_then(Option::as_ref);
+        member.map_or_else(Domain::default, |member| member.domain)
+    }
+
+    /// Takes a candidate out of the index.
+    pub(super) fn forget(&mut self, frame: &Frame, pfn: Pfn) {
+        frame.take_flags(FrameFlags::CANDIDATE);
+        self.index.remove(pfn);
+    }
+
+    /// Puts a candidate into the index; or, `None`, notes what is like no page there, for it holds zeros.
+    fn remember(&mut self, frame: &Frame, pfn: Pfn, hash: Option<u32>, place: Place, why: Why) -> Why {
+        // The frame may have been another page's, whose entry nobody has come upon since.
+        self.index.remove(pfn);
+        if !hash.is_none_or(|hash| self.index.insert(pfn, hash, place)) {
+            frame.set_note(Note::default().bits());
+            return Why::Limit;
+        }
+        frame.set_note(Note { why, ..Note::default() }.bits());
+        frame.set_flags(FrameFlags::CANDIDATE);
+        self.wanted += u64::from(why == Why::Wanted);
+        why
+    }
+
+    /// A candidate that was alone is not any longer.
+    fn want(&mut self, frame: &Frame, twin: Pfn) {
+        let note = Note::of(frame.flags_and_note().1);
+        if note.why == Why::Wanted {
+            return;
+        }
+        frame.set_note(Note { why: Why::Wanted, ..note }.bits());
+        self.wanted += 1;
+        let place = self.index.place(twin);
+        if let Some(twins) = &mut self.twins {
+            twins.push(place);
+        }
+        // In this pass it was counted as what it was, if it was looked at.
+        let passed = (place.space(), place.page()) < (self.member, self.page);
+        if passed && let Some(pass) = self.pass_of(place.space()) {
+            pass.not_any_longer(place.page(), note.why);
+        }
     }
 }
 
@@ -256,41 +340,34 @@ impl Ksm {
         };
         let mut scanned = Scanned { pages: 0, merged: 0, pass: PassEnd::NotYet };
         for (mm, range) in hints {
-            scanned.pages += self.look_at_hint(&mut scanner, &mm, range);
+            self.follow_hint(&mut scanner, &mm, range, &mut scanned);
         }
         while scanned.pages < pages {
-            let Some(member) = scanner.members.get(scanner.member) else {
-                scanner.member = 0;
-                self.count(|counters| &counters.full_scans, 1);
-                scanned.pass = PassEnd::Reached;
-                break;
-            };
-            let Some(mm) = member.as_ref().and_then(|member| member.mm.upgrade()) else {
-                // Whoever is dropped is left out.
-                let at = scanner.member;
-                scanner.members[at] = None;
-                scanner.next_member();
+            let Some(mm) = scanner.space() else {
+                scanned.merged += self.merge(&mut scanner);
+                if self.end_of_phase(&mut scanner) == PassEnd::Reached {
+                    scanned.pass = PassEnd::Reached;
+                    break;
+                }
                 continue;
             };
             let map = mm.read_map();
             let rest = HvaRange { start: Hva(scanner.page * PAGE_SIZE), end: Hva(TASK_SIZE) };
-            match next_part(&mm, map.vmas.overlapping(rest), scanner.page) {
-                Some((vma, part)) => {
-                    let (at, most) = (scanner.member, pages - scanned.pages);
-                    let (end, cost) = self.look_at(&mut scanner, at, &mm, &vma, part, most, Turn::Cursor);
-                    drop(map);
-                    scanned.pages += cost;
-                    scanner.page = end;
-                    if scanner.batch.len() >= BATCH {
-                        scanned.merged += self.merge(&mut scanner);
-                    }
-                }
-                None => {
-                    drop(map);
-                    // While the pass over this space, and its VMAs, can be told what came of it.
-                    scanned.merged += self.merge(&mut scanner);
-                    scanner.next_member();
-                }
+            let Some((vma, range)) = next_part(&mm, map.vmas.overlapping(rest), scanner.page) else {
+                scanner.next_space();
+                continue;
+            };
+            let part = Part { at: scanner.member, mm: &mm, vma: &vma, range };
+            let most = pages - scanned.pages;
+            let (end, cost) = match scanner.phase {
+                Phase::Look => self.look_at(&mut scanner, &part, most, Turn::Cursor),
+                Phase::Sweep => self.sweep(&mut scanner, &part, most),
+            };
+            drop(map);
+            scanned.pages += cost;
+            scanner.page = end;
+            if scanner.batch.len() >= BATCH {
+                scanned.merged += self.merge(&mut scanner);
             }
         }
         scanned.merged += self.merge(&mut scanner);
@@ -298,259 +375,316 @@ impl Ksm {
         scanned
     }
 
-    /// Looks at what somebody said to be worth while. Returns what it cost.
-    fn look_at_hint(&self, scanner: &mut Scanner, mm: &Weak<Mm>, range: HvaRange) -> u64 {
+    /// All spaces have been gone through. Whether that is the end of the pass.
+    fn end_of_phase(&self, scanner: &mut Scanner) -> PassEnd {
+        (scanner.member, scanner.page) = (0, 0);
+        if scanner.phase == Phase::Look && scanner.wanted > 0 {
+            scanner.phase = Phase::Sweep;
+            return PassEnd::NotYet;
+        }
+        (scanner.phase, scanner.wanted) = (Phase::Look, 0);
+        self.demote_lonely(scanner);
+        for member in scanner.members.iter_mut().flatten() {
+            member.last = std::mem::take(&mut member.now);
+        }
+        self.count(|counters| &counters.full_scans, 1);
+        PassEnd::Reached
+    }
+
+    /// Looks at what somebody said to be worth while, and merges what is like it, without waiting for the pass.
+    fn follow_hint(&self, scanner: &mut Scanner, mm: &Weak<Mm>, range: HvaRange, scanned: &mut Scanned) {
         let is_it = |member: &Option<Member>| member.as_ref().is_some_and(|member| member.mm.ptr_eq(mm));
-        let (Some(at), Some(mm)) = (scanner.members.iter().position(is_it), mm.upgrade()) else { return 0 };
-        let mut cost = 0;
-        let mut page = range.start.page();
+        let Some(at) = scanner.members.iter().position(is_it) else { return };
+        scanner.twins = Some(Vec::new());
+        scanned.pages += self.go_through(scanner, at, range, |scanner, part| {
+            self.look_at(scanner, part, u64::MAX, Turn::Hint)
+        });
+        scanned.pages +=
+            self.go_through(scanner, at, range, |scanner, part| self.sweep(scanner, part, u64::MAX));
+        for place in scanner.twins.take().unwrap_or_default() {
+            let page = HvaRange::page(Hva(place.page() * PAGE_SIZE));
+            scanned.pages += self.go_through(scanner, place.space(), page, |scanner, part| {
+                self.sweep(scanner, part, u64::MAX)
+            });
+        }
+        scanned.merged += self.merge(scanner);
+    }
+
+    /// Calls `visit` for each part of `range` of one space. Returns what that cost.
+    fn go_through(
+        &self,
+        scanner: &mut Scanner,
+        at: usize,
+        range: HvaRange,
+        visit: impl Fn(&mut Scanner, &Part<'_>) -> (u64, u64),
+    ) -> u64 {
+        let member = scanner.members.get(at).and_then(Option::as_ref);
+        let Some(mm) = member.and_then(|member| member.mm.upgrade()) else { return 0 };
+        let (mut page, mut cost) = (range.start.page(), 0);
         loop {
             let map = mm.read_map();
             let Some((vma, part)) = next_part(&mm, map.vmas.overlapping(range), page) else { break };
-            let part = part.intersect(range);
-            if part.is_empty() {
+            let part = Part { at, mm: &mm, vma: &vma, range: part.intersect(range) };
+            if part.range.is_empty() {
                 break;
             }
-            // What is counted is of the pass, and this is none.
-            let pass = std::mem::take(&mut scanner.now(at).vmas);
-            let items = scanner.now(at).items;
-            let (end, of_part) = self.look_at(scanner, at, &mm, &vma, part, u64::MAX, Turn::Hint);
-            drop(map);
-            self.merge(scanner);
-            scanner.now(at).vmas = pass;
-            scanner.now(at).items = items;
-            cost += of_part;
-            page = end;
+            let (end, of_part) = visit(scanner, &part);
+            (page, cost) = (end, cost + of_part);
         }
         cost
     }
 
-    /// One look at `part` of `vma`, of the space with the number `at`. Returns the page to go on at, and what it cost: about
-    /// `most` at most. The caller holds the mmap lock for reading.
-    #[expect(clippy::too_many_arguments, reason = "one call, of what the cursor says")]
-    fn look_at(
-        &self,
-        scanner: &mut Scanner,
-        at: usize,
-        mm: &Mm,
-        vma: &Vma,
-        part: HvaRange,
-        most: u64,
-        turn: Turn,
-    ) -> (u64, u64) {
-        let row = scanner.now(at).row(vma);
+    /// One look at a part. Returns the page to go on at, and what it cost: about `most` at most. The caller holds the mmap
+    /// lock for reading.
+    fn look_at(&self, scanner: &mut Scanner, part: &Part<'_>, most: u64, turn: Turn) -> (u64, u64) {
         let mut asked = std::mem::take(&mut scanner.asked);
         let mut looked = std::mem::take(&mut scanner.looked);
-        let tables = (part.end.page().div_ceil(ENTRIES) - part.start.page() / ENTRIES) as usize;
-        asked.reset(part.start, tables);
+        let range = part.range;
+        let tables = range.end.page().div_ceil(ENTRIES) - range.start.page() / ENTRIES;
+        asked.reset(range.start, tables as usize);
         looked.clear();
         let mut counts = KsmPages::default();
-        let (mut end, mut cost, mut skipped) = (part.end.page(), 0, 0);
-        mm.for_each_leaf(part, |base, leaf, entries| {
+        let (mut end, mut cost, mut skipped) = (range.end.page(), 0, 0);
+        part.mm.for_each_leaf(range, |base, leaf, entries| {
             cost += 1;
             for entry in entries {
                 let page = base.page() + entry as u64;
-                if cost > most && turn == Turn::Cursor {
+                if cost > most {
                     end = end.min(page);
                     return;
                 }
-                let pte = leaf.get(entry);
-                if pte.is_ksm() && pte.is_present() {
-                    counts.all += 1;
-                    if pte.is_zero() {
-                        counts.zero += 1;
-                    } else if self.settings.access == CandidateAccess::CopyOnAccess
-                        && self.pool.frame(pte.pfn()).map_count() == 1
-                    {
-                        counts.not_shared.unique += 1;
-                    } else {
-                        counts.shared += 1;
-                    }
-                    continue;
-                }
-                if !pte.is_anonymous() {
-                    continue;
-                }
-                counts.all += 1;
-                let frame = self.pool.frame(pte.pfn());
-                let (flags, note) = frame.flags_and_note();
-                debug_assert!(!flags.contains(FrameFlags::KSM), "{pte:?} does not say that it is merged");
-                let mut note = Note::of(note);
-                if note.skip > 0 && turn == Turn::Cursor && self.settings.smart_scan == SmartScan::On {
-                    note.skip -= 1;
-                    frame.set_note(note.bits());
-                    counts.not_shared.volatile += 1;
-                    skipped += 1;
-                    continue;
-                }
-                let candidate = flags.contains(FrameFlags::CANDIDATE);
-                if pte.is_dirty() {
-                    leaf.set(entry, pte.clean());
-                }
-                let told =
-                    flags.contains(FrameFlags::WRITTEN) && !frame.take_flags(FrameFlags::WRITTEN).is_empty();
-                // Whoever has it pinned may write it at any time.
-                let pinned = frame.ref_count() > frame.map_count();
-                if pte.is_writable() {
+                let seen = self.look_at_pte(leaf, entry, turn, &mut counts, &mut skipped);
+                let Some((looks, written, writable)) = seen else { continue };
+                if writable {
                     asked.ask(page);
                 }
-                if pte.is_dirty() || told || pinned {
+                if written {
                     asked.add(page);
                 }
-                cost += u64::from(!candidate);
-                looked.push(Looked { page, pfn: pte.pfn(), candidate, note });
+                cost += u64::from(!looks.candidate);
+                looked.push(Looked { page, ..looks });
             }
         });
         if !asked.is_empty() {
-            mm.notifiers().test_clear_dirty(&mut asked);
+            part.mm.notifiers().test_clear_dirty(&mut asked);
         }
+        let mut scanned = 0;
         for page in &looked {
-            let worked =
-                self.after_look(scanner, at, row, *page, asked.contains(page.page), turn, &mut counts);
-            cost += u64::from(worked == Work::Done && page.candidate);
+            let written = asked.contains(page.page);
+            if page.candidate && !written && matches!(page.note.why, Why::Unique | Why::Domain) {
+                counts.not_shared.count(page.note.why);
+                continue;
+            }
+            scanned += 1;
+            cost += u64::from(page.candidate);
+            self.after_look(scanner, part, *page, written, turn, &mut counts);
         }
-        let scanned = looked.iter().filter(|page| !page.candidate).count() as u64;
         self.count(|counters| &counters.pages_scanned, scanned);
         self.count(|counters| &counters.pages_skipped, skipped);
-        scanner.now(at).add(row, &counts);
+        if turn == Turn::Cursor
+            && let Some(pass) = scanner.pass_of(part.at)
+        {
+            pass.add(part.vma, &counts);
+        }
         (scanner.asked, scanner.looked) = (asked, looked);
         (end, cost)
     }
 
+    /// Step 1 of a look, at one pte: the page, whether something says already that it was written, and whether it can be
+    /// written. `None` for what is no page of its own, is merged, or is passed over.
+    fn look_at_pte(
+        &self,
+        leaf: &LockedLeaf<'_>,
+        entry: usize,
+        turn: Turn,
+        counts: &mut KsmPages,
+        skipped: &mut u64,
+    ) -> Option<(Looked, bool, bool)> {
+        let pte = leaf.get(entry);
+        if pte.is_ksm() {
+            counts.all += 1;
+            if pte.is_zero() {
+                counts.zero += 1;
+            } else if self.settings.access == CandidateAccess::CopyOnAccess
+                && self.pool.frame(pte.pfn()).map_count() == 1
+            {
+                counts.not_shared.unique += 1;
+            } else {
+                counts.shared += 1;
+            }
+            return None;
+        }
+        if !pte.is_anonymous() {
+            return None;
+        }
+        counts.all += 1;
+        let frame = self.pool.frame(pte.pfn());
+        let (flags, note) = frame.flags_and_note();
+        debug_assert!(!flags.contains(FrameFlags::KSM), "{pte:?} does not say that it is merged");
+        let mut note = Note::of(note);
+        if note.skip > 0 && turn == Turn::Cursor && self.settings.smart_scan == SmartScan::On {
+            note.skip -= 1;
+            frame.set_note(note.bits());
+            counts.not_shared.volatile += 1;
+            *skipped += 1;
+            return None;
+        }
+        if pte.is_dirty() {
+            leaf.set(entry, pte.clean());
+        }
+        let told = flags.contains(FrameFlags::WRITTEN) && !frame.take_flags(FrameFlags::WRITTEN).is_empty();
+        // Whoever has it pinned may write it at any time.
+        let pinned = frame.ref_count() > frame.map_count();
+        let candidate = flags.contains(FrameFlags::CANDIDATE);
+        let looked = Looked { page: 0, pfn: pte.pfn(), candidate, note };
+        Some((looked, pte.is_dirty() || told || pinned, pte.is_writable()))
+    }
+
     /// What follows from a look at one page, which was `written` or was not.
-    #[expect(clippy::too_many_arguments, reason = "the second half of look_at")]
     fn after_look(
         &self,
         scanner: &mut Scanner,
-        at: usize,
-        row: usize,
+        part: &Part<'_>,
         looked: Looked,
         written: bool,
         turn: Turn,
         counts: &mut KsmPages,
-    ) -> Work {
+    ) {
         let Looked { page, pfn, candidate, note } = looked;
         let frame = self.pool.frame(pfn);
-        if written {
+        if written && turn == Turn::Cursor {
             if candidate {
                 scanner.forget(frame, pfn);
             }
-            if turn == Turn::Cursor {
-                frame.set_note(note.written().bits());
-                counts.not_shared.volatile += 1;
-                return Work::Done;
-            }
+            frame.set_note(note.written().bits());
+            counts.not_shared.volatile += 1;
+            return;
         }
-        let hash = match (candidate && !written, note.why) {
-            (true, Why::Unique | Why::Domain) => {
-                counts.not_shared.count(note.why);
-                return Work::None;
-            }
-            // Perhaps there is room now.
-            (true, Why::Limit) => {
-                let hash = scanner.index.hash(pfn);
-                scanner.forget(frame, pfn);
-                hash
-            }
-            (false, _) => scanner.hash_of(self, pfn),
-        };
-        if hash == scanner.zero_hash && self.settings.zero_pages == ZeroPages::Share {
-            scanner.batch.zero(at, row, page, pfn);
-            return Work::Done;
+        let known = candidate && !written;
+        if known && note.why == Why::Wanted {
+            // Of a sweep that has not come here yet, or in vain.
+            scanner.wanted += 1;
+            return;
         }
-        let domain = scanner.domain(at);
-        let why = match self.look_up(scanner, hash, domain) {
-            Found::Stable(into) => {
-                scanner.batch.merge(at, row, page, pfn, into);
-                return Work::Done;
-            }
-            Found::Twin(twin) => {
-                scanner.batch.promote(twin, &scanner.index);
-                scanner.batch.merge_with(at, row, page, pfn, twin);
-                return Work::Done;
-            }
-            Found::Nothing(why) => why,
-        };
-        // Its frame may have been another page's, whose entry nobody has come upon since.
-        scanner.index.remove(pfn);
-        let note = Note { why, ..Note::default() };
-        frame.set_note(note.bits());
-        if scanner.index.insert(pfn, hash, Place::of_page(at, page)) {
-            frame.set_flags(FrameFlags::CANDIDATE);
-            if self.settings.access == CandidateAccess::CopyOnAccess {
-                scanner.batch.promote(pfn, &scanner.index);
-            }
-            counts.not_shared.count(why);
+        let hash = if known { scanner.index.hash(pfn) } else { scanner.hash_of(self, pfn) };
+        let place = Place::of_page(part.at, page);
+        let is_zero = hash == scanner.zero_hash && self.settings.zero_pages == ZeroPages::Share;
+        let why = if is_zero {
+            scanner.remember(frame, pfn, None, place, Why::Wanted)
         } else {
-            counts.not_shared.count(Why::Limit);
-        }
-        Work::Done
+            let likes = self.look_up(scanner, hash, scanner.domain(part.at), pfn);
+            if let Some(twin) = likes.twin {
+                scanner.want(self.pool.frame(twin), twin);
+            }
+            let is_wanted = likes.page.is_some()
+                || likes.twin.is_some()
+                || self.settings.access == CandidateAccess::CopyOnAccess;
+            scanner.remember(frame, pfn, Some(hash), place, if is_wanted { Why::Wanted } else { likes.why })
+        };
+        counts.not_shared.count(why);
     }
 
-    /// What a page of this hash can be merged with.
-    fn look_up(&self, scanner: &mut Scanner, hash: u32, domain: Domain) -> Found {
+    /// What there is like `but`, a page of this hash.
+    fn look_up(&self, scanner: &mut Scanner, hash: u32, domain: Domain, but: Pfn) -> Likes {
         let Scanner { index, members, batch, .. } = scanner;
-        let mut why = Why::Unique;
-        let mut stable = None;
-        let limit = self.settings.max_page_sharing;
-        let twin = index.find(hash, |index, entry| {
+        let mut likes = Likes::default();
+        let limit = self.settings.max_page_sharing as usize;
+        index.find(hash, |index, entry| {
+            if entry == but {
+                return Step::Next;
+            }
             let frame = self.pool.frame(entry);
             let flags = frame.flags();
             let place = index.place(entry);
             let waiting = batch.waiting(entry);
-            if flags.contains(FrameFlags::KSM) {
-                if place.domain() != domain.0 {
-                    why = Why::Domain;
-                    return Step::Next;
+            let (its, sharers) = if flags.contains(FrameFlags::KSM) {
+                (Domain(place.domain()), frame.map_count() as usize + waiting.unwrap_or(0))
+            } else {
+                let owner = members.get(place.space()).and_then(Option::as_ref);
+                match owner {
+                    Some(owner) if flags.contains(FrameFlags::CANDIDATE) => {
+                        (owner.domain, 1 + waiting.unwrap_or(0))
+                    }
+                    _ => return Step::Remove,
                 }
-                if frame.map_count() as usize + waiting >= limit as usize {
-                    why = Why::Limit;
-                    return Step::Next;
-                }
-                if !self.pool.get_ksm(entry) {
-                    return Step::Remove;
-                }
-                stable = Some(entry);
+            };
+            if frame.ref_count() == 0 {
+                return Step::Remove;
+            }
+            if its != domain {
+                likes.why = Why::Domain;
+            } else if !flags.contains(FrameFlags::KSM) && waiting.is_none() {
+                likes.twin = Some(entry);
+            } else if sharers >= limit {
+                likes.why = Why::Limit;
+            } else {
+                likes.page = Some(entry);
                 return Step::Stop;
             }
-            if !flags.contains(FrameFlags::CANDIDATE) || frame.ref_count() == 0 {
-                return Step::Remove;
-            }
-            let Some(owner) = members.get(place.space()).and_then(Option::as_ref) else {
-                return Step::Remove;
-            };
-            if owner.domain != domain {
-                why = Why::Domain;
-                return Step::Next;
-            }
-            if 1 + waiting >= limit as usize {
-                why = Why::Limit;
-                return Step::Next;
-            }
-            Step::Stop
+            Step::Next
         });
-        match (stable, twin) {
-            (Some(stable), _) => Found::Stable(stable),
-            (None, Some(twin)) => Found::Twin(twin),
-            (None, None) => Found::Nothing(why),
+        likes
+    }
+
+    /// Has each page of a part that waits for it be merged. As [`look_at`](Self::look_at).
+    fn sweep(&self, scanner: &mut Scanner, part: &Part<'_>, most: u64) -> (u64, u64) {
+        let mut looked = std::mem::take(&mut scanner.looked);
+        looked.clear();
+        let (mut end, mut cost) = (part.range.end.page(), 0);
+        part.mm.for_each_leaf(part.range, |base, leaf, entries| {
+            cost += 1;
+            for entry in entries {
+                let page = base.page() + entry as u64;
+                let pte = leaf.get(entry);
+                if pte.is_ksm() || !pte.is_anonymous() {
+                    continue;
+                }
+                let (flags, note) = self.pool.frame(pte.pfn()).flags_and_note();
+                let note = Note::of(note);
+                if !flags.contains(FrameFlags::CANDIDATE) || note.why != Why::Wanted {
+                    continue;
+                }
+                if cost > most {
+                    end = end.min(page);
+                    return;
+                }
+                cost += 1;
+                looked.push(Looked { page, pfn: pte.pfn(), candidate: true, note });
+            }
+        });
+        for page in &looked {
+            self.sweep_page(scanner, part, page);
+        }
+        scanner.looked = looked;
+        (end, cost)
+    }
+
+    fn sweep_page(&self, scanner: &mut Scanner, part: &Part<'_>, looked: &Looked) {
+        let Looked { page, pfn, .. } = *looked;
+        if !scanner.index.is_entry(pfn) {
+            scanner.batch.zero(part.at, page, pfn);
+            return;
+        }
+        let (hash, domain) = (scanner.index.hash(pfn), scanner.domain(part.at));
+        let likes = self.look_up(scanner, hash, domain, pfn);
+        let frame = self.pool.frame(pfn);
+        if let Some(into) = likes.page {
+            scanner.batch.merge(part.at, page, pfn, into);
+        } else if likes.twin.is_none() && self.settings.access == CandidateAccess::Normal {
+            // What it was like has gone.
+            frame.set_note(Note { why: likes.why, ..Note::default() }.bits());
+        } else if frame.map_count() > 1 {
+            self.promote_copy(scanner, part.at, page, pfn);
+        } else {
+            scanner.batch.promote(part.at, page, pfn);
         }
     }
-}
 
-impl Scanner {
-    pub(super) fn now(&mut self, at: usize) -> &mut MemberPass {
-        // Looked at because it is there; a slot is emptied only in between.
-        &mut self.members[at].as_mut().unwrap_or_else(|| unreachable!("space {at} is looked at")).now
-    }
-
-    pub(super) fn domain(&self, at: usize) -> Domain {
-        self.members[at].as_ref().map_or_else(Domain::default, |member| member.domain)
-    }
-
-    /// Takes a candidate out of the index.
-    pub(super) fn forget(&mut self, frame: &Frame, pfn: Pfn) {
-        frame.take_flags(FrameFlags::CANDIDATE);
-        self.index.remove(pfn);
+    /// Notes why a page is alone again that had been promoted.
+    pub(super) fn is_alone(&self, pfn: Pfn) {
+        let frame = self.pool.frame(pfn);
+        frame.set_note(Note { why: Why::Limit, ..Note::default() }.bits());
+        frame.set_flags(FrameFlags::CANDIDATE);
     }
 }
 
@@ -560,6 +694,8 @@ impl NotShared {
             Why::Unique => self.unique += 1,
             Why::Domain => self.domain += 1,
             Why::Limit => self.limit += 1,
+            // The sweep says what became of it.
+            Why::Wanted => {}
         }
     }
 }

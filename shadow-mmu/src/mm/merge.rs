@@ -52,7 +52,7 @@ const UNMERGE_BATCH: usize = 64;
 pub(crate) enum MergeInto {
     /// The zero frame.
     Zero,
-    /// This page of KSM, to which the caller holds a reference.
+    /// This page of KSM, if it still is one when the bytes are compared; who merges is the only one who makes such pages.
     Frame(Pfn),
     /// Nothing: it becomes a page of KSM.
     Itself,
@@ -292,11 +292,20 @@ impl Mm {
                 }
             });
         }
+        // Until the end, so that what was compared is what is mapped (R26).
+        let mut held = Vec::with_capacity(run.len());
         for target in &mut *run {
             let Outcome::Protected(_) = target.outcome else { continue };
             let same = match target.into {
                 MergeInto::Zero => self.pool.is_zero(target.pfn),
-                MergeInto::Frame(frame) => self.pool.is_same(target.pfn, frame),
+                MergeInto::Frame(frame) if !self.pool.get_ksm(frame) => {
+                    target.outcome = Outcome::Changed;
+                    continue;
+                }
+                MergeInto::Frame(frame) => {
+                    held.push(frame);
+                    self.pool.is_same(target.pfn, frame)
+                }
                 MergeInto::Itself => true,
             };
             if !same {
@@ -304,6 +313,7 @@ impl Mm {
             }
         }
         if !run.iter().any(|target| matches!(target.outcome, Outcome::Protected(_))) {
+            self.pool.put_all(&held);
             return;
         }
         let mut left = Vec::with_capacity(run.len());
@@ -320,6 +330,7 @@ impl Mm {
         }
         // After the end, as every frame that goes.
         left.iter().for_each(|&pfn| self.pool.frame(pfn).remove_map());
+        left.append(&mut held);
         self.pool.put_all(&left);
     }
 
@@ -354,8 +365,12 @@ impl Mm {
             leaf.set(at, pte);
             return Outcome::Pinned;
         }
-        // What secondaries knew of writes until now says nothing any more.
-        frame.take_flags(FrameFlags::WRITTEN);
+        // Written since it was hashed? Secondaries have told by now. Then it is not what it is wanted for, and a page of KSM must
+        // be what the index says (I51); whoever looks at it next is to find the marks.
+        if pte.is_dirty() || frame.flags().contains(FrameFlags::WRITTEN) {
+            leaf.set(at, pte);
+            return Outcome::Changed;
+        }
         if target.into != MergeInto::Itself {
             return Outcome::Protected(orig);
         }
