@@ -14,7 +14,7 @@
 //! * Leaf entries are atomics; which lock orders stores to them is the user's business.
 
 use crate::addr::{PAGE_SHIFT, Pfn};
-use crate::frame::{Fill, FramePool, OutOfFrames};
+use crate::frame::{Fill, FramePool, OutOfFrames, Purpose};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::ops::Range;
@@ -151,7 +151,7 @@ impl Tables {
     }
 
     fn link_new(&self, parent: Pfn, index: usize) -> Result<Pfn, OutOfFrames> {
-        let new = self.pool.alloc(Fill::Zeros)?;
+        let new = self.pool.alloc_for(Purpose::Table, Fill::Zeros)?;
         // Release: whoever sees the link sees the zeros behind it.
         match self.pool.words(parent)[index].compare_exchange(
             0,

@@ -79,29 +79,60 @@ impl FreeFrames {
         self.used_count += 1;
     }
 
-    /// Takes up to `most` used frames from the top of the pool, as runs, for the caller to punch out of the file and
-    /// to hand back through [`put_clean`](Self::put_clean). From the top: what stays is low and dense.
+    /// Takes up to `most` used frames, as runs, for the caller to punch out of the file and to hand back through
+    /// [`put_clean`](Self::put_clean). Long runs first, for a run is what a punch costs; and from the top: what stays is low and
+    /// dense.
     pub(super) fn take_used_runs(&mut self, most: usize) -> Vec<Range<u32>> {
-        let mut runs: Vec<Range<u32>> = Vec::new();
-        let mut taken = 0;
-        'words: for index in (0..self.used.len()).rev() {
-            while self.used[index] != 0 {
-                if taken == most {
-                    break 'words;
+        let mut taken: Vec<Range<u32>> = Vec::new();
+        let mut left = most;
+        for least in RUN_LENGTHS {
+            if left == 0 {
+                break;
+            }
+            for run in self.used_runs(least, left) {
+                left -= run.len();
+                for frame in run.clone() {
+                    let (word, bit) = (frame as usize / WORD, 1 << (frame as usize % WORD));
+                    self.used[word] &= !bit;
+                    self.free[word] &= !bit;
                 }
-                let bit = WORD - 1 - self.used[index].leading_zeros() as usize;
-                self.used[index] &= !(1 << bit);
-                self.free[index] &= !(1 << bit);
-                taken += 1;
-                let frame = (index * WORD + bit) as u32;
-                match runs.last_mut() {
-                    Some(run) if run.start == frame + 1 => run.start = frame,
-                    _ => runs.push(frame..frame + 1),
-                }
+                taken.push(run);
             }
         }
-        self.used_count -= taken;
-        self.free_count -= taken;
+        self.used_count -= most - left;
+        self.free_count -= most - left;
+        taken
+    }
+
+    /// Runs of at least `least` used frames, from the top, of `most` frames together at most.
+    fn used_runs(&self, least: usize, most: usize) -> Vec<Range<u32>> {
+        let (mut runs, mut left) = (Vec::new(), most);
+        let mut run = 0..0;
+        let mut end_run = |run: &Range<u32>, left: &mut usize| {
+            if run.len() >= least {
+                let length = run.len().min(*left);
+                runs.push(run.end - length as u32..run.end);
+                *left -= length;
+            }
+        };
+        for index in (0..self.used.len()).rev() {
+            let mut word = self.used[index];
+            while word != 0 && left > 0 {
+                let bit = WORD - 1 - word.leading_zeros() as usize;
+                word &= !(1 << bit);
+                let frame = (index * WORD + bit) as u32;
+                if run.start == frame + 1 {
+                    run.start = frame;
+                } else {
+                    end_run(&run, &mut left);
+                    run = frame..frame + 1;
+                }
+            }
+            if left == 0 {
+                return runs;
+            }
+        }
+        end_run(&run, &mut left);
         runs
     }
 
@@ -125,6 +156,9 @@ impl FreeFrames {
         })
     }
 }
+
+/// How long a run must be to be punched, first and last.
+const RUN_LENGTHS: [usize; 4] = [64, 16, 4, 1];
 
 /// Clears `want` set bits of `map`, ascending from word `cursor` and once around; returns where to go on next time.
 fn take_bits(map: &mut [u64], cursor: usize, want: usize, mut taken: impl FnMut(Pfn)) -> usize {

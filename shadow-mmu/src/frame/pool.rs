@@ -93,6 +93,8 @@ pub enum Purpose {
     New,
     /// A page that is shared is about to be one's own again, which its owner was promised when it was merged.
     Unshare,
+    /// A page table: without one, such a page could not be mapped.
+    Table,
 }
 
 /// A pool of page frames: a sparse memfd, our direct map of it, and per-frame metadata.
@@ -331,7 +333,7 @@ impl FramePool {
             let spare = free.free_count().saturating_sub(self.reserve.load(Ordering::Relaxed));
             let most = match purpose {
                 Purpose::New => want.min(spare),
-                Purpose::Unshare => want,
+                Purpose::Unshare | Purpose::Table => want,
             };
             free.take(most, &mut taken);
             if taken.len() > spare {
@@ -452,6 +454,27 @@ impl FramePool {
         // SAFETY: the direct map covers the whole pool, is page aligned and lives as long as `self`. Everyone who
         // shares these bytes with us, the CPU included, is seen through atomics.
         unsafe { &*at }
+    }
+
+    /// Has the host map the frames that are about to be read, where they are neighbours: one call for many, where each would be a
+    /// fault. Only a matter of time; a host that does not know how is not asked again and again by much.
+    pub(crate) fn populate(&self, frames: impl Iterator<Item = Pfn>) {
+        let mut run = 0..0;
+        let populate = |run: &Range<u32>| {
+            if run.len() > 1 {
+                let at = (self.base + Pfn(run.start).offset() as usize) as *mut libc::c_void;
+                // SAFETY: lies in our own mapping of the file, and changes nothing but which pages of it are mapped.
+                let _ = unsafe { libc::madvise(at, run.len() << 12, libc::MADV_POPULATE_READ) };
+            }
+        };
+        for Pfn(frame) in frames {
+            if frame != run.end {
+                populate(&run);
+                run.start = frame;
+            }
+            run.end = frame + 1;
+        }
+        populate(&run);
     }
 
     /// Fills `pfn` with zeros.

@@ -127,6 +127,11 @@ impl Ksm {
                 }
             }
             (Outcome::Pinned, _) => counted.into_iter().for_each(|pages| pages.not_shared.pinned += 1),
+            (Outcome::Different, _) => {
+                scanner.forget(frame, pfn);
+                self.is_different(pfn);
+                return 0;
+            }
             (Outcome::Full, _) => counted.into_iter().for_each(|pages| pages.not_shared.limit += 1),
             _ => counted.into_iter().for_each(|pages| pages.not_shared.volatile += 1),
         }

@@ -51,7 +51,7 @@ pub use audit::KsmViolation;
 pub use report::{KsmMemberReport, KsmMmStats, KsmPages, KsmPlace, KsmReport, KsmStats, KsmVma, NotShared};
 pub use scan::{PassEnd, Scanned};
 
-use crate::addr::HvaRange;
+use crate::addr::{Hva, HvaRange, PAGE_SIZE};
 use crate::frame::FramePool;
 use crate::mm::{CopyOnAccess, Mm, MmError, Sharer};
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -146,6 +146,9 @@ pub enum KsmError {
     /// More address spaces than the index can name.
     #[error("{} address spaces share pages already, and more cannot", index::SPACES)]
     TooManySpaces,
+    /// It takes part already.
+    #[error("the address space takes part already")]
+    Entered,
     /// The address space has its pages from elsewhere.
     #[error("the address space has its pages from another pool")]
     OtherPool,
@@ -278,7 +281,9 @@ impl Ksm {
         if queue.scanned + queue.newcomers.len() >= index::SPACES {
             return Err(KsmError::TooManySpaces);
         }
-        mm.set_sharer(Arc::new(Entered { ksm: Weak::clone(&self.me), domain }), copy);
+        if !mm.set_sharer(Arc::new(Entered { ksm: Weak::clone(&self.me), domain }), copy) {
+            return Err(KsmError::Entered);
+        }
         let id = KsmMember(queue.entered);
         queue.entered += 1;
         queue.newcomers.push(Newcomer { id, mm: Arc::downgrade(mm), domain });
@@ -288,6 +293,8 @@ impl Ksm {
     /// The next scan looks at these pages first, and does not wait to see whether they change: they were just filled, from a
     /// file perhaps, and are likely to be somebody else's too. (As KSM++ does with what the host reads; USENIX ATC 2013.)
     pub fn hint(&self, mm: &Arc<Mm>, range: HvaRange) {
+        let last = Hva(range.end.0.saturating_sub(1)).page_floor();
+        let range = HvaRange { start: range.start.page_floor(), end: Hva(last.0 + PAGE_SIZE) };
         let mut queue = self.queue.lock();
         if queue.hints.len() >= HINTS {
             queue.hints.pop_front();

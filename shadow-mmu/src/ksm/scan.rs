@@ -70,6 +70,16 @@ pub(super) enum Why {
     Wanted = 3,
 }
 
+/// What a page is compared by when something like it is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Finds {
+    /// Its hash, which is as good as always enough.
+    #[default]
+    ByHash,
+    /// Its bytes too: it was found to have the hash of other bytes, and would find those each time.
+    ByBytes,
+}
+
 /// What is remembered of a page that is not merged, in its frame's note.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Note {
@@ -79,6 +89,8 @@ struct Note {
     skip: u16,
     /// Why it is not merged.
     why: Why,
+    /// What its hash finds.
+    finds: Finds,
 }
 
 impl Note {
@@ -89,11 +101,12 @@ impl Note {
             2 => Why::Limit,
             _ => Why::Wanted,
         };
-        Self { streak: bits >> 2 & 0xf, skip: bits >> 6 & 0xf, why }
+        let finds = if bits & 1 << 10 == 0 { Finds::ByHash } else { Finds::ByBytes };
+        Self { streak: bits >> 2 & 0xf, skip: bits >> 6 & 0xf, why, finds }
     }
 
     fn bits(self) -> u16 {
-        self.why as u16 | self.streak << 2 | self.skip << 6
+        self.why as u16 | self.streak << 2 | self.skip << 6 | (self.finds as u16) << 10
     }
 
     /// After one more look that found it written. The steps are the kernel's (`skip_age`).
@@ -106,7 +119,7 @@ impl Note {
             6..=8 => 4,
             _ => 8,
         };
-        Self { streak, skip, why: Why::Unique }
+        Self { streak, skip, ..Self::default() }
     }
 }
 
@@ -281,17 +294,17 @@ impl Scanner {
     }
 
     /// Puts a candidate into the index; or, `None`, notes what is like no page there, for it holds zeros.
-    fn remember(&mut self, frame: &Frame, pfn: Pfn, hash: Option<u32>, place: Place, why: Why) -> Why {
+    fn remember(&mut self, frame: &Frame, pfn: Pfn, hash: Option<u32>, place: Place, note: Note) -> Why {
         // The frame may have been another page's, whose entry nobody has come upon since.
         self.index.remove(pfn);
         if !hash.is_none_or(|hash| self.index.insert(pfn, hash, place)) {
             frame.set_note(Note::default().bits());
             return Why::Limit;
         }
-        frame.set_note(Note { why, ..Note::default() }.bits());
+        frame.set_note(note.bits());
         frame.set_flags(FrameFlags::CANDIDATE);
-        self.wanted += u64::from(why == Why::Wanted);
-        why
+        self.wanted += u64::from(note.why == Why::Wanted);
+        note.why
     }
 
     /// A candidate that was alone is not any longer.
@@ -468,6 +481,8 @@ impl Ksm {
         if !asked.is_empty() {
             part.mm.notifiers().test_clear_dirty(&mut asked);
         }
+        let reads = |page: &&Looked| !page.candidate && !asked.contains(page.page);
+        self.pool.populate(looked.iter().filter(reads).map(|page| page.pfn));
         let mut scanned = 0;
         for page in &looked {
             let written = asked.contains(page.page);
@@ -529,12 +544,15 @@ impl Ksm {
             *skipped += 1;
             return None;
         }
+        // Whoever has it pinned may write it at any time, and no mark will say so.
+        let pinned = frame.ref_count() > frame.map_count();
+        if pinned && turn == Turn::Hint {
+            return None;
+        }
         if pte.is_dirty() {
             leaf.set(entry, pte.clean());
         }
         let told = flags.contains(FrameFlags::WRITTEN) && !frame.take_flags(FrameFlags::WRITTEN).is_empty();
-        // Whoever has it pinned may write it at any time.
-        let pinned = frame.ref_count() > frame.map_count();
         let candidate = flags.contains(FrameFlags::CANDIDATE);
         let looked = Looked { page: 0, pfn: pte.pfn(), candidate, note };
         Some((looked, pte.is_dirty() || told || pinned, pte.is_writable()))
@@ -560,6 +578,7 @@ impl Ksm {
             counts.not_shared.volatile += 1;
             return;
         }
+        let finds = if written { Finds::ByHash } else { note.finds };
         let known = candidate && !written;
         if known && note.why == Why::Wanted {
             // Of a sweep that has not come here yet, or in vain.
@@ -570,22 +589,23 @@ impl Ksm {
         let place = Place::of_page(part.at, page);
         let is_zero = hash == scanner.zero_hash && self.settings.zero_pages == ZeroPages::Share;
         let why = if is_zero {
-            scanner.remember(frame, pfn, None, place, Why::Wanted)
+            scanner.remember(frame, pfn, None, place, Note { why: Why::Wanted, ..Note::default() })
         } else {
-            let likes = self.look_up(scanner, hash, scanner.domain(part.at), pfn);
+            let likes = self.look_up(scanner, hash, scanner.domain(part.at), pfn, finds);
             if let Some(twin) = likes.twin {
                 scanner.want(self.pool.frame(twin), twin);
             }
             let is_wanted = likes.page.is_some()
                 || likes.twin.is_some()
                 || self.settings.access == CandidateAccess::CopyOnAccess;
-            scanner.remember(frame, pfn, Some(hash), place, if is_wanted { Why::Wanted } else { likes.why })
+            let why = if is_wanted { Why::Wanted } else { likes.why };
+            scanner.remember(frame, pfn, Some(hash), place, Note { why, finds, ..Note::default() })
         };
         counts.not_shared.count(why);
     }
 
     /// What there is like `but`, a page of this hash.
-    fn look_up(&self, scanner: &mut Scanner, hash: u32, domain: Domain, but: Pfn) -> Likes {
+    fn look_up(&self, scanner: &mut Scanner, hash: u32, domain: Domain, but: Pfn, finds: Finds) -> Likes {
         let Scanner { index, members, batch, .. } = scanner;
         let mut likes = Likes::default();
         let limit = self.settings.max_page_sharing as usize;
@@ -610,6 +630,9 @@ impl Ksm {
             };
             if frame.ref_count() == 0 {
                 return Step::Remove;
+            }
+            if finds == Finds::ByBytes && !self.pool.is_same(but, entry) {
+                return Step::Next;
             }
             if its != domain {
                 likes.why = Why::Domain;
@@ -660,19 +683,19 @@ impl Ksm {
     }
 
     fn sweep_page(&self, scanner: &mut Scanner, part: &Part<'_>, looked: &Looked) {
-        let Looked { page, pfn, .. } = *looked;
+        let Looked { page, pfn, note, .. } = *looked;
         if !scanner.index.is_entry(pfn) {
             scanner.batch.zero(part.at, page, pfn);
             return;
         }
         let (hash, domain) = (scanner.index.hash(pfn), scanner.domain(part.at));
-        let likes = self.look_up(scanner, hash, domain, pfn);
+        let likes = self.look_up(scanner, hash, domain, pfn, note.finds);
         let frame = self.pool.frame(pfn);
         if let Some(into) = likes.page {
             scanner.batch.merge(part.at, page, pfn, into);
         } else if likes.twin.is_none() && self.settings.access == CandidateAccess::Normal {
             // What it was like has gone.
-            frame.set_note(Note { why: likes.why, ..Note::default() }.bits());
+            frame.set_note(Note { why: likes.why, ..note }.bits());
         } else if frame.map_count() > 1 {
             self.promote_copy(scanner, part.at, page, pfn);
         } else {
@@ -680,11 +703,17 @@ impl Ksm {
         }
     }
 
-    /// Notes why a page is alone again that had been promoted.
+    /// A page is alone again that had been promoted: perhaps because others had no room for it.
     pub(super) fn is_alone(&self, pfn: Pfn) {
         let frame = self.pool.frame(pfn);
-        frame.set_note(Note { why: Why::Limit, ..Note::default() }.bits());
+        let note = Note::of(frame.flags_and_note().1);
+        frame.set_note(Note { why: Why::Limit, ..note }.bits());
         frame.set_flags(FrameFlags::CANDIDATE);
+    }
+
+    /// A page has the hash of what it was to be merged with, and other bytes.
+    pub(super) fn is_different(&self, pfn: Pfn) {
+        self.pool.frame(pfn).set_note(Note { finds: Finds::ByBytes, ..Note::default() }.bits());
     }
 }
 

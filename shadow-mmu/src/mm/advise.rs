@@ -95,10 +95,7 @@ impl Mm {
                 Backing::Anonymous | Backing::Object { .. } => Ok(vma.flags - VmaFlags::DONT_FORK),
             }),
             // What cannot be merged stays as it is, without an error.
-            Advice::Mergeable => self.change_flags(range, |vma| {
-                let mergeable = if vma.is_ksm_compatible() { VmaFlags::MERGEABLE } else { VmaFlags::empty() };
-                Ok(vma.flags | mergeable)
-            }),
+            Advice::Mergeable => self.change_flags(range, |vma| Ok(vma.flags | vma.mergeable())),
             Advice::Unmergeable => {
                 let mut map = self.map.write();
                 // First, and under the lock: whoever merges looks at the flag under it too (R27).

@@ -93,7 +93,8 @@ impl Mm {
 
         let mut map = self.map.write();
         let range = self.place(&map, addr, len, flags)?;
-        let vma = Vma { range, prot, flags: vma_flags, backing };
+        let mut vma = Vma { range, prot, flags: vma_flags, backing };
+        self.flag_if_any_merges(&mut vma);
         if map.vmas.count() + map.vmas.splits_at(range) >= MAX_MAP_COUNT {
             return Err(MmError::NoMemory);
         }
@@ -284,7 +285,9 @@ impl Mm {
                 return map.brk;
             }
             let prot = Access::READ | Access::WRITE;
-            map.vmas.insert(Vma { range, prot, flags: VmaFlags::HEAP, backing: Backing::Anonymous });
+            let mut vma = Vma { range, prot, flags: VmaFlags::HEAP, backing: Backing::Anonymous };
+            self.flag_if_any_merges(&mut vma);
+            map.vmas.insert(vma);
         }
         map.brk = to;
         to

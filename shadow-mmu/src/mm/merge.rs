@@ -36,8 +36,8 @@ use super::{Map, Mm, MmError, Pte, Vma, VmaFlags};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn};
 use crate::frame::{Fill, FrameFlags, OutOfFrames, Purpose};
 use crate::notifier::Event;
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex};
 use crate::table::{ENTRIES, index};
 
 /// Pages between two that are merged, that may lose their sptes with them.
@@ -111,7 +111,7 @@ pub enum MergeAny {
 /// Who merges pages of an address space, as the space knows it: children are told of to the same.
 pub(crate) trait Sharer: std::fmt::Debug + Send + Sync {
     /// A child of a space that this one scans.
-    fn forked(&self, child: &crate::sync::Arc<Mm>);
+    fn forked(&self, child: &Arc<Mm>);
 }
 
 /// What there is to know of merged pages, at their address space.
@@ -121,7 +121,7 @@ pub(super) struct Sharing {
     zero: AtomicU64,
     merge_any: AtomicBool,
     copy_on_access: AtomicBool,
-    sharer: Mutex<Option<crate::sync::Arc<dyn Sharer>>>,
+    sharer: Mutex<Option<Arc<dyn Sharer>>>,
 }
 
 /// Merged ptes that are taken out.
@@ -178,18 +178,27 @@ impl Mm {
         if self.sharing.merge_any.load(Ordering::Relaxed) { MergeAny::On } else { MergeAny::Off }
     }
 
-    /// Lets all private memory be merged, or none any more (`prctl(PR_SET_MEMORY_MERGE)`): then also what was advised with
-    /// [`Mergeable`](super::Advice::Mergeable) is not merged any longer.
+    /// Lets all private memory be merged, also what is mapped from now on, until it is advised to be
+    /// [`Unmergeable`](super::Advice::Unmergeable); or none any more (`prctl(PR_SET_MEMORY_MERGE)`): then also what was advised
+    /// with [`Mergeable`](super::Advice::Mergeable) is not merged any longer.
     ///
     /// # Errors
     /// [`MmError::NoMemory`]: there are too few frames to take merges back, and nothing changes but that some are.
     pub fn set_merge_any(&self, any: MergeAny) -> Result<(), MmError> {
         let mut map = self.map.write();
-        if any == MergeAny::Off && self.merge_any() == MergeAny::On {
-            self.unmerge_locked(&map, everything())?;
-            let mergeable: Vec<HvaRange> = map.vmas.iter().map(|vma| vma.range).collect();
-            for range in mergeable {
-                self.change_flags_locked(&mut map, range, |vma| Ok(vma.flags - VmaFlags::MERGEABLE))?;
+        let vmas: Vec<HvaRange> = map.vmas.iter().map(|vma| vma.range).collect();
+        match any {
+            MergeAny::Off if self.merge_any() == MergeAny::On => {
+                self.unmerge_locked(&map, everything())?;
+                for range in vmas {
+                    self.change_flags_locked(&mut map, range, |vma| Ok(vma.flags - VmaFlags::MERGEABLE))?;
+                }
+            }
+            MergeAny::Off => {}
+            MergeAny::On => {
+                for range in vmas {
+                    self.change_flags_locked(&mut map, range, |vma| Ok(vma.flags | vma.mergeable()))?;
+                }
             }
         }
         // Under the lock, as the flag of a VMA.
@@ -199,18 +208,32 @@ impl Mm {
 
     /// Whether pages of `vma` may be merged now. The caller holds the mmap lock.
     pub(crate) fn may_merge(&self, vma: &Vma) -> bool {
-        vma.is_ksm_compatible()
-            && (vma.flags.contains(VmaFlags::MERGEABLE) || self.merge_any() == MergeAny::On)
+        vma.is_ksm_compatible() && vma.flags.contains(VmaFlags::MERGEABLE)
     }
 
-    /// From now on `sharer` is told of children; with `copy_on_access`, reading a merged page copies it as writing does.
-    pub(crate) fn set_sharer(&self, sharer: crate::sync::Arc<dyn Sharer>, copy_on_access: CopyOnAccess) {
+    /// What a new mapping has, where all private memory may be merged (`ksm_vma_flags`). The caller holds the mmap lock for
+    /// writing.
+    pub(super) fn flag_if_any_merges(&self, vma: &mut Vma) {
+        if self.merge_any() == MergeAny::On {
+            vma.flags |= vma.mergeable();
+        }
+    }
+
+    /// From now on `sharer` is told of children; with `copy_on_access`, reading a merged page copies it as writing does. False,
+    /// and nothing is done, if there is one already.
+    #[must_use]
+    pub(crate) fn set_sharer(&self, sharer: Arc<dyn Sharer>, copy_on_access: CopyOnAccess) -> bool {
+        let mut now = self.sharing.sharer.lock();
+        if now.is_some() {
+            return false;
+        }
         self.sharing.copy_on_access.store(copy_on_access == CopyOnAccess::Yes, Ordering::Relaxed);
-        *self.sharing.sharer.lock() = Some(sharer);
+        *now = Some(sharer);
+        true
     }
 
     /// Has the sharer of `parent`, if there is one, take this child of its.
-    pub(super) fn enter_as(self: &crate::sync::Arc<Self>, parent: &Sharing) {
+    pub(super) fn enter_as(self: &Arc<Self>, parent: &Sharing) {
         let sharer = parent.sharer.lock().clone();
         if let Some(sharer) = sharer {
             sharer.forked(self);

@@ -140,6 +140,11 @@ impl Vma {
         !self.is_shared() && !matches!(self.backing, Backing::Adopted { .. })
     }
 
+    /// What lets its pages be merged: nothing, if they cannot be.
+    pub(super) fn mergeable(&self) -> VmaFlags {
+        if self.is_ksm_compatible() { VmaFlags::MERGEABLE } else { VmaFlags::empty() }
+    }
+
     /// Whether its private pages count against the memory limit (`VM_ACCOUNT`).
     pub fn is_accounted(&self) -> bool {
         self.prot.contains(Access::WRITE) && !self.is_shared() && !self.flags.contains(VmaFlags::NORESERVE)

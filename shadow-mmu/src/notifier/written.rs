@@ -78,11 +78,11 @@ impl WrittenPages {
         self.found.get(word).is_some_and(|word| word & bit != 0)
     }
 
-    /// Whether no page of these 64 is asked about.
+    /// Which of the pages from `first` on are asked about, a bit each, as far as the word of the question goes.
     #[cfg(feature = "mmu-notifier")]
-    pub(crate) fn asks_nothing_of(&self, first: u64) -> bool {
+    pub(crate) fn asked_from(&self, first: u64) -> u64 {
         let (word, _) = self.place(first);
-        self.asked.get(word).is_none_or(|&word| word == 0)
+        self.asked.get(word).map_or(0, |word| word >> (first.wrapping_sub(self.base) % 64))
     }
 
     /// Whether none is asked about.
@@ -107,7 +107,10 @@ mod tests {
         assert!(pages.is_asked(512) && pages.is_asked(1535) && !pages.is_asked(513) && !pages.is_asked(0));
         assert!(pages.contains(700) && !pages.contains(512) && !pages.contains(u64::MAX));
         #[cfg(feature = "mmu-notifier")]
-        assert!(pages.asks_nothing_of(576) && !pages.asks_nothing_of(640) && pages.asks_nothing_of(9999));
+        {
+            assert_eq!([pages.asked_from(576), pages.asked_from(9999), pages.asked_from(0)], [0; 3]);
+            assert_eq!([pages.asked_from(512), pages.asked_from(690)], [1, 1 << 10]);
+        }
         pages.reset(Hva(0), 1);
         assert!(pages.is_empty() && !pages.contains(700));
     }

@@ -29,19 +29,17 @@ impl Core {
                     let page = slot.hva_of(Gfn(base + at as u64)).page();
                     // As far as one word of the question goes.
                     let next = (at + 64 - (page % 64) as usize).min(entries.end);
-                    if !pages.asks_nothing_of(page) {
-                        for (page, at) in (page..).zip(at..next) {
-                            if !pages.is_asked(page) {
-                                continue;
+                    let mut asked = pages.asked_from(page) & !0 >> (64 - (next - at));
+                    while asked != 0 {
+                        let bit = asked.trailing_zeros() as usize;
+                        asked &= asked - 1;
+                        if let Some(old) = entry::clear_written(&table[at + bit], ad) {
+                            let gfn = Gfn(base + (at + bit) as u64);
+                            if let Some(log) = slots.log_of(gfn) {
+                                log.removed(gfn, old);
                             }
-                            if let Some(old) = entry::clear_written(&table[at], ad) {
-                                let gfn = Gfn(base + at as u64);
-                                if let Some(log) = slots.log_of(gfn) {
-                                    log.removed(gfn, old);
-                                }
-                                pages.add(page);
-                                gather.add(gfn, 1, old);
-                            }
+                            pages.add(page + bit as u64);
+                            gather.add(gfn, 1, old);
                         }
                     }
                     at = next;

@@ -12,6 +12,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// A pass takes at least this long: a page that was not written for a millisecond is not quiet, and to take D from pages that are
+/// written all the time costs the guest a fault each.
+const SHORTEST_PASS: Duration = Duration::from_millis(50);
 /// As the kernel's ksmd.
 const NICENESS: libc::c_int = 5;
 
@@ -174,7 +177,11 @@ fn scan(ksm: &Ksm, pace: Pace, shared: &Shared) {
             if let Some(advisor) = &mut advisor {
                 advisor.update(now - began, used.saturating_sub(cpu));
             }
-            (began, cpu) = (now, used);
+            let rest = SHORTEST_PASS.saturating_sub(now - began);
+            if !rest.is_zero() && !shared.pause(rest) {
+                return;
+            }
+            (began, cpu) = (Instant::now(), used);
         }
         if !shared.pause(pace.interval()) {
             return;
