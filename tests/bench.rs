@@ -10,6 +10,7 @@ use common::{code, finish, kvm, stderr, umbra};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::process::{Command, Output};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -272,4 +273,115 @@ fn age_overhead_runs_the_same_work_with_and_without() {
     }
     assert!(!rows.contains_key("umbra.plain.aging pass"), "{report}");
     assert!(report["ratios"].get("slowdown").is_some(), "{report}");
+}
+
+const KSM_FIGURES: [(&str, &str); 11] = [
+    ("saved_bytes", "bytes"),
+    ("first_pass_wall_s", "s"),
+    ("first_pass_cpu_s", "s"),
+    ("cpu_us_per_merged_page", "us"),
+    ("idle_pass_cpu_s", "s"),
+    ("metadata_bytes_per_page", "bytes"),
+    ("guest_slowdown", "times"),
+    ("guest_slowdown_paced", "times"),
+    ("cow_break_us", "us"),
+    ("cow_break_p99_us", "us"),
+    ("rewrite_cpu_s", "s/s"),
+];
+
+/// There is one ksmd, so tests that drive it take turns.
+static KSMD: Mutex<()> = Mutex::new(());
+
+fn ksmd_turn() -> MutexGuard<'static, ()> {
+    KSMD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the kernel's side could be measured; a user who may not is told why.
+fn has_ksmd(report: &Value) -> bool {
+    let missing = report["missing"].as_array();
+    match missing.and_then(|missing| missing.iter().find(|why| why.as_str().unwrap().starts_with("ksmd: "))) {
+        Some(why) => {
+            println!("without ksmd: {why}");
+            false
+        }
+        None => true,
+    }
+}
+
+#[test]
+fn ksm_saves_what_the_mix_gives_and_has_the_same_rows_for_both_sides() {
+    if !kvm() {
+        return;
+    }
+    let _turn = ksmd_turn();
+    let plot = common::folder("bench-ksm").join("bars.svg");
+    // 8 MiB: 2,048 pages. 512 are zero; 1,024 are in 256 groups of four.
+    let saved = (512 + 256 * 3) * 4096;
+    for mix in ["zero=25,dup=50,unique=25", "rewrite"] {
+        let words = format!("ksm --mib 8 --window 100ms --mix {mix} --plot {}", plot.display());
+        let report = report(&words);
+        let rows = rows(&report);
+        assert_eq!(report["bench"], "ksm");
+        let sides: &[&str] = if has_ksmd(&report) { &["umbra", "ksmd"] } else { &["umbra"] };
+        for side in sides {
+            for (figure, unit) in KSM_FIGURES {
+                assert_eq!(rows.get(&format!("{side}.{figure}")).map(String::as_str), Some(unit), "{report}");
+            }
+        }
+        assert_eq!(median(&report, "umbra.saved_bytes"), f64::from(saved), "{report}");
+        assert!(median(&report, "umbra.metadata_bytes_per_page") <= 16.0, "{report}");
+        let svg = std::fs::read_to_string(&plot).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("idle_pass_cpu_s"), "{svg}");
+        std::fs::remove_file(&plot).unwrap();
+    }
+}
+
+#[test]
+fn ksm_counts_what_an_image_lets_be_saved() {
+    if !kvm() {
+        return;
+    }
+    let _turn = ksmd_turn();
+    let report = report("ksm --mib 8 --window 100ms --mix image --copies 2");
+    // Every page of it is there twice.
+    assert!(median(&report, "umbra.saved_bytes") >= f64::from(4 << 20), "{report}");
+    assert!(rows(&report).contains_key("umbra.first_pass_cpu_s"), "the saving was complete: {report}");
+}
+
+#[test]
+fn ksm_goes_through_the_modes_of_the_selftest() {
+    if !kvm() {
+        return;
+    }
+    for checked in ["-M", "-M -p 600", "-U", "-Z -p 5", "-Z -z 1", "-M -t 1"] {
+        prints(&format!("ksm --kernel-compat {checked}"), &["OK"]);
+    }
+    let times = ["Total size:    4 MiB", "Total time:    ", "Average speed:  "];
+    prints("ksm --kernel-compat -P -s 4", &times);
+    prints("ksm --kernel-compat -D -s 4", &times);
+    prints("ksm --kernel-compat -C", &["Total size:    15 MiB", "Not merged pages:", "Merged pages:"]);
+}
+
+#[test]
+fn ksm_refuses_what_makes_no_sense() {
+    if !kvm() {
+        return;
+    }
+    for (words, says) in [
+        ("ksm --mix zero=25,dup=50", "adds up to 75"),
+        ("ksm --mix nonsense", "`rewrite`"),
+        ("ksm --mix zero=1,ones=99", "ones=99"),
+        ("ksm --copies 1", "1"),
+        ("ksm --mib 0", "0"),
+        ("ksm --kernel-compat", "-M"),
+        ("ksm --kernel-compat -M -U", "-U"),
+        ("ksm -M", "--kernel-compat"),
+        ("ksm -p 5", "--kernel-compat"),
+        ("ksm --kernel-compat -M --mib 5", "--mib"),
+        ("ksm --kernel-compat -N", "-N"),
+    ] {
+        refused(words, 2, says);
+    }
+    refused("ksm --kernel-compat -P", FAILED, "-s");
+    refused("ksm --mib 8 --plot /nonexistent/bars.svg", FAILED, "/nonexistent/bars.svg");
 }

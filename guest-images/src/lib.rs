@@ -4,8 +4,8 @@
 //! They are the guests that umbra ships. Each is an ordinary Linux program of a few kilobytes, `no_std`, without a C library,
 //! built from `src/guests` by the build script with nothing but `rustc` and the system's linker. So each also runs natively,
 //! and the native run is the oracle: what a guest prints on stdout and its exit status depend on its arguments alone (but for
-//! `touch --time`, and for answers of `memstress`: its times, the address that `where` tells, and how many accesses there
-//! were before `stop`), never on addresses, times, scheduling or what it runs on.
+//! `touch --time`, and for answers of `memstress`: its times, the address that `where` tells, how many accesses there
+//! were before `stop`, and the times of `mix`), never on addresses, times, scheduling or what it runs on.
 //!
 //! | image | what it is for |
 //! | --- | --- |
@@ -14,6 +14,7 @@
 //! | `threads` | the race for a stale translation, or a freed frame that is still within reach |
 //! | `memstress` | threads that touch memory on command, so that what ages and tracks it can be checked and measured |
 //! | `watcher` | mappings of umbra's own that are shown to a guest (`umbra run --adopt-demo`) |
+//! | `mix` | memory of which so much is equal and so much is not, to see what page sharing makes of it |
 //! | `torture` | random memory system calls, each result and each byte read compared with a model |
 //!
 //! ```
@@ -80,7 +81,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 7] = [
+static IMAGES: [Image; 8] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -116,6 +117,12 @@ static IMAGES: [Image; 7] = [
         summary: "touches pages from several threads, when a command on stdin says so",
         usage: usage::MEMSTRESS,
         elf: elf!("memstress"),
+    },
+    Image {
+        name: "mix",
+        summary: "holds pages of which some are equal, rewrites them on command, and knows what must be in them",
+        usage: usage::MIX,
+        elf: elf!("mix"),
     },
     Image {
         name: "watcher",

@@ -23,3 +23,6 @@ pub(crate) const MEMSTRESS: &str = "memstress [--threads N] [--pages N] [--overl
 
 /// `watcher`.
 pub(crate) const WATCHER: &str = "watcher [--board HEX]";
+
+/// `mix`.
+pub(crate) const MIX: &str = "mix [--pages N] [--zero PCT] [--dup PCT] [--copies N] [--seed S] < COMMANDS";

@@ -212,6 +212,99 @@ fn memstress_ends_with_its_input_and_refuses_what_it_does_not_know() {
     }
 }
 
+/// An answer without its times.
+fn without_times(line: &str) -> String {
+    let is_kept = |part: &&str| !part.ends_with(" ns");
+    line.split(", ").filter(is_kept).collect::<Vec<_>>().join(", ")
+}
+
+#[test]
+fn mix_holds_what_the_arguments_say() {
+    let commands = "fill mix\nverify\nrewrite 5\nrewrite 3 own\nrewrite 0\nverify\nfill pairs\nverify\n\
+                    fill same\nverify\nfill zeros\nverify\n";
+    let load = "load 2\n".to_owned() + &"\0".repeat(4096) + &"a".repeat(4096);
+    let last = "verify\nwrite 1 own\nwrite 99 shared\npoke 30\nwork 2\nverify\nquit\nverify\n";
+    let run = told("mix --pages 100 --seed 3", &(commands.to_owned() + &load + last));
+    assert_eq!((text(&run.stderr), run.status.code()), ("", Some(0)));
+    let got: Vec<String> = text(&run.stdout).lines().map(without_times).collect();
+    assert_eq!(
+        got,
+        [
+            "fill: 100 pages",
+            "verify: 3f34e5c40039ae0f",
+            "rewrite: 5 pages",
+            "rewrite: 3 pages",
+            "rewrite: 0 pages",
+            "verify: e937b44e6b05d4c4",
+            "fill: 100 pages",
+            "verify: 35a599955b408788",
+            "fill: 100 pages",
+            "verify: 290c44fc91662f35",
+            "fill: 100 pages",
+            "verify: d988ef759a123849",
+            "load: 2 pages",
+            "verify: 5422564f47abd520",
+            "write: 0 pages",
+            "write: 50 pages",
+            "poke: 4 pages",
+            "f05fa87c96fc3c10",
+            "verify: 241d2d0a2a5551f2",
+        ]
+    );
+}
+
+/// The same bytes from elsewhere have the same checksum.
+#[test]
+fn mix_is_filled_with_what_it_says() {
+    let loaded = |bytes: String| {
+        let run = told("mix --pages 50", &format!("load 1\n{bytes}verify\n"));
+        text(&run.stdout).lines().last().map(str::to_owned)
+    };
+    for (filling, byte) in [("same", "*"), ("zeros", "\0")] {
+        let run = told("mix --pages 50", &format!("fill {filling}\nverify\n"));
+        assert_eq!(loaded(byte.repeat(4096)).as_deref(), text(&run.stdout).lines().last(), "{filling}");
+    }
+}
+
+/// A kernel without KSM takes neither advice.
+#[test]
+fn mix_says_what_may_be_merged() {
+    let run = told("mix --pages 10", "mergeable\nunmergeable\n");
+    let without_ksm = text(&run.stderr).contains("EINVAL");
+    assert!(without_ksm || run.status.code() == Some(0), "{}", text(&run.stderr));
+    assert_eq!(text(&run.stdout).lines().count(), if without_ksm { 0 } else { 2 });
+}
+
+#[test]
+fn mix_ends_with_its_input_and_refuses_what_it_does_not_know() {
+    for input in ["", "quit", "quit\n"] {
+        let run = told("mix", input);
+        assert_eq!((text(&run.stdout), text(&run.stderr), run.status.code()), ("", "", Some(0)), "{input:?}");
+    }
+    for command in [
+        "\n",
+        "fil",
+        "fill",
+        "fill mess",
+        "load",
+        "load 0",
+        "write 1",
+        "write 0 own",
+        "poke 0",
+        "work",
+        "rewrite x",
+        "verify 1",
+        "load 11",
+    ] {
+        let run = told("mix --pages 10", command);
+        assert_eq!((text(&run.stdout), run.status.code()), ("", Some(2)), "{command:?}");
+        assert_eq!(text(&run.stderr).lines().count(), 1, "{command:?}: {}", text(&run.stderr));
+    }
+    // The end comes before what was to be loaded has.
+    let run = told("mix --pages 10", "load 2\nabc");
+    assert_eq!((run.status.code(), text(&run.stderr).lines().count()), (Some(1), 1), "{}", text(&run.stderr));
+}
+
 /// Linux must agree with the model, or the model is wrong.
 #[test]
 fn torture_finds_no_fault_in_linux() {
@@ -267,6 +360,11 @@ fn a_wrong_command_line_ends_with_status_2_and_one_line() {
         "memstress --threads 65",
         "memstress --pages 0",
         "memstress --write-percent 101",
+        "mix x",
+        "mix --pages 0",
+        "mix --zero 101",
+        "mix --zero 60 --dup 41",
+        "mix --copies 1",
         "watcher --board",
         "watcher x",
         "nonsense",

@@ -38,14 +38,13 @@ mod worker;
 
 use rt::PAGE;
 use rt::args::{Args, Cli};
+use rt::input::Input;
 use rt::out::{errln, outln};
 use rt::sys;
 use worker::{Job, MAX_THREADS, Team, Touch};
 
 /// 256 GiB a thread.
 const MAX_PAGES: u64 = 1 << 26;
-/// The longest command, its newline included.
-const LINE: usize = 128;
 /// How commands are spelled, for the complaint about one that is not.
 const COMMANDS: &str = "read, write or mix with [every K] [times N], run I, stop, where, quit; one a line";
 
@@ -90,12 +89,12 @@ fn run(args: Args) -> i32 {
         }
     };
 
-    let mut input = Input { bytes: [0; LINE], used: 0, ended: false };
+    let mut input = Input::new();
     let status = loop {
         match input.line() {
             Ok(None) => break 0,
             Ok(Some(length)) => {
-                let text = core::str::from_utf8(&input.bytes[..length]).unwrap_or("(not UTF-8)");
+                let text = input.text(length);
                 match obey(text, &team, base, total) {
                     Ok(true) => {}
                     Ok(false) => break 0,
@@ -179,43 +178,4 @@ fn obey(text: &str, team: &Team, base: usize, total: u64) -> Result<bool, Misund
 
 fn end_of<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<(), Misunderstood> {
     if words.next().is_none() { Ok(()) } else { Err(Misunderstood) }
-}
-
-/// Stdin by lines.
-struct Input {
-    bytes: [u8; LINE],
-    /// What of `bytes` is input.
-    used: usize,
-    ended: bool,
-}
-
-impl Input {
-    /// The length of the next line, which is at the start of `bytes`; `None` at the end. A last line needs no
-    /// newline.
-    fn line(&mut self) -> Result<Option<usize>, &'static str> {
-        loop {
-            if let Some(length) = self.bytes[..self.used].iter().position(|&byte| byte == b'\n') {
-                return Ok(Some(length));
-            }
-            if self.ended {
-                return Ok(if self.used == 0 { None } else { Some(self.used) });
-            }
-            if self.used == LINE {
-                return Err("a command of more than 127 bytes");
-            }
-            match sys::read(sys::STDIN, &mut self.bytes[self.used..]) {
-                Ok(0) | Err(sys::EBADF) => self.ended = true,
-                Ok(read) => self.used += read,
-                Err(sys::EINTR) => {}
-                Err(_) => return Err("stdin cannot be read"),
-            }
-        }
-    }
-
-    /// Forgets the line of that length, and its newline.
-    fn drop_line(&mut self, length: usize) {
-        let from = (length + 1).min(self.used);
-        self.bytes.copy_within(from..self.used, 0);
-        self.used -= from;
-    }
 }

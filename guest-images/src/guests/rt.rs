@@ -7,6 +7,7 @@
 
 pub mod args;
 pub mod fault;
+pub mod input;
 mod mem;
 pub mod out;
 pub mod random;

@@ -215,6 +215,11 @@ fn stats_of(mm: &Mm, items: u64) -> KsmMmStats {
 }
 
 impl Ksm {
+    /// Passes so far. Waits for nobody, so it may be asked often, and while a scan is under way.
+    pub fn full_scans(&self) -> u64 {
+        self.counters.full_scans.load(Ordering::Relaxed)
+    }
+
     /// The counters, now. Waits for a scan that is under way.
     pub fn stats(&self) -> KsmStats {
         self.report().stats
@@ -246,7 +251,7 @@ impl Ksm {
             pages_unshared: unshared,
             pages_volatile: items.saturating_sub(merging + unshared),
             pages_skipped: counters.pages_skipped.load(Ordering::Relaxed),
-            full_scans: counters.full_scans.load(Ordering::Relaxed),
+            full_scans: self.full_scans(),
             stable_node_chains: chains,
             stable_node_dups: dups,
             ksm_zero_pages: zero,

@@ -13,11 +13,13 @@ mod cpu;
 mod demand_paging;
 mod dirty_log;
 mod fault;
+mod ksm;
 mod linux;
 mod memstress;
 mod notifier;
 mod phases;
 mod start;
+mod told;
 mod userfault;
 
 pub use memstress::{Memstress, Pass, Work};
@@ -38,6 +40,7 @@ pub use cpu::bench_cpu;
 pub use demand_paging::{DemandPaging, UffdMode, bench_demand_paging};
 pub use dirty_log::{DirtyLogWork, bench_dirty_log};
 pub use fault::bench_fault;
+pub use ksm::{Compat, CompatMode, KsmWork, MergeType, Mix, Shares, bench_ksm, bench_ksm_compat, draw_ksm};
 pub use notifier::bench_notifier;
 pub use start::bench_start;
 
@@ -106,7 +109,8 @@ pub struct Report {
     /// What could not be measured, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub missing: Vec<String>,
-    /// umbra's medians once more, as the kernel's selftest of the same name prints them; empty where there is none.
+    /// umbra's medians once more, as the kernel's selftest of the same name prints them, or held against what was promised;
+    /// empty where there is neither.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub lines: Vec<String>,
 }
@@ -120,11 +124,17 @@ impl Report {
             out += &format!("{line}\n");
         }
         let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or(0).max(4);
-        out +=
-            &format!("{:<width$} {:>10} {:>10} {:>10} {:>5}  unit\n", "row", "min", "median", "max", "runs");
+        if !self.rows.is_empty() {
+            let heads = ["min", "median", "max"].map(|head| format!("{head:>10}")).join(" ");
+            out += &format!("{:<width$} {heads} {:>5}  unit\n", "row", "runs");
+        }
         for Row { name, unit, min, median, max, runs } in &self.rows {
-            // Millions of something need no fractions, and no wider columns.
-            let digits = if *max < 1e5 { 3 } else { 0 };
+            // Millions of something need no fractions, and no wider columns; small parts of something need more.
+            let digits = match *max {
+                large if large >= 1e5 => 0,
+                small if small > 0.0 && small < 0.1 => 6,
+                _ => 3,
+            };
             out += &format!(
                 "{name:<width$} {min:>10.digits$} {median:>10.digits$} {max:>10.digits$} {runs:>5}  {unit}\n"
             );

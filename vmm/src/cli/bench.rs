@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra bench`.
 
+use super::bench_ksm::{self, KsmArgs};
 use super::{kvm_device, parse};
 use crate::bench::{
     AgeOverhead, DemandPaging, DirtyLogWork, Report, UffdMode, Work, bench_access_tracking, bench_age,
@@ -80,6 +81,8 @@ enum Bench {
     DirtyLog(DirtyLogArgs),
     /// What it costs to learn which pages were accessed, a page: beside clear_refs and smaps, and the limit that memory sets.
     Age(AgeArgs),
+    /// Page sharing: umbra's beside the kernel's ksmd, on the same bytes. The kernel's takes root; its settings are put back.
+    Ksm(KsmArgs),
 }
 
 #[derive(Debug, Args)]
@@ -252,6 +255,7 @@ fn measure(facts: &HostFacts, bench: Bench, runs: usize, progress: &mut dyn FnMu
         }
         Bench::AccessTracking { memory } => bench_access_tracking(facts, &memory.work(), runs, progress),
         Bench::DirtyLog(args) => bench_dirty_log(facts, &args.options()?, runs, progress),
+        Bench::Ksm(args) => bench_ksm::measure(facts, args, runs, progress),
         Bench::Age(AgeArgs { pages, overhead: false, .. }) => bench_age(facts, pages, runs, progress),
         Bench::Age(AgeArgs { bytes, interval, window, .. }) => {
             let options = AgeOverhead { pages: bytes.0, interval, window };

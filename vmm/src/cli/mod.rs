@@ -7,6 +7,7 @@
 mod adopt_demo;
 mod age;
 mod bench;
+mod bench_ksm;
 mod check;
 mod dirty;
 mod doctor;

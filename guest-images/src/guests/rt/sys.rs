@@ -34,6 +34,8 @@ pub const MREMAP_MAYMOVE: usize = 1;
 pub const MREMAP_FIXED: usize = 2;
 
 pub const MADV_DONTNEED: usize = 4;
+pub const MADV_MERGEABLE: usize = 12;
+pub const MADV_UNMERGEABLE: usize = 13;
 pub const MADV_NOHUGEPAGE: usize = 15;
 
 /// Standard input.

@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use super::super::told::GRACE;
 use super::*;
 use crate::vm::{Tracking, WindowFill};
+use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::shadow::FaultAroundPolicy;
 
 /// A small machine, if there can be one here.
@@ -42,7 +44,7 @@ fn its_end_is_an_error_that_does_not_wait() {
         assert!(memstress.finish().unwrap_err().to_string().contains("memstress"));
     }
     for mut memstress in both(&Work::new(1, 4)) {
-        memstress.stdin = None;
+        memstress.0.stdin = None;
         assert!(memstress.command("read").is_err());
     }
 }
@@ -61,12 +63,12 @@ fn one_that_runs_is_ended_by_the_drop() {
 fn the_limit_is_beyond_what_was_asked_for() {
     let work = Work::new(2, 1000);
     for mut memstress in both(&work) {
-        assert!(memstress.limit >= GRACE + work.pass_at_most());
+        assert!(memstress.0.limit >= GRACE + work.pass_at_most());
         // 1,000 pages, a second each; and a window that no clock can count: a wait without end, and no panic.
         memstress.expect(Duration::from_secs(1000));
-        assert!(memstress.limit >= GRACE + Duration::from_secs(1000) && memstress.deadline().is_some());
+        assert!(memstress.0.limit >= GRACE + Duration::from_secs(1000) && memstress.0.deadline().is_some());
         memstress.expect(Duration::MAX);
-        assert_eq!(memstress.deadline(), None);
+        assert_eq!(memstress.0.deadline(), None);
         assert_eq!(memstress.pass("read").unwrap().accesses, 2000);
         memstress.finish().unwrap();
     }
@@ -75,7 +77,7 @@ fn the_limit_is_beyond_what_was_asked_for() {
 #[test]
 fn a_limit_ends_a_wait() {
     let mut memstress = Memstress::native(&Work::new(1, 4)).unwrap();
-    memstress.limit = Duration::from_millis(1);
+    memstress.0.limit = Duration::from_millis(1);
     // Nobody has asked for anything.
     let error = memstress.answer("read").unwrap_err();
     assert!(format!("{error:#}").contains("said nothing"), "{error:#}");

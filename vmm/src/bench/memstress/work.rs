@@ -83,9 +83,9 @@ impl Work {
         }
     }
 
-    /// The command line, the program's name first.
+    /// The command line behind the program's name.
     pub(super) fn words(&self) -> Vec<String> {
-        let mut words: Vec<String> = vec!["memstress".into()];
+        let mut words = Vec::new();
         let mut option = |name: &str, value: u64| words.extend([name.to_owned(), value.to_string()]);
         option("--threads", self.threads.into());
         option("--pages", self.pages);
