@@ -38,6 +38,8 @@ pub enum Event {
     Age,
     /// It is time to look which pages were written.
     CollectDirty,
+    /// It is time to look how much is saved by sharing pages.
+    LookAtSharing,
     /// A vCPU waits for its dirty ring to be emptied.
     RingFull,
     /// This guest has ended: its place among those that the loop was given.

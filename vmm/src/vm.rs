@@ -26,13 +26,14 @@ use anyhow::{Context, Result};
 use config::ConfiguredTlb;
 use faults::VcpuFaults;
 use rings::Rings;
-use shadow_mmu::addr::{Gfn, Hva, PAGE_SIZE};
+use shadow_mmu::addr::{Gfn, Hva, HvaRange, PAGE_SIZE};
 use shadow_mmu::frame::FramePool;
+use shadow_mmu::ksm::{Domain, Ksm, KsmError, KsmMember};
 use shadow_mmu::mm::Mm;
 use shadow_mmu::mm::watch::{Forks, Watch};
 use shadow_mmu::shadow::{AdBits, AuditReport, DirtyPages, Memslot, Prefaulted, ShadowMmu, SlotAccess};
 use shadow_mmu::table::LOWER_HALF_PAGES;
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -60,6 +61,8 @@ pub struct Machine {
     lost: Mutex<Option<EngineError>>,
     /// Of vCPUs, where they have dirty rings.
     rings: Option<Rings>,
+    /// Page sharing, where it takes part.
+    sharing: OnceLock<Arc<Ksm>>,
     /// What the threads that ended waited for.
     stalls: Mutex<MachineStalls>,
     /// The operator has been told that the guest wants adopted memory which the host cannot reach.
@@ -136,6 +139,7 @@ impl Machine {
             death: Mutex::default(),
             lost: Mutex::default(),
             rings,
+            sharing: OnceLock::new(),
             stalls: Mutex::default(),
             told_unreachable: Once::new(),
             watch: Mutex::default(),
@@ -175,6 +179,15 @@ impl Machine {
         let made = Arc::new(Watch::with_thread(&self.mm, self.kvm.host_slots(), Forks::Ignore)?);
         *watch = Some(Arc::clone(&made));
         Ok(made)
+    }
+    /// Lets the address space take part in page sharing, once, and has `ksm` hear which pages were just read from files.
+    ///
+    /// # Errors
+    /// [`KsmError`]: it is not to be had with this address space.
+    pub fn share(&self, ksm: &Arc<Ksm>, domain: Domain) -> Result<KsmMember, KsmError> {
+        let member = ksm.enter(&self.mm, domain)?;
+        self.sharing.get_or_init(|| Arc::clone(ksm));
+        Ok(member)
     }
     /// The last notifier events.
     pub fn recorder(&self) -> &Recorder {
@@ -260,6 +273,12 @@ impl Host for MachineHost {
 
     fn report_death(&self, death: &Death) {
         lock(&self.0.death).get_or_insert_with(|| death.clone());
+    }
+
+    fn filled(&self, range: HvaRange) {
+        if let Some(ksm) = self.0.sharing.get() {
+            ksm.hint(&self.0.mm, range);
+        }
     }
 
     fn exited(&self) {

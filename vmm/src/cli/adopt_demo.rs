@@ -310,7 +310,13 @@ pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<ExitCode>
                 Event::Signal(signal) => signal,
                 Event::TimeLimit => libc::SIGKILL,
                 // The demo asks for no ticks and no rings.
-                Event::Exited(_) | Event::Age | Event::CollectDirty | Event::RingFull => return,
+                Event::Exited(_)
+                | Event::Age
+                | Event::CollectDirty
+                | Event::LookAtSharing
+                | Event::RingFull => {
+                    return;
+                }
             };
             // The first ends the guest.
             interrupted.get_or_insert((event, signal));

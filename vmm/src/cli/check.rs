@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra run --check`: audits running guests, ten times a second and each once more at its end.
 //!
-//! A thread looks at all guests that are left; who takes one out of the fleet looks at it once more
-//! ([`Checker::audit`]). When all are gone there must be no frame in use ([`Checker::finish`]).
+//! A thread looks at all guests that are left, and at what they share; who takes one out of the fleet looks at it once more
+//! ([`Checker::last_look`]). When all are gone there must be no frame in use ([`Checker::finish`]).
+//!
+//! While an address space is torn down its merged pages belong to nobody that could be asked. So guests do not go while somebody
+//! looks at what they share: `sharing` is held for both.
 
 use crate::fleet::Fleet;
 use crate::vm::Vm;
 use anyhow::{Result, bail};
+use shadow_mmu::ksm::Ksm;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Lines of violations that are printed.
@@ -18,6 +22,8 @@ const TOLD: usize = 20;
 #[derive(Debug)]
 pub(super) struct Checker<'a> {
     fleet: &'a Fleet,
+    /// What they share.
+    sharing: Option<Mutex<Arc<Ksm>>>,
     over: AtomicBool,
     findings: Mutex<Findings>,
 }
@@ -29,8 +35,13 @@ struct Findings {
 }
 
 impl<'a> Checker<'a> {
-    pub(super) fn new(fleet: &'a Fleet) -> Self {
-        Self { fleet, over: AtomicBool::new(false), findings: Mutex::default() }
+    pub(super) fn new(fleet: &'a Fleet, sharing: Option<Arc<Ksm>>) -> Self {
+        Self {
+            fleet,
+            sharing: sharing.map(Mutex::new),
+            over: AtomicBool::new(false),
+            findings: Mutex::default(),
+        }
     }
 
     /// The thread.
@@ -39,6 +50,7 @@ impl<'a> Checker<'a> {
             for (number, vm) in self.fleet.left() {
                 self.audit(number, &vm);
             }
+            self.audit_sharing();
             self.fleet.pool().check_poison();
             std::thread::park_timeout(Duration::from_millis(100));
         }
@@ -53,8 +65,27 @@ impl<'a> Checker<'a> {
         self.findings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn sharing(&self) -> Option<MutexGuard<'_, Arc<Ksm>>> {
+        self.sharing.as_ref().map(|sharing| sharing.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn audit_sharing(&self) {
+        if let Some(ksm) = self.sharing() {
+            let wrong = ksm.audit();
+            self.findings().violations.extend(wrong.iter().map(ToString::to_string));
+        }
+    }
+
+    /// Looks at guest `number`, which has ended and was taken out of the fleet, a last time, and drops it.
+    pub(super) fn last_look(&self, number: usize, vm: Arc<Vm>) {
+        self.audit(number, &vm);
+        self.audit_sharing();
+        let _held = self.sharing();
+        drop(vm);
+    }
+
     /// Looks at one guest now.
-    pub(super) fn audit(&self, number: usize, vm: &Vm) {
+    fn audit(&self, number: usize, vm: &Vm) {
         let report = vm.machine().audit();
         let who = if self.fleet.count() == 1 { String::new() } else { format!("guest {number}: ") };
         let mut findings = self.findings();
@@ -63,10 +94,11 @@ impl<'a> Checker<'a> {
     }
 
     /// All guests are gone: a last look at the frames, and the verdict.
-    pub(super) fn finish(&self) -> Result<()> {
-        let pool = self.fleet.pool();
+    pub(super) fn finish(self) -> Result<()> {
+        let Self { fleet, findings, .. } = self;
+        let pool = fleet.pool();
         let broken = pool.check_poison();
-        let mut findings = self.findings();
+        let mut findings = findings.into_inner().unwrap_or_else(PoisonError::into_inner);
         if broken > 0 {
             findings.violations.push(format!("{broken} free frames were written"));
         }

@@ -8,6 +8,7 @@ use super::{Format, parse};
 use crate::aging::AgingCost;
 use crate::causes::one_line;
 use crate::guest::ExitStatus;
+use crate::ksm::report::SharingStats;
 use crate::report::{Stats, death_report, exit_code, signal_name};
 use crate::vm::Vm;
 use anyhow::Result;
@@ -82,6 +83,16 @@ struct GuestStats<'a> {
 #[derive(Debug, Serialize)]
 struct AllStats<'a> {
     guests: Vec<GuestStats<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ksm: Option<SharingStats>,
+}
+
+#[derive(Debug, Serialize)]
+struct OneStats<'a> {
+    #[serde(flatten)]
+    stats: &'a Stats,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ksm: Option<SharingStats>,
 }
 
 /// How the guests ended.
@@ -128,17 +139,18 @@ impl Endings {
         text
     }
 
-    /// What the guests cost, one line in JSON.
-    pub(super) fn stats(&self, format: Format) -> Result<String> {
+    /// What the guests cost, and what they saved by sharing pages; one line in JSON.
+    pub(super) fn stats(&self, format: Format, ksm: Option<SharingStats>) -> Result<String> {
         let ended = || self.ended.iter().enumerate().filter_map(|(n, ended)| Some((n, ended.as_ref()?)));
+        let shared = ksm.map_or_else(String::new, |ksm| format!("\n{}", ksm.text()));
         match (&self.ended[..], format) {
-            ([Some(only)], Format::Text) => Ok(only.stats.text()),
-            ([Some(only)], Format::Json) => Ok(serde_json::to_string(&only.stats)?),
+            ([Some(only)], Format::Text) => Ok(only.stats.text() + &shared),
+            ([Some(only)], Format::Json) => Ok(serde_json::to_string(&OneStats { stats: &only.stats, ksm })?),
             (_, Format::Text) => {
                 let text = |(guest, Ended { exit_status, stats }): (usize, &Ended)| {
                     format!("guest {guest}, exit status {exit_status}\n{}", stats.text())
                 };
-                Ok(ended().map(text).collect::<Vec<_>>().join("\n"))
+                Ok(ended().map(text).collect::<Vec<_>>().join("\n") + &shared)
             }
             (_, Format::Json) => {
                 let guests = ended().map(|(guest, Ended { exit_status, stats })| GuestStats {
@@ -146,7 +158,7 @@ impl Endings {
                     exit_status: *exit_status,
                     stats,
                 });
-                Ok(serde_json::to_string(&AllStats { guests: guests.collect() })?)
+                Ok(serde_json::to_string(&AllStats { guests: guests.collect(), ksm })?)
             }
         }
     }

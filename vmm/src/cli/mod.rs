@@ -13,6 +13,7 @@ mod dirty;
 mod doctor;
 mod guests;
 mod images;
+mod ksm;
 mod observers;
 mod parse;
 mod replacement;
@@ -21,7 +22,7 @@ mod run;
 mod trace;
 
 use crate::causes::one_line;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -50,7 +51,7 @@ Set RUST_LOG=debug to see more, UMBRA_KVM_DEVICE to use another device than /dev
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Images(images::ImagesArgs),
     Doctor(doctor::DoctorArgs),
     Bench(bench::BenchArgs),
@@ -77,8 +78,8 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();
-    let result = match Cli::parse().command {
-        Command::Run(args) => run::run(args),
+    let result = match parse_command_line().command {
+        Command::Run(args) => run::run(*args),
         Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
@@ -93,6 +94,20 @@ pub fn main() -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// The command line; a bad one ends umbra here.
+fn parse_command_line() -> Cli {
+    let mut command = Cli::command();
+    // What is global, or of clap's own, is in the options after this.
+    command.build();
+    let args = std::env::args_os().collect();
+    let Some(run) = command.find_subcommand("run") else { return Cli::parse() };
+    let takes_value = |option: &str| {
+        let option = run.get_arguments().find(|arg| arg.get_long() == Some(option));
+        option.is_some_and(|arg| arg.get_num_args().is_some_and(|values| values.min_values() > 0))
+    };
+    Cli::parse_from(ksm::join(args, takes_value))
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

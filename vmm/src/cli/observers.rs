@@ -10,6 +10,7 @@
 use super::Format;
 use super::age::{AgeArgs, Aging};
 use super::dirty::{Dirty, DirtyArgs};
+use super::ksm::{KsmArgs, Shared, Sharing};
 use super::replacement::Replacement;
 use super::reports::Reports;
 use crate::aging::AgingCost;
@@ -26,6 +27,7 @@ pub(super) struct Observers {
     observed: Option<Arc<Vm>>,
     aging: Option<Aging>,
     dirty: Option<Dirty>,
+    sharing: Option<Sharing>,
     /// Where something is to be told.
     reports: Option<Reports>,
 }
@@ -35,6 +37,8 @@ pub(super) struct Observers {
 pub(super) struct Observed {
     /// What aging cost, if there was any.
     pub(super) aging: Option<AgingCost>,
+    /// What sharing came to, if there was any.
+    pub(super) shared: Option<Shared>,
 }
 
 impl Observers {
@@ -44,10 +48,12 @@ impl Observers {
         fleet: &Fleet,
         age: &AgeArgs,
         dirty: &DirtyArgs,
+        ksm: &KsmArgs,
     ) -> Result<Sources> {
         let sources = sources
             .with_ticks(Event::Age, age.interval())?
             .with_ticks(Event::CollectDirty, dirty.interval())?
+            .with_ticks(Event::LookAtSharing, ksm.interval())?
             .with_ring_full(first(fleet)?.machine().dirty_ring_full()?);
         if age.reports_on_signal() { sources.with_report_signal() } else { Ok(sources) }
     }
@@ -58,13 +64,15 @@ impl Observers {
         age: &AgeArgs,
         picture: Option<Replacement>,
         dirty: &DirtyArgs,
+        sharing: Option<Sharing>,
     ) -> Result<Self> {
-        let tells = age.reports_on_signal() || dirty.interval().is_some() || fleet.count() > 1;
+        let tells =
+            age.reports_on_signal() || dirty.interval().is_some() || sharing.is_some() || fleet.count() > 1;
         let reports = tells.then(Reports::to_stderr).transpose()?;
         let vm = first(fleet)?;
         let (aging, dirty) = (age.start(vm.machine(), picture), dirty.start(vm.machine())?);
         let observed = (aging.is_some() || dirty.is_some()).then_some(vm);
-        Ok(Self { observed, aging, dirty, reports })
+        Ok(Self { observed, aging, dirty, sharing, reports })
     }
 
     /// Tells `text`, whole lines, while guests run.
@@ -75,7 +83,11 @@ impl Observers {
     }
 
     /// Does what `event` asks for.
-    pub(super) fn handle(&mut self, event: Event) {
+    pub(super) fn handle(&mut self, fleet: &Fleet, event: Event) {
+        if event == Event::LookAtSharing {
+            let text = self.sharing.as_mut().and_then(|sharing| sharing.tick(fleet));
+            return self.tell(text.unwrap_or_default());
+        }
         let Some(vm) = &self.observed else { return };
         let machine = vm.machine();
         let report = match event {
@@ -91,16 +103,25 @@ impl Observers {
                 self.dirty.as_mut().and_then(|dirty| Some((dirty.format(), dirty.tick(machine)?)))
             }
             Event::Signal(libc::SIGUSR1) => self.aging.as_ref().and_then(Aging::report),
-            Event::Signal(_) | Event::TimeLimit | Event::Exited(_) => None,
+            Event::Signal(_) | Event::TimeLimit | Event::Exited(_) | Event::LookAtSharing => None,
         };
         if let (Some((format, report)), Some(reports)) = (report, &mut self.reports) {
             reports.send(format, report);
         }
     }
 
-    /// The guest has ended, its memory is still there. Writes what is left to tell, and waits for who reads it.
-    pub(super) fn finish(self, reactor: &Reactor) -> Observed {
-        let Self { observed, mut aging, dirty, reports } = self;
+    /// A guest has ended, its memory is still there.
+    pub(super) fn guest_ends(&mut self, fleet: &Fleet) {
+        let text = self.sharing.as_mut().and_then(|sharing| sharing.guest_ends(fleet));
+        self.tell(text.unwrap_or_default());
+    }
+
+    /// The last guest has ended, its memory is still there. Writes what is left to tell, and waits for who reads it.
+    ///
+    /// # Errors
+    /// What sharing came to cannot be told.
+    pub(super) fn finish(self, fleet: &Fleet, reactor: &Reactor) -> Result<Observed> {
+        let Self { observed, mut aging, dirty, sharing, reports } = self;
         if let Some(aging) = &mut aging {
             aging.last_pass(reactor.skipped(Event::Age));
         }
@@ -110,7 +131,8 @@ impl Observers {
         if let Some(reports) = reports {
             reports.finish(last);
         }
-        Observed { aging: aging.map(Aging::finish) }
+        let shared = sharing.map(|sharing| sharing.finish(fleet)).transpose()?;
+        Ok(Observed { aging: aging.map(Aging::finish), shared })
     }
 }
 

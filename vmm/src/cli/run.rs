@@ -5,7 +5,7 @@ use super::check::Checker;
 use super::guests::{Endings, GuestsArgs};
 use super::observers::Observers;
 use super::replacement::Replacement;
-use super::{Format, adopt_demo, age, dirty, kvm_device, parse, trace};
+use super::{Format, adopt_demo, age, dirty, ksm, kvm_device, parse, trace};
 use crate::fleet::Fleet;
 use crate::guest::Arguments;
 use crate::reactor::{Event, Reactor, Sources, block_report_signal, block_signals, unblock_signals};
@@ -48,6 +48,8 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     dirty: dirty::DirtyArgs,
     #[command(flatten)]
+    ksm: ksm::KsmArgs,
+    #[command(flatten)]
     trace: trace::TraceArgs,
     /// Set NAME to VALUE for the guest, or pass on umbra's own NAME. The guest's environment is empty otherwise.
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse::environment)]
@@ -62,7 +64,7 @@ pub(super) struct RunArgs {
     /// Instead of a program, show a guest memory of umbra's own, and unmap, move and discard it behind the guest's back;
     /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must.
     #[arg(long, conflicts_with_all = [
-        "program", "guests", "stats", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
+        "program", "guests", "ksm", "stats", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
     ])]
     adopt_demo: bool,
     /// How KVM's view of the frames is filled; for benchmarks.
@@ -94,13 +96,14 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
         return Ok(ExitCode::from(2));
     }
     let shows_one = args.age.given().or(args.dirty.given()).or(args.trace.given());
-    if let Some(refusal) = args.guests.refusal(shows_one, args.memory) {
+    let refusal = args.guests.refusal(shows_one, args.memory);
+    if let Some(refusal) = refusal.or_else(|| args.ksm.refusal(args.guests.count())) {
         eprintln!("umbra: {refusal}");
         return Ok(ExitCode::from(2));
     }
     // While signals still end umbra, for it may wait.
     let output = args.trace.open()?;
-    let picture = args.age.open()?;
+    let pictures = Pictures { heat_map: args.age.open()?, sharing: args.ksm.open()? };
     // Before the first thread, so that all inherit it.
     block_signals()?;
     if args.age.reports_on_signal() {
@@ -108,17 +111,24 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     }
     let tracer = output.map(trace::Output::start).transpose()?;
     // The end of the address space is the trace's last event, so the VM lives in there.
-    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), picture, began);
+    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), pictures, began);
     // What is left may wait for a reader; also where no reactor ran.
     unblock_signals()?;
     trace::finish(tracer);
     result
 }
 
+/// Files that are drawn into at the end.
+#[derive(Debug)]
+struct Pictures {
+    heat_map: Option<Replacement>,
+    sharing: Option<Replacement>,
+}
+
 fn run_traced(
     args: RunArgs,
     listener: Option<Arc<dyn MmuNotifier>>,
-    picture: Option<Replacement>,
+    pictures: Pictures,
     began: Instant,
 ) -> Result<ExitCode> {
     let config = VmConfig {
@@ -149,10 +159,11 @@ fn run_traced(
     let fleet = Fleet::new(args.guests.count(), args.guests.pool(), config, &program)?;
     let mut endings = Endings::new(fleet.count(), began);
     let sources = Sources::new(fleet.exited()?)?.with_limit(args.timeout)?;
-    let sources = Observers::listen(sources, &fleet, &args.age, &args.dirty)?;
+    let sources = Observers::listen(sources, &fleet, &args.age, &args.dirty, &args.ksm)?;
     let mut reactor = Reactor::new(sources)?;
-    let mut observers = Observers::start(&fleet, &args.age, picture, &args.dirty)?;
-    let checker = args.check.then(|| Checker::new(&fleet));
+    let sharing = args.ksm.start(&fleet, began, pictures.sharing)?;
+    let checker = args.check.then(|| Checker::new(&fleet, sharing.as_ref().map(ksm::Sharing::ksm)));
+    let mut observers = Observers::start(&fleet, &args.age, pictures.heat_map, &args.dirty, sharing)?;
     std::thread::scope(|scope| -> Result<()> {
         if let Some(checker) = &checker {
             scope.spawn(|| checker.run());
@@ -163,15 +174,18 @@ fn run_traced(
                 Event::TimeLimit => fleet.kill(libc::SIGKILL),
                 // The last one is told of below, when umbra may wait for who reads it.
                 Event::Exited(number) => {
+                    observers.guest_ends(&fleet);
                     if let Some(vm) = fleet.take_unless_last(number) {
                         let text = endings.note(number, &vm, None);
-                        checker.iter().for_each(|checker| checker.audit(number, &vm));
                         // Who reads of its end finds its memory given back.
-                        drop(vm);
+                        match &checker {
+                            Some(checker) => checker.last_look(number, vm),
+                            None => drop(vm),
+                        }
                         observers.tell(text);
                     }
                 }
-                _ => observers.handle(event),
+                _ => observers.handle(&fleet, event),
             })
         });
         if let Some(checker) = &checker {
@@ -181,14 +195,20 @@ fn run_traced(
         unblock_signals()?;
         ended
     })?;
-    let observed = observers.finish(&reactor);
+    let observed = observers.finish(&fleet, &reactor)?;
     for (number, vm) in fleet.left() {
         eprint!("{}", endings.note(number, &vm, observed.aging));
-        checker.iter().for_each(|checker| checker.audit(number, &vm));
         drop(fleet.take(number));
+        match &checker {
+            Some(checker) => checker.last_look(number, vm),
+            None => drop(vm),
+        }
+    }
+    if let Some(report) = observed.shared.as_ref().and_then(|shared| shared.report.as_ref()) {
+        eprint!("{report}");
     }
     if let Some(format) = args.stats {
-        eprintln!("{}", endings.stats(format)?);
+        eprintln!("{}", endings.stats(format, observed.shared.map(|shared| shared.stats))?);
     }
     if let Some(checker) = checker {
         checker.finish()?;

@@ -7,6 +7,7 @@ use super::thread::Thread;
 use super::uaccess::{Record, UserMemory};
 use crate::engine::Vcpu;
 use shadow_mmu::addr::{PAGE_SIZE, TASK_SIZE};
+use shadow_mmu::mm::MergeAny;
 use shadow_mmu::sync::Mutex;
 
 /// The stack's size limit, bytes; the stack is mapped as large as that from the start.
@@ -171,7 +172,8 @@ pub(super) fn getrandom(t: &mut Thread, into: u64, len: u64, flags: u32) -> SysR
     if done == 0 && len > 0 { Err(Errno::EFAULT) } else { Ok(done) }
 }
 
-pub(super) fn prctl(t: &mut Thread, option: i32, argument: u64) -> SysResult {
+pub(super) fn prctl(t: &mut Thread, option: i32, arguments: [u64; 4]) -> SysResult {
+    let [argument, rest @ ..] = arguments;
     match option {
         libc::PR_SET_NAME => {
             let mut name = [0; 16];
@@ -189,6 +191,14 @@ pub(super) fn prctl(t: &mut Thread, option: i32, argument: u64) -> SysResult {
         libc::PR_GET_NAME => {
             t.process.user().write(argument, &t.name)?;
             Ok(0)
+        }
+        libc::PR_SET_MEMORY_MERGE if rest == [0; 3] => {
+            let any = if argument == 0 { MergeAny::Off } else { MergeAny::On };
+            t.process.mm().set_merge_any(any)?;
+            Ok(0)
+        }
+        libc::PR_GET_MEMORY_MERGE if arguments == [0; 4] => {
+            Ok(u64::from(t.process.mm().merge_any() == MergeAny::On))
         }
         _ => Err(Errno::EINVAL),
     }
@@ -286,6 +296,29 @@ mod tests {
         assert_eq!(call(libc::SYS_prctl, &[libc::PR_SET_NAME as u64, page + 4096]), errno(Errno::EFAULT));
         assert_eq!(call(libc::SYS_prctl, &[libc::PR_GET_NAME as u64, page]), 0);
         assert_eq!(fixture.user().read_u32(page), Ok(u32::from_le_bytes(*b"name")));
+    }
+
+    #[test]
+    fn all_memory_is_let_be_merged_and_none_any_more() {
+        let fixture = Fixture::new();
+        let prctl = |args: &[u64]| fixture.main.call(libc::SYS_prctl, args);
+        let (set, get) = (libc::PR_SET_MEMORY_MERGE as u64, libc::PR_GET_MEMORY_MERGE as u64);
+        assert_eq!(prctl(&[get, 0, 0, 0, 0]), 0);
+        assert_eq!(prctl(&[set, 5, 0, 0, 0]), 0, "anything but 0 is yes");
+        assert_eq!(prctl(&[get, 0, 0, 0, 0]), 1);
+        assert_eq!(prctl(&[set, 0, 0, 0, 0]), 0);
+        assert_eq!(prctl(&[get, 0, 0, 0, 0]), 0);
+        for at in 2..5 {
+            let mut args = [set, 1, 0, 0, 0];
+            args[at] = 1;
+            assert_eq!(prctl(&args), errno(Errno::EINVAL), "argument {at}");
+        }
+        for at in 1..5 {
+            let mut args = [get, 0, 0, 0, 0];
+            args[at] = 1;
+            assert_eq!(prctl(&args), errno(Errno::EINVAL), "argument {at}");
+        }
+        assert_eq!(prctl(&[get, 0, 0, 0, 0]), 0, "what was refused changed nothing");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::thread::Thread;
 use super::uaccess::UserMemory;
 use super::waker::Waker;
 use crate::engine::Regs;
-use shadow_mmu::addr::{Access, Gpa};
+use shadow_mmu::addr::{Access, Gpa, HvaRange};
 use shadow_mmu::mm::Mm;
 use shadow_mmu::notifier::Misuse;
 use shadow_mmu::sync::{Mutex, MutexGuard};
@@ -69,6 +69,9 @@ pub trait Host: Debug + Send + Sync {
 
     /// The last thread has left; [`Process::status`] is known.
     fn exited(&self);
+
+    /// These whole pages were just filled from a file. Others may have the same (KSM++, USENIX ATC 2013).
+    fn filled(&self, range: HvaRange);
 }
 
 /// What a process is made of.

@@ -153,7 +153,7 @@ fn call(t: &mut Thread, number: i64, args: &[u64; 6]) -> SysResult {
         libc::SYS_uname => info::uname(t, a),
         libc::SYS_sysinfo => info::sysinfo(t, a),
         libc::SYS_getrandom => info::getrandom(t, a, b, c as u32),
-        libc::SYS_prctl => info::prctl(t, int_a, b),
+        libc::SYS_prctl => info::prctl(t, int_a, [b, c, d, e]),
         libc::SYS_getrlimit => info::getrlimit(t, a as u32, b),
         libc::SYS_setrlimit => info::setrlimit(t, a as u32, b),
         libc::SYS_prlimit64 => info::prlimit(t, int_a, b as u32, c, d),

@@ -5,7 +5,7 @@
 
 use super::*;
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
-use shadow_mmu::addr::{Hva, PAGE_SIZE};
+use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{Backing, MapFlags, Mm};
 use shadow_mmu::sync::Mutex;
@@ -138,6 +138,7 @@ impl Remote {
 pub(super) struct FakeHost {
     pub(super) deaths: Mutex<Vec<Death>>,
     pub(super) exits: Mutex<u32>,
+    pub(super) filled: Mutex<Vec<HvaRange>>,
     pub(super) refuse_threads: AtomicBool,
     started: Mutex<Vec<Remote>>,
     joins: Mutex<Vec<JoinHandle<()>>>,
@@ -214,6 +215,9 @@ impl Host for FakeHost {
     }
     fn exited(&self) {
         *self.exits.lock() += 1;
+    }
+    fn filled(&self, range: HvaRange) {
+        self.filled.lock().push(range);
     }
 }
 

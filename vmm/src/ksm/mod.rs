@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page sharing among guests: the thread that scans (`ksmd`), and its pace.
+//! Page sharing among guests: the thread that scans (`ksmd`), its pace, and what is told of it: [`report`] and
+//! [`guest`] in numbers, [`history`] and [`svg`] as a picture.
 //!
 //! One thread a [`Ksm`], with the niceness that the kernel gives its own. What sharing costs is this thread's CPU time, in which the
 //! system calls are that flush what it merges; what it costs the guests besides are the faults at pages that it took from them.
+
+pub mod guest;
+pub mod history;
+pub mod report;
+pub mod svg;
 
 use anyhow::{Context, Result};
 use shadow_mmu::ksm::advisor::{AdvisorSettings, ScanTimeAdvisor};

@@ -11,6 +11,7 @@ use super::super::signal::{SigInfo, Signal};
 use super::super::thread::Thread;
 use super::super::uaccess::UserMemory;
 use super::HostFile;
+use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
 
 /// What is copied at once: bounds our own memory, whatever the guest asks for.
 const CHUNK: usize = 128 << 10;
@@ -160,7 +161,9 @@ fn from_file(t: &Thread, file: &HostFile, mut cursor: Cursor, offset: Option<u64
         let copied = cursor.look(got, |addr, len| {
             let (now, later) = rest.split_at(len);
             rest = later;
-            user.write_prefix(addr, now)
+            let written = user.write_prefix(addr, now);
+            tell_filled(t, addr, written as u64);
+            written
         });
         done += copied as u64;
         cursor.advance(copied as u64);
@@ -172,6 +175,17 @@ fn from_file(t: &Thread, file: &HostFile, mut cursor: Cursor, offset: Option<u64
         }
     }
     Ok(done)
+}
+
+/// Tells the machine of the whole pages in the `len` bytes at `addr`, which were just read.
+fn tell_filled(t: &Thread, addr: u64, len: u64) {
+    if len < PAGE_SIZE {
+        return;
+    }
+    let (start, end) = (addr.next_multiple_of(PAGE_SIZE), (addr + len) & !(PAGE_SIZE - 1));
+    if start < end {
+        t.process.host().filled(HvaRange { start: Hva(start), end: Hva(end) });
+    }
 }
 
 fn to_file(t: &Thread, file: &HostFile, mut cursor: Cursor, offset: Option<u64>) -> SysResult {
@@ -362,6 +376,20 @@ mod tests {
         let fixture = Fixture::with_stdin(file.into(), None);
         let at = fixture.map_pages(80);
         assert_eq!(fixture.main.call(libc::SYS_read, &[0, at, 1 << 20]), 300_000);
+        // 73 whole pages, and what the machine heard of them.
+        let filled = || {
+            fixture
+                .host
+                .filled
+                .lock()
+                .drain(..)
+                .map(|it| (it.start.0, (it.end.0 - it.start.0) >> 12))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(filled(), [(at, 32), (at + (32 << 12), 32), (at + (64 << 12), 9)]);
+        assert_eq!(fixture.main.call(libc::SYS_pread64, &[0, at + 1, 8192, 0]), 8192);
+        assert_eq!(fixture.main.call(libc::SYS_pread64, &[0, at + 1, 8190, 0]), 8190);
+        assert_eq!(filled(), [(at + 4096, 1)]);
         assert_eq!(fixture.main.call(libc::SYS_pread64, &[0, at, 10, 299_995]), 5);
         assert_eq!(fixture.main.call(libc::SYS_lseek, &[0, 100, 0]), 100);
         assert_eq!(fixture.main.call(libc::SYS_read, &[0, at, 4]), 4);
