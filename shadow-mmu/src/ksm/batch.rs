@@ -9,7 +9,7 @@
 //! Between look and merge anything may have happened; what is not as it was is left alone, and found again by a later pass.
 
 use super::index::Place;
-use super::scan::Scanner;
+use super::scan::{Scanner, Why};
 use super::{CandidateAccess, Ksm};
 use crate::addr::Pfn;
 use crate::frame::{Fill, FrameFlags};
@@ -23,6 +23,8 @@ struct Wanted {
     /// The number of its space.
     space: usize,
     target: Target,
+    /// Why it may be that nobody is merged with it.
+    why: Why,
 }
 
 /// Pages that wait to be merged.
@@ -35,7 +37,7 @@ pub(super) struct Batch {
     copies: Vec<Pfn>,
     /// Pages that have become pages of KSM in this pass, and where they are. Longer than a batch: it has to be seen whether
     /// anybody is merged into them.
-    promoted: Vec<(Place, Pfn)>,
+    promoted: Vec<(Place, Pfn, Why)>,
 }
 
 impl Batch {
@@ -50,7 +52,7 @@ impl Batch {
     }
 
     fn add(&mut self, space: usize, page: u64, pfn: Pfn, into: MergeInto) {
-        self.wanted.push(Wanted { space, target: Target::new(page, pfn, into) });
+        self.wanted.push(Wanted { space, target: Target::new(page, pfn, into), why: Why::Unique });
     }
 
     /// A page of zeros.
@@ -64,10 +66,10 @@ impl Batch {
         self.add(space, page, pfn, MergeInto::Frame(into));
     }
 
-    /// A candidate that is to become a page of KSM.
-    pub(super) fn promote(&mut self, space: usize, page: u64, pfn: Pfn) {
+    /// A candidate that is to become a page of KSM; `why` is the reason if nobody is merged into it.
+    pub(super) fn promote(&mut self, space: usize, page: u64, pfn: Pfn, why: Why) {
         self.waiting.insert(pfn, 0);
-        self.add(space, page, pfn, MergeInto::Itself);
+        self.wanted.push(Wanted { space, target: Target::new(page, pfn, MergeInto::Itself), why });
     }
 }
 
@@ -115,7 +117,7 @@ impl Ksm {
                 // If it was written since, its frame has gone, and the entry is found to be out of date.
                 let domain = scanner.domain(one.space);
                 scanner.index.set_place(pfn, Place::of_domain(domain.0));
-                scanner.batch.promoted.push((place, pfn));
+                scanner.batch.promoted.push((place, pfn, one.why));
                 frame.take_flags(FrameFlags::CANDIDATE);
                 return 0;
             }
@@ -140,7 +142,7 @@ impl Ksm {
     }
 
     /// Has a copy of a candidate become a page of KSM, and the candidate be merged into it.
-    pub(super) fn promote_copy(&self, scanner: &mut Scanner, at: usize, page: u64, candidate: Pfn) {
+    pub(super) fn promote_copy(&self, scanner: &mut Scanner, at: usize, page: u64, candidate: Pfn, why: Why) {
         // Without memory it stays as it is, and so do those that are like it.
         let Ok(copy) = self.pool.alloc(Fill::Overwritten) else { return };
         self.pool.copy(candidate, copy);
@@ -154,7 +156,7 @@ impl Ksm {
         }
         self.pool.make_ksm(copy);
         scanner.batch.copies.push(copy);
-        scanner.batch.promoted.push((Place::of_page(at, page), copy));
+        scanner.batch.promoted.push((Place::of_page(at, page), copy, why));
         scanner.batch.merge(at, page, candidate, copy);
     }
 
@@ -165,17 +167,17 @@ impl Ksm {
             // There all are alike.
             return;
         }
-        for (place, pfn) in promoted {
+        for (place, pfn, why) in promoted {
             // Most are not alone; a look costs less than the locks.
             let is_alone = self.pool.frame(pfn).map_count() == 1;
             if is_alone && space(scanner, place.space()).is_some_and(|mm| mm.demote(place.page(), pfn)) {
                 scanner.index.set_place(pfn, place);
-                self.is_alone(pfn);
+                self.is_alone(pfn, why);
                 if let Some(pages) =
                     scanner.pass_of(place.space()).and_then(|pass| pass.pages_at(place.page()))
                 {
                     pages.shared = pages.shared.saturating_sub(1);
-                    pages.not_shared.limit += 1;
+                    pages.not_shared.count(why);
                 }
             }
         }

@@ -18,13 +18,14 @@
 //! [`FramePool::get_ksm`](crate::frame::FramePool)). So nobody has to tell the table of pages that go.
 //!
 //! # Hostile content
-//! Whoever can choose pages that share a bucket could make it long. The hash has a seed that nobody knows, and a bucket takes
-//! [`LONGEST`] entries: what does not fit is not merged.
+//! Whoever can choose pages that share a bucket could make it long. The hash has a seed that nobody knows, and beside [`LONGEST`]
+//! entries of other hashes none is added: what does not fit is not merged. Entries of one hash there may be as many as frames of
+//! one content; the latest are found first, and no more than [`LONGEST`] of them are looked at.
 
 use crate::addr::Pfn;
 
-/// Entries of one bucket.
-pub(super) const LONGEST: usize = 32;
+/// Entries of other hashes beside which one is added, and entries of one hash that are looked at.
+const LONGEST: usize = 32;
 /// Spaces that a place can name.
 pub(super) const SPACES: usize = 1 << 13;
 /// Bits of a page number: the lower half.
@@ -124,6 +125,11 @@ impl Index {
     pub(super) fn hash(&self, pfn: Pfn) -> u32 {
         self.hashes[pfn.index()]
     }
+    /// Notes the hash of a page that is no entry.
+    pub(super) fn set_hash(&mut self, pfn: Pfn, hash: u32) {
+        debug_assert!(!self.is_entry(pfn), "{pfn:?} is an entry");
+        self.hashes[pfn.index()] = hash;
+    }
     pub(super) fn place(&self, pfn: Pfn) -> Place {
         let [low, mid, high] = self.places[pfn.index()].map(u64::from);
         Place(low | mid << 16 | high << 32)
@@ -137,13 +143,13 @@ impl Index {
         debug_assert!(!self.is_entry(pfn), "{pfn:?} is an entry");
         let bucket = self.bucket(hash);
         let head = self.heads[bucket];
-        let mut length = 0;
+        let mut others = 0;
         let mut link = head;
         while let Some(pfn) = Self::target(link) {
-            length += 1;
+            others += usize::from(self.hashes[pfn.index()] != hash);
             link = self.next[pfn.index()];
         }
-        if length >= LONGEST {
+        if others >= LONGEST {
             return false;
         }
         self.next[pfn.index()] = head.max(END);
@@ -155,29 +161,45 @@ impl Index {
 
     /// Takes `pfn` out, if it is an entry.
     pub(super) fn remove(&mut self, pfn: Pfn) {
-        if self.is_entry(pfn) {
-            self.find(self.hash(pfn), |_, entry| if entry == pfn { Step::Remove } else { Step::Next });
+        if !self.is_entry(pfn) {
+            return;
+        }
+        let bucket = self.bucket(self.hash(pfn));
+        let mut before = None;
+        let mut link = self.heads[bucket];
+        while let Some(entry) = Self::target(link) {
+            if entry == pfn {
+                return self.unlink(bucket, before, pfn);
+            }
+            before = Some(entry);
+            link = self.next[entry.index()];
         }
     }
 
-    /// Calls `visit` with the entries of one hash, the latest first, until it stops at one.
+    fn unlink(&mut self, bucket: usize, before: Option<Pfn>, pfn: Pfn) {
+        let next = std::mem::replace(&mut self.next[pfn.index()], NONE);
+        match before {
+            Some(before) => self.next[before.index()] = next,
+            None => self.heads[bucket] = next,
+        }
+    }
+
+    /// Calls `visit` with entries of one hash, the latest first, until it stops at one.
     pub(super) fn find(&mut self, hash: u32, mut visit: impl FnMut(&Self, Pfn) -> Step) -> Option<Pfn> {
         let bucket = self.bucket(hash);
         let mut before: Option<Pfn> = None;
         let mut link = self.heads[bucket];
-        while let Some(pfn) = Self::target(link) {
+        let mut visited = 0;
+        while let Some(pfn) = Self::target(link)
+            && visited < LONGEST
+        {
             let next = self.next[pfn.index()];
+            visited += usize::from(self.hashes[pfn.index()] == hash);
             let step = if self.hashes[pfn.index()] == hash { visit(self, pfn) } else { Step::Next };
             match step {
                 Step::Next => before = Some(pfn),
                 Step::Stop => return Some(pfn),
-                Step::Remove => {
-                    match before {
-                        Some(before) => self.next[before.index()] = next,
-                        None => self.heads[bucket] = next,
-                    }
-                    self.next[pfn.index()] = NONE;
-                }
+                Step::Remove => self.unlink(bucket, before, pfn),
             }
             link = next;
         }
@@ -237,9 +259,15 @@ mod tests {
     #[test]
     fn a_bucket_takes_so_many_and_no_more() {
         let mut index = Index::new(1024).unwrap();
-        let inserted = (0..100).filter(|&pfn| index.insert(Pfn(pfn), 1, Place::of_page(0, 0))).count();
+        let place = Place::of_page(0, 0);
+        let inserted = (0..100).filter(|&pfn| index.insert(Pfn(pfn), pfn, place)).count();
         assert_eq!(inserted, LONGEST);
         index.remove(Pfn(0));
-        assert!(index.insert(Pfn(99), 1, Place::of_page(0, 0)));
+        assert!(index.insert(Pfn(99), 99, place));
+        // Of one hash there may be any number; those that are looked at are few.
+        assert!((100..1000).all(|pfn| index.insert(Pfn(pfn), 1, place)));
+        assert_eq!(all(&mut index, 1).len(), LONGEST);
+        index.remove(Pfn(500));
+        assert!(!index.is_entry(Pfn(500)) && index.is_entry(Pfn(501)) && index.is_entry(Pfn(1)));
     }
 }

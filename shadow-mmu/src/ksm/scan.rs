@@ -293,17 +293,20 @@ impl Scanner {
         self.index.remove(pfn);
     }
 
-    /// Puts a candidate into the index; or, `None`, notes what is like no page there, for it holds zeros.
-    fn remember(&mut self, frame: &Frame, pfn: Pfn, hash: Option<u32>, place: Place, note: Note) -> Why {
+    /// Makes a page a candidate, and returns why it is not merged. It is put into the index if it is like no other there; what
+    /// is wanted is found by the other that it is like, and an index with a thousand entries of one content would be a list.
+    fn remember(&mut self, frame: &Frame, pfn: Pfn, hash: u32, place: Place, note: Note) -> Why {
         // The frame may have been another page's, whose entry nobody has come upon since.
         self.index.remove(pfn);
-        if !hash.is_none_or(|hash| self.index.insert(pfn, hash, place)) {
+        if note.why == Why::Wanted {
+            self.index.set_hash(pfn, hash);
+            self.wanted += 1;
+        } else if !self.index.insert(pfn, hash, place) {
             frame.set_note(Note::default().bits());
             return Why::Limit;
         }
         frame.set_note(note.bits());
         frame.set_flags(FrameFlags::CANDIDATE);
-        self.wanted += u64::from(note.why == Why::Wanted);
         note.why
     }
 
@@ -589,7 +592,7 @@ impl Ksm {
         let place = Place::of_page(part.at, page);
         let is_zero = hash == scanner.zero_hash && self.settings.zero_pages == ZeroPages::Share;
         let why = if is_zero {
-            scanner.remember(frame, pfn, None, place, Note { why: Why::Wanted, ..Note::default() })
+            scanner.remember(frame, pfn, hash, place, Note { why: Why::Wanted, ..Note::default() })
         } else {
             let likes = self.look_up(scanner, hash, scanner.domain(part.at), pfn, finds);
             if let Some(twin) = likes.twin {
@@ -599,7 +602,7 @@ impl Ksm {
                 || likes.twin.is_some()
                 || self.settings.access == CandidateAccess::CopyOnAccess;
             let why = if is_wanted { Why::Wanted } else { likes.why };
-            scanner.remember(frame, pfn, Some(hash), place, Note { why, finds, ..Note::default() })
+            scanner.remember(frame, pfn, hash, place, Note { why, finds, ..Note::default() })
         };
         counts.not_shared.count(why);
     }
@@ -684,30 +687,31 @@ impl Ksm {
 
     fn sweep_page(&self, scanner: &mut Scanner, part: &Part<'_>, looked: &Looked) {
         let Looked { page, pfn, note, .. } = *looked;
-        if !scanner.index.is_entry(pfn) {
+        let (hash, domain) = (scanner.index.hash(pfn), scanner.domain(part.at));
+        if hash == scanner.zero_hash && self.settings.zero_pages == ZeroPages::Share {
             scanner.batch.zero(part.at, page, pfn);
             return;
         }
-        let (hash, domain) = (scanner.index.hash(pfn), scanner.domain(part.at));
+        let place = Place::of_page(part.at, page);
         let likes = self.look_up(scanner, hash, domain, pfn, note.finds);
         let frame = self.pool.frame(pfn);
         if let Some(into) = likes.page {
             scanner.batch.merge(part.at, page, pfn, into);
-        } else if likes.twin.is_none() && self.settings.access == CandidateAccess::Normal {
-            // What it was like has gone.
-            frame.set_note(Note { why: likes.why, ..note }.bits());
         } else if frame.map_count() > 1 {
-            self.promote_copy(scanner, part.at, page, pfn);
+            self.promote_copy(scanner, part.at, page, pfn, likes.why);
+        } else if scanner.index.is_entry(pfn) || scanner.index.insert(pfn, hash, place) {
+            // Also where nothing like it is to be found: that is in no index, or has gone, which the end of the pass will show.
+            scanner.batch.promote(part.at, page, pfn, likes.why);
         } else {
-            scanner.batch.promote(part.at, page, pfn);
+            scanner.forget(frame, pfn);
         }
     }
 
-    /// A page is alone again that had been promoted: perhaps because others had no room for it.
-    pub(super) fn is_alone(&self, pfn: Pfn) {
+    /// A page is alone again that had been promoted.
+    pub(super) fn is_alone(&self, pfn: Pfn, why: Why) {
         let frame = self.pool.frame(pfn);
         let note = Note::of(frame.flags_and_note().1);
-        frame.set_note(Note { why: Why::Limit, ..note }.bits());
+        frame.set_note(Note { why, ..note }.bits());
         frame.set_flags(FrameFlags::CANDIDATE);
     }
 
