@@ -49,6 +49,7 @@ const SMALL_RINGS: (&str, &str, &str) =
 /// The files that loom runs.
 const LOOM_FILES: &[&str] = &[
     "addr.rs",
+    "frame/meta.rs",
     "mm/pte.rs",
     "mm/write_logs.rs",
     "notifier/mod.rs",
@@ -78,8 +79,9 @@ const LOOM_PART: (&str, &str, &str, &str) = (
 const LOOM_MODULES: &[(&str, &str)] = &[
     (
         "lib.rs",
-        "pub mod addr;\npub mod mm;\npub mod mutant;\npub mod notifier;\npub mod shadow;\npub mod table;\n",
+        "pub mod addr;\npub(crate) mod frame;\npub mod mm;\npub mod mutant;\npub mod notifier;\npub mod shadow;\npub mod table;\n",
     ),
+    ("frame/mod.rs", "pub(crate) mod meta;\n"),
     ("mm/mod.rs", "mod pte;\npub(crate) mod write_logs;\npub use pte::Pte;\n"),
     (
         "shadow/mod.rs",
@@ -104,6 +106,7 @@ const LOOM_CHANGES: Changes = &[
     ("shadow/dirty/pages.rs", "const WORDS: usize = 512;", "const WORDS: usize = 2;"),
     ("shadow/dirty/ring.rs", "const RESERVED: u32 = 64;", "const RESERVED: u32 = 1;"),
     // The models are outside of the module.
+    ("frame/meta.rs", "pub(super)", "pub(crate)"),
     ("shadow/dirty/bitmap.rs", "pub(super)", "pub(crate)"),
     ("shadow/dirty/pages.rs", "pub(super)", "pub(crate)"),
     ("shadow/dirty/ring.rs", "pub(super)", "pub(crate)"),

@@ -76,7 +76,7 @@ impl Ksm {
         scanner.admit(&mut self.queue.lock());
         let mut wrong = Vec::new();
         let mut ptes: BTreeMap<Pfn, u32> = BTreeMap::new();
-        let (frames, forks) = (self.pool.ksm_frames(), self.forks());
+        let frames = self.pool.ksm_frames();
         for mm in scanner.spaces() {
             // No fork, no unmapping, and no write brings in or takes away a page.
             let _held = mm.mmap_write_lock();
@@ -90,7 +90,8 @@ impl Ksm {
                     }
                     let is_page = pte.is_zero() || {
                         let frame = self.pool.frame(pte.pfn());
-                        frame.flags().contains(FrameFlags::KSM) && frame.ref_count() >= frame.map_count()
+                        // Others come and go: of two counters no more can be asked than that there is one.
+                        frame.flags().contains(FrameFlags::KSM) && frame.ref_count() > 0
                     };
                     if pte.is_writable() || !is_page {
                         wrong.push(KsmViolation::NotAPage { hva: Hva(base.0 + at as u64 * PAGE_SIZE), pte });
@@ -109,18 +110,33 @@ impl Ksm {
             }
         }
         for (&pfn, &ptes) in &ptes {
-            if ptes > self.settings.max_page_sharing && forks == 0 {
+            if ptes > self.settings.max_page_sharing && self.forks() == 0 {
                 wrong.push(KsmViolation::Crowded { pfn, ptes });
+            }
+            // All who had it may have left since.
+            if !self.pool.get_ksm(pfn) {
+                continue;
             }
             if !scanner.index.is_entry(pfn) || scanner.index.hash(pfn) != scanner.hash_of(self, pfn) {
                 wrong.push(KsmViolation::Changed { pfn });
             }
+            self.pool.put(pfn);
         }
-        let counted = self.pool.ksm_frames();
-        // A child that came meanwhile has not been looked at, and may be the only one that maps a frame.
-        if ptes.len() > frames || counted > ptes.len() && self.forks() == forks {
-            wrong.push(KsmViolation::Frames { counted, found: ptes.len() });
+        // A fault in flight may hold a frame that no pte has any more. First: whoever is counted here may be gone next.
+        let held = (0..self.pool.frame_count() as u32).filter(|&pfn| self.is_only_held(Pfn(pfn))).count();
+        let (counted, found) = (self.pool.ksm_frames(), ptes.len());
+        // A child that came meanwhile has not been looked at, and may be the only one that maps a frame. One that is being made has
+        // its frames of a space that was looked at before: there they were found.
+        let all_met = self.queue.lock().newcomers.is_empty();
+        if found > frames || counted > found + held && all_met {
+            wrong.push(KsmViolation::Frames { counted, found });
         }
         wrong
+    }
+
+    /// Whether `pfn` is a page of KSM that no pte maps.
+    fn is_only_held(&self, pfn: Pfn) -> bool {
+        let frame = self.pool.frame(pfn);
+        frame.flags().contains(FrameFlags::KSM) && frame.ref_count() > 0 && frame.map_count() == 0
     }
 }

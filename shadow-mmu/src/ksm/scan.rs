@@ -287,10 +287,12 @@ impl Scanner {
         member.map_or_else(Domain::default, |member| member.domain)
     }
 
-    /// Takes a candidate out of the index.
+    /// Takes a candidate out of the index. Not if its frame has gone meanwhile, and has become a page of KSM.
     pub(super) fn forget(&mut self, frame: &Frame, pfn: Pfn) {
-        frame.take_flags(FrameFlags::CANDIDATE);
-        self.index.remove(pfn);
+        if !frame.flags().contains(FrameFlags::KSM) {
+            frame.take_flags(FrameFlags::CANDIDATE);
+            self.index.remove(pfn);
+        }
     }
 
     /// Makes a page a candidate, and returns why it is not merged. It is put into the index if it is like no other there; what
@@ -687,6 +689,11 @@ impl Ksm {
 
     fn sweep_page(&self, scanner: &mut Scanner, part: &Part<'_>, looked: &Looked) {
         let Looked { page, pfn, note, .. } = *looked;
+        let frame = self.pool.frame(pfn);
+        if frame.flags().contains(FrameFlags::KSM) {
+            // It has gone, and its frame is the copy of one before it.
+            return;
+        }
         let (hash, domain) = (scanner.index.hash(pfn), scanner.domain(part.at));
         if hash == scanner.zero_hash && self.settings.zero_pages == ZeroPages::Share {
             scanner.batch.zero(part.at, page, pfn);
@@ -694,7 +701,10 @@ impl Ksm {
         }
         let place = Place::of_page(part.at, page);
         let likes = self.look_up(scanner, hash, domain, pfn, note.finds);
-        let frame = self.pool.frame(pfn);
+        if let Some(twin) = likes.twin {
+            // It came after this one, when what this one was like had gone.
+            scanner.want(self.pool.frame(twin), twin);
+        }
         if let Some(into) = likes.page {
             scanner.batch.merge(part.at, page, pfn, into);
         } else if frame.map_count() > 1 {

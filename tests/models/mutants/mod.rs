@@ -8,7 +8,9 @@
 //! | `notifier` | the notifier layer |
 //! | `mm` | the primary, in what it tells the layer |
 //! | `tracking` | aging, access tracking, dirty logs |
+//! | `ksm` | page sharing |
 
+mod ksm;
 mod mm;
 mod notifier;
 mod shadow;
@@ -65,9 +67,15 @@ pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[
         "// The tables first:",
         "let in_bitmap_before = if crate::mutant::is(crate::mutant::M::PartFoundInBitmapFirst) { log.bitmap.next_part(part) } else { None };\n        // The tables first:",
     ),
+    // What a mutant does too early.
+    (
+        "shadow/written.rs",
+        "let _stable = self.windows.read();",
+        "let slots_before = crate::mutant::is(crate::mutant::M::WrittenOfOldSlots).then(|| crate::sync::Arc::clone(&self.slots.read()));\n        let _stable = self.windows.read();",
+    ),
 ];
 
 /// All of them. One that changes several places has an entry for each.
 pub(crate) fn all() -> impl Iterator<Item = &'static Mutant> {
-    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS, tracking::MUTANTS].into_iter().flatten()
+    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS, tracking::MUTANTS, ksm::MUTANTS].into_iter().flatten()
 }

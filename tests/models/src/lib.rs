@@ -20,10 +20,15 @@
 //! | R16, R20, R20b | `shuttle/dirty.rs`; what logs are made of: `loom/records.rs` |
 //! | R21, R22 at fork | `shuttle/changes.rs` |
 //! | R32, R33 | `shuttle/intervals.rs`, `shuttle/iotlb.rs`, `loom/listeners.rs` |
+//! | R9, R10, R10b, R22, R26, R27, R28 of page sharing | `shuttle/merging.rs`, `shuttle/shared.rs`; R26 also `loom/frames.rs` |
+//! | who learns of D when the scanner takes it | `shuttle/written.rs`, `loom/tracking.rs` |
 //!
 //! No scenario: R7 (a fault of `invalidate_page` that no listener can mend), R11b (needs translations that change under a gfn),
-//! R14 (huge pages), R25 (MMIO sptes), R31 (it costs time, and breaks nothing), and those of
-//! page merging, R10, R10b, R26, R27, R28.
+//! R14 (huge pages), R25 (MMIO sptes), R31 (it costs time, and breaks nothing).
+//!
+//! Not mutants, for nothing can tell them from the code: to look for pins before W is taken (both under one hold of the page-table
+//! lock); to compare before W is taken (what was written since it was hashed has D, and is left alone); `orig_pte` with D (whoever
+//! writes sets W too, which is not in it).
 //!
 //! # What the checkers do not see
 //! * shuttle runs one task at a time, so weak memory orders are loom's business alone; and loom's light fence is as strong as

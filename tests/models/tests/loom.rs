@@ -28,6 +28,9 @@ mod entries;
 #[path = "loom/exhaust.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod exhaust;
+#[path = "loom/frames.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod frames;
 #[path = "loom/listeners.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod listeners;

@@ -63,15 +63,27 @@ mod listeners;
 #[path = "shuttle/machine.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod machine;
+#[path = "shuttle/merging.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod merging;
 #[path = "shuttle/migration.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod migration;
 #[path = "shuttle/quarantine.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod quarantine;
+#[path = "shuttle/shared.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod shared;
+#[path = "shuttle/sharing.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod sharing;
 #[path = "shuttle/slots.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod slots;
 #[path = "shuttle/storm.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod storm;
+#[path = "shuttle/written.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod written;

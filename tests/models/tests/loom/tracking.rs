@@ -163,3 +163,54 @@ fn dirty_then_gone() {
 fn i25_d_is_reported_or_goes_with_the_leaf() {
     exhaust("dirty_then_gone", Preemptions::Any, dirty_then_gone, &[M::ZapByStore]);
 }
+
+/// A scan takes D while the CPU sets it.
+fn clear_written() {
+    let entry = entry_of(Spte::leaf(PFN, RW).touched(Access::WRITE));
+    let cpu = spawn(&entry, |entry| (cpu_reads(entry), cpu_writes(entry)));
+    let taken = entry::clear_written(&entry, AdBits::AfterFlush).expect("it had D, and nobody else takes it");
+    let (_, wrote) = cpu.join().unwrap();
+    let left = now(&entry);
+    assert!(wrote && taken.is_dirty() && left.rights() == RW, "{taken:?}, then {left:?}");
+    assert!(left.is_accessed(), "A was there, and only D was cleared: {left:?}");
+}
+
+#[test]
+fn r11_a_scan_takes_d_and_nothing_else() {
+    let cleared_of_a = || {
+        let entry = entry_of(Spte::leaf(PFN, RW).touched(Access::WRITE).old());
+        let cpu = spawn(&entry, cpu_reads);
+        assert!(entry::clear_written(&entry, AdBits::Unflushed).is_some());
+        assert!(cpu.join().unwrap());
+        assert!(now(&entry).is_accessed(), "the CPU has set A: {:?}", now(&entry));
+    };
+    exhaust("clear_written", Preemptions::Any, clear_written, &[]);
+    exhaust("clear_written_accessed", Preemptions::Any, cleared_of_a, &[M::ClearWrittenByStore]);
+}
+
+/// On a CPU that sets no marks: a scan takes D, and W with it; a fault gives both back.
+fn clear_written_without_marks() {
+    let entry = entry_of(Spte::leaf(PFN, RW).touched(Access::WRITE));
+    let vcpu = spawn(&entry, |entry| {
+        let restored = entry::restore(entry, RW, || {});
+        // The CPU sets nothing.
+        let writes = now(entry).is_writable();
+        (restored, writes)
+    });
+    let first = entry::clear_written(&entry, AdBits::None);
+    let second = entry::clear_written(&entry, AdBits::None);
+    let (restored, _) = vcpu.join().unwrap();
+    let left = now(&entry);
+    assert!(first.is_some(), "the leaf had D");
+    assert!(!left.is_writable() || left.is_dirty(), "W without D: {left:?} (I25)");
+    assert!(left.is_mmu_writable() && left.is_legal(), "{left:?}");
+    if matches!(restored, Restored::Write) {
+        assert!(second.is_some() || left.is_dirty(), "W was given back, and nobody knows of it (I25)");
+    }
+}
+
+#[test]
+fn i25_where_cpus_set_no_marks_w_goes_with_d() {
+    let mutants = [M::ClearWrittenKeepsWrite];
+    exhaust("clear_written_without_marks", Preemptions::Any, clear_written_without_marks, &mutants);
+}

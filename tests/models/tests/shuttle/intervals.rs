@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Races of interval subscriptions: R32, and R33 with a device that maps one page of its interval, as a pfn cache does.
 
-use crate::addr::{Hva, HvaRange, Pfn};
+use crate::addr::{Access, Hva, HvaRange, Pfn};
 use crate::cpu::{SoftTlb, tagged};
 use crate::explore::explore;
 use crate::faults::{drop_pages, reuse};
@@ -36,9 +36,14 @@ impl Device {
 
     /// Looks the page up and maps it (`dmirror_range_fault` of `lib/test_hmm.c`).
     pub(crate) fn map(&self, machine: &Machine, interval: &IntervalSubscription) {
+        self.map_for(machine, interval, RW);
+    }
+
+    /// The same for `access`.
+    pub(crate) fn map_for(&self, machine: &Machine, interval: &IntervalSubscription, access: Access) {
         loop {
             let begun = interval.read_begin().unwrap();
-            let Ok(pinned) = machine.mm.fault(&FaultRequest::one_page(self.at, RW)) else { return };
+            let Ok(pinned) = machine.mm.fault(&FaultRequest::one_page(self.at, access)) else { return };
             let pfn = pinned.required().pfn;
             drop(pinned);
             let mut mapped = self.mapped.lock();

@@ -3,7 +3,8 @@
 //!
 //! [`Machine::race`] runs tasks with scheduling points at every atomic; before and after it only one task is alive and points
 //! are off. [`Machine::finish`] checks everything that must hold at the end of any scenario: what CPUs noted, the audit, the
-//! poison of free frames, that each cached translation has its leaf (I28), and that no frame is lost.
+//! poison of free frames, that each cached translation has its leaf (I28), and that no frame is lost. Several machines may
+//! have one pool, as guests that share pages have; [`sharing`](crate::sharing) is about those.
 
 use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SHIFT, PAGE_SIZE};
 use crate::cpu::{CPUS, SoftTlb, Vcpu};
@@ -66,13 +67,23 @@ impl Machine {
         machine
     }
 
+    /// As [`small`](Self::small), with its frames from the pool of this one.
+    pub(crate) fn small_beside(&self, ad: AdBits) -> Self {
+        let machine = Self::of_pool(Arc::clone(&self.pool), ad);
+        machine.make_shadow_of(Memslot { pages: 16 << 20 >> PAGE_SHIFT, ..Self::slot() });
+        machine
+    }
+
     /// One whose shadow map is still to be made.
     pub(crate) fn without_shadow() -> Self {
         Self::unshadowed(AdBits::AfterFlush)
     }
 
     fn unshadowed(ad: AdBits) -> Self {
-        let pool = Arc::new(FramePool::new(FRAMES * PAGE_SIZE, FreedFrames::Poison).unwrap());
+        Self::of_pool(Arc::new(FramePool::new(FRAMES * PAGE_SIZE, FreedFrames::Poison).unwrap()), ad)
+    }
+
+    fn of_pool(pool: Arc<FramePool>, ad: AdBits) -> Self {
         let mm = Mm::new(Arc::clone(&pool)).unwrap();
         let tlb = Arc::new(SoftTlb::new(&pool, ad));
         Self { pool, mm, tlb, shadow: OnceLock::new() }
@@ -182,28 +193,40 @@ impl Machine {
 
     /// Checks the machine, takes it apart, and checks that nothing is left.
     pub(crate) fn finish(self) {
-        if let Err(wrong) = self.check().and_then(|()| self.unmap_all()) {
+        Self::finish_all(vec![self]);
+    }
+
+    /// The same with machines that have one pool, and no other.
+    pub(crate) fn finish_all(machines: Vec<Self>) {
+        let checked = machines.iter().try_for_each(Self::check);
+        if let Err(wrong) = checked.and_then(|()| Self::unmap_all(&machines)) {
             // Taking a broken machine apart could fail in ways that say less.
-            std::mem::forget(self);
+            std::mem::forget(machines);
             panic!("{wrong}");
         }
-        let Self { pool, mm, tlb, shadow } = self;
-        drop(shadow);
-        mm.notifiers().synchronize().unwrap();
-        drop((mm, tlb));
+        let pool = Arc::clone(&machines[0].pool);
+        for Self { mm, tlb, shadow, .. } in machines {
+            drop(shadow);
+            mm.notifiers().synchronize().unwrap();
+            drop((mm, tlb));
+        }
         assert_eq!(pool.free_frames(), pool.frame_count(), "frames are lost");
     }
 
-    fn unmap_all(&self) -> Result<(), String> {
-        for vma in self.mm.vmas() {
-            self.mm.munmap(vma.range.start, vma.range.len()).map_err(|error| error.to_string())?;
+    fn unmap_all(machines: &[Self]) -> Result<(), String> {
+        let mut held = 0;
+        for machine in machines {
+            for vma in machine.mm.vmas() {
+                machine.mm.munmap(vma.range.start, vma.range.len()).map_err(|error| error.to_string())?;
+            }
+            machine.check()?;
+            // A shadow map that went keeps its frames until no list of listeners holds it.
+            machine.mm.notifiers().synchronize().map_err(|error| error.to_string())?;
+            // The zero frame, the primary's root, and the shadow map's tables, which stay.
+            held += 2 + machine.shadow().table_count();
         }
-        self.check()?;
-        // A shadow map that went keeps its frames until no list of listeners holds it.
-        self.mm.notifiers().synchronize().map_err(|error| error.to_string())?;
-        // The zero frame, the primary's root, and the shadow map's tables, which stay.
-        let held = 2 + self.shadow().table_count();
-        match self.pool.frame_count() - self.pool.free_frames() {
+        let pool = &machines[0].pool;
+        match pool.frame_count() - pool.free_frames() {
             used if used == held => Ok(()),
             used => Err(format!("{used} frames are in use with nothing mapped, not {held}")),
         }
