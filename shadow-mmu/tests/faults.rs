@@ -199,7 +199,10 @@ fn i25_rights_taken_and_given_back_keep_the_frame_and_its_marks() {
     assert_eq!(machine.pool.frame(pfn).flags(), FrameFlags::empty());
     machine.mm.mprotect(at, pages(2), READ).unwrap();
     assert!(!machine.spte(at).is_present(), "rights that go take the leaf with them");
-    assert_eq!(machine.pool.frame(pfn).flags(), FrameFlags::ACCESSED | FrameFlags::DIRTY);
+    assert_eq!(
+        machine.pool.frame(pfn).flags(),
+        FrameFlags::ACCESSED | FrameFlags::DIRTY | FrameFlags::WRITTEN
+    );
     assert_eq!((vcpu.write(at, 9), vcpu.read(at)), (Err(FaultError::NoAccess), Ok(8)));
     assert!(!machine.spte(at).is_dirty(), "a read leaves no D");
     machine.mm.mprotect(at, pages(2), RW).unwrap();

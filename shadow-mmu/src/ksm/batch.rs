@@ -106,7 +106,7 @@ impl Ksm {
         let (place, frame) = (Place::of_page(one.space, page), self.pool.frame(pfn));
         let mut merged = 0;
         let mut counted = None;
-        if let Some(pass) = scanner.pass_of(one.space) {
+        if let Some(pass) = scanner.counted_pass_of(one.space) {
             counted = pass.pages_at(page);
         }
         match (outcome, into) {
@@ -130,6 +130,7 @@ impl Ksm {
             }
             (Outcome::Pinned, _) => counted.into_iter().for_each(|pages| pages.not_shared.pinned += 1),
             (Outcome::Different, _) => {
+                counted.into_iter().for_each(|pages| pages.not_shared.volatile += 1);
                 scanner.forget(frame, pfn);
                 self.is_different(pfn);
                 return 0;

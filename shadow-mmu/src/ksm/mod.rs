@@ -51,7 +51,7 @@ pub use audit::KsmViolation;
 pub use report::{KsmMemberReport, KsmMmStats, KsmPages, KsmPlace, KsmReport, KsmStats, KsmVma, NotShared};
 pub use scan::{PassEnd, Scanned};
 
-use crate::addr::{Hva, HvaRange, PAGE_SIZE};
+use crate::addr::HvaRange;
 use crate::frame::FramePool;
 use crate::mm::{CopyOnAccess, Mm, MmError, Sharer};
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -293,8 +293,7 @@ impl Ksm {
     /// The next scan looks at these pages first, and does not wait to see whether they change: they were just filled, from a
     /// file perhaps, and are likely to be somebody else's too. (As KSM++ does with what the host reads; USENIX ATC 2013.)
     pub fn hint(&self, mm: &Arc<Mm>, range: HvaRange) {
-        let last = Hva(range.end.0.saturating_sub(1)).page_floor();
-        let range = HvaRange { start: range.start.page_floor(), end: Hva(last.0 + PAGE_SIZE) };
+        let range = HvaRange::new(range.start, range.end);
         let mut queue = self.queue.lock();
         if queue.hints.len() >= HINTS {
             queue.hints.pop_front();

@@ -6,7 +6,6 @@
 //! moment. What is true of the others is counted by a pass: `pages_unshared`, `pages_volatile`, `ksm_rmap_items` and the rows of
 //! VMAs are, for each address space, of the last pass that has left it behind.
 
-use super::scan::Why;
 use super::{Ksm, KsmMember};
 use crate::addr::{Access, HvaRange, PAGE_SIZE};
 use crate::frame::FrameFlags;
@@ -153,22 +152,24 @@ impl MemberPass {
         (is_in || self.vmas[row].place.is_none()).then(|| &mut self.vmas[row].pages)
     }
 
-    /// A page was counted as `why` and is not alone any longer.
-    pub(super) fn not_any_longer(&mut self, page: u64, why: Why) {
-        let Some(pages) = self.pages_at(page) else { return };
-        let not_shared = &mut pages.not_shared;
-        let counter = match why {
-            Why::Unique => &mut not_shared.unique,
-            Why::Domain => &mut not_shared.domain,
-            Why::Limit => &mut not_shared.limit,
-            Why::Wanted => return,
-        };
-        *counter = counter.saturating_sub(1);
+    /// The end of a pass: pages that were there when it looked and were gone, or written, when it came to merge them have changed;
+    /// and so has what was counted twice for that.
+    pub(super) fn account(&mut self) {
+        for row in &mut self.vmas {
+            let KsmPages { all, shared, zero, not_shared } = &mut row.pages;
+            let others = not_shared.unique + not_shared.pinned + not_shared.domain + not_shared.limit;
+            not_shared.volatile = all.saturating_sub(*shared + *zero + others);
+        }
     }
 
     /// Pages that are merged, or might be; those of zeros have no item (`ksm_rmap_items`).
     fn items(&self) -> u64 {
         self.vmas.iter().map(|row| row.pages.all - row.pages.zero).sum()
+    }
+
+    fn changing(&self) -> u64 {
+        let changing = |of: &NotShared| of.volatile + of.pinned;
+        self.vmas.iter().map(|row| changing(&row.pages.not_shared)).sum()
     }
 
     fn alone(&self) -> u64 {
@@ -237,7 +238,10 @@ impl Ksm {
             merging += stats.ksm_merging_pages;
             zero += stats.ksm_zero_pages;
             items += stats.ksm_rmap_items;
-            unshared += member.last.alone();
+            // Those that others were merged with since they were counted are shared, and so are those that are guarded.
+            let last = &member.last;
+            let shared = stats.ksm_merging_pages + last.changing();
+            unshared += last.alone().min(stats.ksm_rmap_items.saturating_sub(shared));
             members.push(KsmMemberReport { member: member.id, stats, vmas: member.last.vmas.clone() });
         }
         // Frames first counted, ptes later: while others unmap, a frame may seem to have one pte too few.

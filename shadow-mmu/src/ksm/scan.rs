@@ -282,6 +282,11 @@ impl Scanner {
         self.members.get_mut(space)?.as_mut().map(|member| &mut member.now)
     }
 
+    /// The same, where pages are counted: not while a hint is followed, for its pages are counted when it is their turn.
+    pub(super) fn counted_pass_of(&mut self, space: usize) -> Option<&mut MemberPass> {
+        if self.twins.is_some() { None } else { self.pass_of(space) }
+    }
+
     pub(super) fn domain(&self, space: usize) -> Domain {
         let member = self.members.get(space).and_then(Option::as_ref);
         member.map_or_else(Domain::default, |member| member.domain)
@@ -312,11 +317,11 @@ impl Scanner {
         note.why
     }
 
-    /// A candidate that was alone is not any longer.
-    fn want(&mut self, frame: &Frame, twin: Pfn) {
+    /// A candidate that was alone is not any longer. Returns where it is, and why it was alone.
+    fn want(&mut self, frame: &Frame, twin: Pfn) -> Option<(Place, Why)> {
         let note = Note::of(frame.flags_and_note().1);
         if note.why == Why::Wanted {
-            return;
+            return None;
         }
         frame.set_note(Note { why: Why::Wanted, ..note }.bits());
         self.wanted += 1;
@@ -324,10 +329,29 @@ impl Scanner {
         if let Some(twins) = &mut self.twins {
             twins.push(place);
         }
-        // In this pass it was counted as what it was, if it was looked at.
-        let passed = (place.space(), place.page()) < (self.member, self.page);
-        if passed && let Some(pass) = self.pass_of(place.space()) {
-            pass.not_any_longer(place.page(), note.why);
+        Some((place, note.why))
+    }
+
+    /// What [`want`](Self::want) returned is counted no more as what it was, if it was counted in this pass and will be once
+    /// more: in `counts`, if that is of the part in hand up to `here`.
+    fn uncount(&mut self, wanted: (Place, Why), counts: &mut KsmPages, part: &Part<'_>, here: u64) {
+        let (place, why) = wanted;
+        let (at, page) = (place.space(), place.page());
+        let in_part = at == part.at && part.range.page_numbers().contains(&page);
+        let counted = match self.phase {
+            Phase::Look if in_part => page < here,
+            Phase::Look => (at, page) < (self.member, self.page),
+            // All were; but only those that the sweep has still to come to are counted again.
+            Phase::Sweep => (at, page) > (part.at, here),
+        };
+        if !counted {
+            return;
+        }
+        let in_hand = self.phase == Phase::Look && in_part;
+        match self.counted_pass_of(at) {
+            None => {}
+            Some(_) if in_hand => counts.not_shared.uncount(why),
+            Some(pass) => pass.pages_at(page).into_iter().for_each(|pages| pages.not_shared.uncount(why)),
         }
     }
 }
@@ -403,6 +427,7 @@ impl Ksm {
         (scanner.phase, scanner.wanted) = (Phase::Look, 0);
         self.demote_lonely(scanner);
         for member in scanner.members.iter_mut().flatten() {
+            member.now.account();
             member.last = std::mem::take(&mut member.now);
         }
         self.count(|counters| &counters.full_scans, 1);
@@ -419,13 +444,18 @@ impl Ksm {
         });
         scanned.pages +=
             self.go_through(scanner, at, range, |scanner, part| self.sweep(scanner, part, u64::MAX));
-        for place in scanner.twins.take().unwrap_or_default() {
+        for place in scanner.twins.replace(Vec::new()).unwrap_or_default() {
             let page = HvaRange::page(Hva(place.page() * PAGE_SIZE));
+            if place.space() == at && range.contains(page.start) {
+                // The sweep was there.
+                continue;
+            }
             scanned.pages += self.go_through(scanner, place.space(), page, |scanner, part| {
                 self.sweep(scanner, part, u64::MAX)
             });
         }
         scanned.merged += self.merge(scanner);
+        scanner.twins = None;
     }
 
     /// Calls `visit` for each part of `range` of one space. Returns what that cost.
@@ -597,8 +627,9 @@ impl Ksm {
             scanner.remember(frame, pfn, hash, place, Note { why: Why::Wanted, ..Note::default() })
         } else {
             let likes = self.look_up(scanner, hash, scanner.domain(part.at), pfn, finds);
-            if let Some(twin) = likes.twin {
-                scanner.want(self.pool.frame(twin), twin);
+            let twin = likes.twin.and_then(|twin| scanner.want(self.pool.frame(twin), twin));
+            if let Some(wanted) = twin {
+                scanner.uncount(wanted, counts, part, page);
             }
             let is_wanted = likes.page.is_some()
                 || likes.twin.is_some()
@@ -701,9 +732,10 @@ impl Ksm {
         }
         let place = Place::of_page(part.at, page);
         let likes = self.look_up(scanner, hash, domain, pfn, note.finds);
-        if let Some(twin) = likes.twin {
-            // It came after this one, when what this one was like had gone.
-            scanner.want(self.pool.frame(twin), twin);
+        // It came after this one, when what this one was like had gone.
+        let twin = likes.twin.and_then(|twin| scanner.want(self.pool.frame(twin), twin));
+        if let Some(wanted) = twin {
+            scanner.uncount(wanted, &mut KsmPages::default(), part, page);
         }
         if let Some(into) = likes.page {
             scanner.batch.merge(part.at, page, pfn, into);
@@ -740,5 +772,15 @@ impl NotShared {
             // The sweep says what became of it.
             Why::Wanted => {}
         }
+    }
+
+    fn uncount(&mut self, why: Why) {
+        let counter = match why {
+            Why::Unique => &mut self.unique,
+            Why::Domain => &mut self.domain,
+            Why::Limit => &mut self.limit,
+            Why::Wanted => return,
+        };
+        *counter = counter.saturating_sub(1);
     }
 }

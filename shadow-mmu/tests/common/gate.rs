@@ -20,7 +20,16 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct GateState {
     shut_for: Option<HvaRange>,
+    others: Others,
     waiting: usize,
+}
+
+/// Who comes to a gate at which somebody waits.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Others {
+    #[default]
+    Wait,
+    Pass,
 }
 
 const EVERYTHING: HvaRange = HvaRange { start: Hva(0), end: Hva(u64::MAX) };
@@ -30,7 +39,13 @@ impl Gate {
         self.shut_for(EVERYTHING);
     }
     pub(crate) fn shut_for(&self, range: HvaRange) {
-        self.state.lock().shut_for = Some(range);
+        let mut state = self.state.lock();
+        (state.shut_for, state.others) = (Some(range), Others::Wait);
+    }
+    /// The same for the first that comes; those after it pass.
+    pub(crate) fn shut_for_one(&self, range: HvaRange) {
+        let mut state = self.state.lock();
+        (state.shut_for, state.others) = (Some(range), Others::Pass);
     }
     pub(crate) fn open(&self) {
         self.state.lock().shut_for = None;
@@ -44,6 +59,12 @@ impl Gate {
     pub(crate) fn pass_with(&self, range: HvaRange) {
         let start = Instant::now();
         let mut state = self.state.lock();
+        if state.others == Others::Pass && state.waiting > 0 {
+            return;
+        }
+        if !state.shut_for.is_some_and(|shut| shut.overlaps(range)) {
+            return;
+        }
         state.waiting += 1;
         while state.shut_for.is_some_and(|shut| shut.overlaps(range)) && start.elapsed() < PATIENCE {
             state = self.changed.wait_timeout(state, PATIENCE);

@@ -39,6 +39,11 @@ impl Machine {
         Arc::new(FramePool::new(pages(frames), FreedFrames::Poison).unwrap())
     }
 
+    /// A machine of its own, whose frames are of this one's pool and whose CPUs do this with A and D.
+    pub(crate) fn beside(&self, ad: AdBits) -> Self {
+        Self::over(Mm::new(Arc::clone(&self.pool)).unwrap(), ad).unwrap().with_slot()
+    }
+
     pub(crate) fn without_slot(frames: u64) -> Self {
         Self::over(Mm::new(Self::pool(frames)).unwrap(), AdBits::AfterFlush).unwrap()
     }
