@@ -114,6 +114,8 @@ pub struct FramePool {
     punched: AtomicU64,
     /// Marks of accesses that frames got from sptes that were lost, so far.
     accesses_lost: AtomicU64,
+    /// The same of writes.
+    writes_lost: AtomicU64,
     /// Frames with [`FrameFlags::KSM`].
     ksm_frames: AtomicUsize,
     /// Pages of KSM that were copied because somebody wrote them.
@@ -179,6 +181,7 @@ impl FramePool {
             freed,
             punched: AtomicU64::new(0),
             accesses_lost: AtomicU64::new(0),
+            writes_lost: AtomicU64::new(0),
             ksm_frames: AtomicUsize::new(0),
             ksm_copies: AtomicU64::new(0),
             reserve: AtomicUsize::new(0),
@@ -234,11 +237,19 @@ impl FramePool {
             // Release, behind the flag: who sees the count sees the flag.
             self.accesses_lost.fetch_add(1, Ordering::Release);
         }
+        if marks.contains(FrameFlags::WRITTEN) {
+            self.writes_lost.fetch_add(1, Ordering::Release);
+        }
     }
 
     /// How often a frame was told of an access: while this stays, no frame has a mark that it had not before.
     pub fn accesses_lost(&self) -> u64 {
         self.accesses_lost.load(Ordering::Acquire)
+    }
+
+    /// How often a frame was told of a write: while this stays, no frame has [`FrameFlags::WRITTEN`] that had not before.
+    pub fn writes_lost(&self) -> u64 {
+        self.writes_lost.load(Ordering::Acquire)
     }
 
     /// How full the pool is.

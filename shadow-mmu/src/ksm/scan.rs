@@ -12,6 +12,11 @@
 //! Then, if any were noted, it *sweeps*: all that were are merged, in the order of their addresses, so that neighbours share pairs
 //! and flushes. The first of its content becomes a page of KSM, and the others are merged into it.
 //!
+//! # A pass over what is known
+//! Most passes find that nothing was written. When the last one did, and none of what it noted at ptes can be out of date ([`Noted`]), a part
+//! is gone through quickly first: ptes alone say which pages are merged or known, and the secondaries that those were not written.
+//! Where that is so of all pages of a part, no frame is looked at and nothing is counted; what the last pass counted stays true.
+//!
 //! A page that is written after step 2 has D again, and the next pass finds it; its hash is wrong until then, and nobody is
 //! merged with it, for merging compares.
 //!
@@ -25,7 +30,7 @@ use super::report::{KsmPages, MemberPass, NotShared};
 use super::{CandidateAccess, Domain, Ksm, KsmMember, Queue, SmartScan, ZeroPages};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Frame, FrameFlags};
-use crate::mm::{LockedLeaf, Mm, Vma};
+use crate::mm::{Known, LockedLeaf, Mm, Vma};
 use crate::notifier::WrittenPages;
 use crate::sync::{Arc, Weak};
 use crate::table::ENTRIES;
@@ -142,9 +147,31 @@ enum Turn {
     Hint,
 }
 
+/// What has to be as it was when the last pass began, for the marks that it left in ptes to be true of the frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Noted {
+    /// No secondary told a frame of a write.
+    writes_lost: u64,
+    /// No candidate was forgotten.
+    forgotten: u64,
+    /// Nobody came to take part, and no hint.
+    called: u64,
+}
+
+/// How a pass looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pace {
+    /// At ptes, where these are settled.
+    Quick,
+    /// At frames too, and counts.
+    Thorough,
+}
+
 /// Where a pass is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
+    /// It has not begun.
+    Begin,
     Look,
     Sweep,
 }
@@ -194,6 +221,11 @@ pub(super) struct Scanner {
     page: u64,
     /// Pages that wait for the sweep of this pass.
     wanted: u64,
+    pace: Pace,
+    /// When this pass began, and the one before it.
+    noted: Option<Noted>,
+    forgotten: u64,
+    called: u64,
     /// What pages were found to be like, while a hint is followed.
     twins: Option<Vec<Place>>,
     seed: u64,
@@ -212,10 +244,14 @@ impl Scanner {
         Some(Self {
             index: Index::new(frames)?,
             members: Vec::new(),
-            phase: Phase::Look,
+            phase: Phase::Begin,
             member: 0,
             page: 0,
             wanted: 0,
+            pace: Pace::Thorough,
+            noted: None,
+            forgotten: 0,
+            called: 0,
             twins: None,
             seed,
             zero_hash: content_hash(&[0; PAGE_SIZE as usize], seed),
@@ -231,6 +267,7 @@ impl Scanner {
 
     /// Takes up those who entered.
     pub(super) fn admit(&mut self, queue: &mut Queue) {
+        self.called += (queue.newcomers.len() + queue.hints.len()) as u64;
         for newcomer in queue.newcomers.drain(..) {
             let member = Member {
                 id: newcomer.id,
@@ -295,6 +332,7 @@ impl Scanner {
     /// Takes a candidate out of the index. Not if its frame has gone meanwhile, and has become a page of KSM.
     pub(super) fn forget(&mut self, frame: &Frame, pfn: Pfn) {
         if !frame.flags().contains(FrameFlags::KSM) {
+            self.forgotten += 1;
             frame.take_flags(FrameFlags::CANDIDATE);
             self.index.remove(pfn);
         }
@@ -339,6 +377,7 @@ impl Scanner {
         let (at, page) = (place.space(), place.page());
         let in_part = at == part.at && part.range.page_numbers().contains(&page);
         let counted = match self.phase {
+            Phase::Begin => false,
             Phase::Look if in_part => page < here,
             Phase::Look => (at, page) < (self.member, self.page),
             // All were; but only those that the sweep has still to come to are counted again.
@@ -385,6 +424,9 @@ impl Ksm {
             self.follow_hint(&mut scanner, &mm, range, &mut scanned);
         }
         while scanned.pages < pages {
+            if scanner.phase == Phase::Begin {
+                self.begin_pass(&mut scanner);
+            }
             let Some(mm) = scanner.space() else {
                 scanned.merged += self.merge(&mut scanner);
                 if self.end_of_phase(&mut scanner) == PassEnd::Reached {
@@ -402,7 +444,7 @@ impl Ksm {
             let part = Part { at: scanner.member, mm: &mm, vma: &vma, range };
             let most = pages - scanned.pages;
             let (end, cost) = match scanner.phase {
-                Phase::Look => self.look_at(&mut scanner, &part, most, Turn::Cursor),
+                Phase::Begin | Phase::Look => self.look_at(&mut scanner, &part, most, Turn::Cursor),
                 Phase::Sweep => self.sweep(&mut scanner, &part, most),
             };
             drop(map);
@@ -417,6 +459,38 @@ impl Ksm {
         scanned
     }
 
+    /// A pass begins: it is quick if what the last one noted is still true.
+    fn begin_pass(&self, scanner: &mut Scanner) {
+        let (forgotten, called) = (scanner.forgotten, scanner.called);
+        let now = Noted { writes_lost: self.pool.writes_lost(), forgotten, called };
+        let is_true = scanner.noted.replace(now) == Some(now);
+        scanner.pace = if is_true { Pace::Quick } else { Pace::Thorough };
+        scanner.phase = Phase::Look;
+    }
+
+    /// Whether nothing was written of a part all of whose pages are merged or known. What secondaries say of it stays in
+    /// `asked`.
+    fn is_unchanged(&self, part: &Part<'_>, asked: &mut WrittenPages) -> bool {
+        let mut settled = true;
+        part.mm.for_each_leaf(part.range, |base, leaf, entries| {
+            for first in (0..ENTRIES as usize).step_by(64) {
+                let mut bits = 0;
+                for at in first.max(entries.start)..(first + 64).min(entries.end) {
+                    let pte = leaf.get(at);
+                    settled &= pte.is_settled();
+                    bits |= u64::from(pte.is_writable() && pte.is_anonymous()) << (at - first);
+                }
+                if bits != 0 {
+                    asked.ask_run(base.page() + first as u64, bits);
+                }
+            }
+        });
+        if settled && !asked.is_empty() {
+            part.mm.notifiers().test_clear_dirty(asked);
+        }
+        settled && asked.found_none()
+    }
+
     /// All spaces have been gone through. Whether that is the end of the pass.
     fn end_of_phase(&self, scanner: &mut Scanner) -> PassEnd {
         (scanner.member, scanner.page) = (0, 0);
@@ -424,11 +498,14 @@ impl Ksm {
             scanner.phase = Phase::Sweep;
             return PassEnd::NotYet;
         }
-        (scanner.phase, scanner.wanted) = (Phase::Look, 0);
+        (scanner.phase, scanner.wanted) = (Phase::Begin, 0);
         self.demote_lonely(scanner);
         for member in scanner.members.iter_mut().flatten() {
-            member.now.account();
-            member.last = std::mem::take(&mut member.now);
+            let mut now = std::mem::take(&mut member.now);
+            if scanner.pace == Pace::Thorough {
+                now.account();
+                member.last = now;
+            }
         }
         self.count(|counters| &counters.full_scans, 1);
         PassEnd::Reached
@@ -491,6 +568,14 @@ impl Ksm {
         let tables = range.end.page().div_ceil(ENTRIES) - range.start.page() / ENTRIES;
         asked.reset(range.start, tables as usize);
         looked.clear();
+        if turn == Turn::Cursor && scanner.pace == Pace::Quick {
+            if self.is_unchanged(part, &mut asked) {
+                (scanner.asked, scanner.looked) = (asked, looked);
+                return (range.end.page(), tables);
+            }
+            // What this pass counts is not all there is; so the next one counts again.
+            scanner.noted = None;
+        }
         let mut counts = KsmPages::default();
         let (mut end, mut cost, mut skipped) = (range.end.page(), 0, 0);
         part.mm.for_each_leaf(range, |base, leaf, entries| {
@@ -525,9 +610,15 @@ impl Ksm {
                 counts.not_shared.count(page.note.why);
                 continue;
             }
-            scanned += 1;
             cost += u64::from(page.candidate);
-            self.after_look(scanner, part, *page, written, turn, &mut counts);
+            let why = self.after_look(scanner, part, *page, written, turn, &mut counts);
+            // Whether there is room by now is a look at the index, and no news if there is none.
+            let is_news = written || !page.candidate || why != page.note.why;
+            scanned += u64::from(is_news);
+        }
+        if scanned + skipped > 0 {
+            // The next pass counts everything again.
+            scanner.noted = None;
         }
         self.count(|counters| &counters.pages_scanned, scanned);
         self.count(|counters| &counters.pages_skipped, skipped);
@@ -575,6 +666,7 @@ impl Ksm {
         if note.skip > 0 && turn == Turn::Cursor && self.settings.smart_scan == SmartScan::On {
             note.skip -= 1;
             frame.set_note(note.bits());
+            leaf.set(entry, pte.with_known(Known::No));
             counts.not_shared.volatile += 1;
             *skipped += 1;
             return None;
@@ -584,16 +676,22 @@ impl Ksm {
         if pinned && turn == Turn::Hint {
             return None;
         }
-        if pte.is_dirty() {
-            leaf.set(entry, pte.clean());
+        let candidate = flags.contains(FrameFlags::CANDIDATE);
+        let known = if candidate { Known::Yes } else { Known::No };
+        let marked = match pinned {
+            // Its mark is of a write that may still come.
+            true => pte.with_known(Known::No),
+            false => pte.clean().with_known(known),
+        };
+        if marked != pte {
+            leaf.set(entry, marked);
         }
         let told = flags.contains(FrameFlags::WRITTEN) && !frame.take_flags(FrameFlags::WRITTEN).is_empty();
-        let candidate = flags.contains(FrameFlags::CANDIDATE);
         let looked = Looked { page: 0, pfn: pte.pfn(), candidate, note };
         Some((looked, pte.is_dirty() || told || pinned, pte.is_writable()))
     }
 
-    /// What follows from a look at one page, which was `written` or was not.
+    /// What follows from a look at one page, which was `written` or was not. Returns why it is not merged.
     fn after_look(
         &self,
         scanner: &mut Scanner,
@@ -602,7 +700,7 @@ impl Ksm {
         written: bool,
         turn: Turn,
         counts: &mut KsmPages,
-    ) {
+    ) -> Why {
         let Looked { page, pfn, candidate, note } = looked;
         let frame = self.pool.frame(pfn);
         if written && turn == Turn::Cursor {
@@ -611,14 +709,14 @@ impl Ksm {
             }
             frame.set_note(note.written().bits());
             counts.not_shared.volatile += 1;
-            return;
+            return note.why;
         }
         let finds = if written { Finds::ByHash } else { note.finds };
         let known = candidate && !written;
         if known && note.why == Why::Wanted {
             // Of a sweep that has not come here yet, or in vain.
             scanner.wanted += 1;
-            return;
+            return Why::Wanted;
         }
         let hash = if known { scanner.index.hash(pfn) } else { scanner.hash_of(self, pfn) };
         let place = Place::of_page(part.at, page);
@@ -638,6 +736,7 @@ impl Ksm {
             scanner.remember(frame, pfn, hash, place, Note { why, finds, ..Note::default() })
         };
         counts.not_shared.count(why);
+        why
     }
 
     /// What there is like `but`, a page of this hash.

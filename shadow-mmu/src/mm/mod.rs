@@ -59,6 +59,7 @@ pub use map::MapFlags;
 pub use merge::MergeAny;
 pub(crate) use merge::{CopyOnAccess, MergeInto, Outcome, Sharer, Target};
 pub use object::{FileSource, NoPage, Object};
+pub(crate) use pte::Known;
 pub use pte::Pte;
 pub use reap::Reaped;
 pub use remap::RemapFlags;

@@ -13,6 +13,7 @@
 //! | 11 | a page of an [adopted mapping](super::watch) of the host: no frame of the pool |
 //! | 12–51 | pfn |
 //! | 52–56 | when it was last found young, see [`generations`](super::PageAge) |
+//! | 57 | the page is known to [`ksm`](crate::ksm), which need not look at its frame |
 //!
 //! The pfn of an adopted page lies beyond the pool's frames: there is no reference to hold, no map count, nothing to copy or
 //! to pin, as for the ptes of Linux's `VM_PFNMAP` mappings.
@@ -21,6 +22,13 @@
 
 use crate::addr::{Access, PAGE_SHIFT, Pfn};
 use std::fmt;
+
+/// Whether a page's content is known to who shares pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Known {
+    Yes,
+    No,
+}
 
 /// One entry of the primary page table, by value.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -36,6 +44,7 @@ impl Pte {
     const OBJECT: u64 = 1 << 10;
     const ADOPTED: u64 = 1 << 11;
     const PFN_MASK: u64 = 0x000f_ffff_ffff_f000;
+    const KNOWN: u64 = 1 << 57;
     const TAG_SHIFT: u32 = 52;
     /// Values of the tag.
     pub(super) const TAGS: u8 = 32;
@@ -75,9 +84,22 @@ impl Pte {
     pub(crate) fn clean(self) -> Self {
         Self(self.0 & !Self::DIRTY)
     }
-    /// Whether the two differ in no more than in what says when the page was accessed (`pte_same`).
+    /// The same, with or without the note that who shares pages knows what the page holds.
+    pub(crate) fn with_known(self, known: Known) -> Self {
+        match known {
+            Known::Yes => Self(self.0 | Self::KNOWN),
+            Known::No => Self(self.0 & !Self::KNOWN),
+        }
+    }
+    /// Whether nothing is to be found out about the page by who shares pages: it is merged or not his; or it is known to him, and
+    /// nobody has written it through the primary since.
+    pub(crate) fn is_settled(self) -> bool {
+        self.is_ksm() || !self.is_anonymous() || self.0 & (Self::KNOWN | Self::DIRTY) == Self::KNOWN
+    }
+    /// Whether the two differ in no more than in what says when the page was accessed, and what is known of it (`pte_same`).
     pub(super) fn is_same_page(self, other: Self) -> bool {
-        self.old().with_tag(0) == other.old().with_tag(0)
+        let plain = |pte: Self| pte.old().with_tag(0).with_known(Known::No);
+        plain(self) == plain(other)
     }
     /// A page of an adopted mapping, read-only. See [`watch`](super::watch).
     pub fn adopted(pfn: Pfn) -> Self {

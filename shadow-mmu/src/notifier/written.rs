@@ -85,6 +85,20 @@ impl WrittenPages {
         self.asked.get(word).map_or(0, |word| word >> (first.wrapping_sub(self.base) % 64))
     }
 
+    /// Adds those of the 64 pages from `first` on, a multiple of 64, that `bits` has to the question.
+    ///
+    /// # Panics
+    /// If they are not in the range.
+    pub(crate) fn ask_run(&mut self, first: u64, bits: u64) {
+        let (word, _) = self.place(first);
+        self.asked[word] |= bits;
+    }
+
+    /// Whether none was written.
+    pub(crate) fn found_none(&self) -> bool {
+        self.found.iter().all(|&word| word == 0)
+    }
+
     /// Whether none is asked about.
     pub fn is_empty(&self) -> bool {
         self.asked.iter().all(|&word| word == 0)

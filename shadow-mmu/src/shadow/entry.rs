@@ -138,6 +138,13 @@ pub(crate) fn write_protect(entry: &AtomicU64) -> Option<Spte> {
     Some(Spte(entry.fetch_and(ALL.write_protected().0, Ordering::AcqRel)))
 }
 
+/// Whether one of these leaves is dirty. Most are not, and to look at eight costs little more than to look at one.
+#[inline]
+pub(crate) fn is_any_dirty(entries: &[AtomicU64]) -> bool {
+    let all = entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed));
+    Spte(all).is_dirty()
+}
+
 /// Clears what says that the leaf was written, and returns the leaf as it was if it was. The caller holds `mmu_lock` for
 /// reading, and flushes before it lets go.
 pub(crate) fn clear_written(entry: &AtomicU64, ad: AdBits) -> Option<Spte> {

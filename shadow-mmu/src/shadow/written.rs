@@ -30,6 +30,9 @@ impl Core {
                     // As far as one word of the question goes.
                     let next = (at + 64 - (page % 64) as usize).min(entries.end);
                     let mut asked = pages.asked_from(page) & !0 >> (64 - (next - at));
+                    if asked == 0 || !table[at..next].chunks(8).any(entry::is_any_dirty) {
+                        asked = 0;
+                    }
                     while asked != 0 {
                         let bit = asked.trailing_zeros() as usize;
                         asked &= asked - 1;
