@@ -671,15 +671,11 @@ impl Ksm {
             *skipped += 1;
             return None;
         }
-        // Whoever has it pinned may write it at any time, and no mark will say so.
         let pinned = frame.ref_count() > frame.map_count();
-        if pinned && turn == Turn::Hint {
-            return None;
-        }
         let candidate = flags.contains(FrameFlags::CANDIDATE);
         let known = if candidate { Known::Yes } else { Known::No };
         let marked = match pinned {
-            // Its mark is of a write that may still come.
+            // The mark is of a write that may still come, and leave none of its own.
             true => pte.with_known(Known::No),
             false => pte.clean().with_known(known),
         };

@@ -45,14 +45,6 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         replacement: "!now.is_present()",
     },
     Mutant {
-        name: "MergePinned",
-        breaks: "R22: a page is merged that somebody has pinned, and may write.",
-        file: "mm/merge.rs",
-        behind: "",
-        original: "frame.map_count() == 1 && frame.ref_count() > 1",
-        replacement: "false",
-    },
-    Mutant {
         name: "MergeableNotCheckedAgain",
         breaks: "R27: a page is merged because it might be when it was looked at.",
         file: "mm/merge.rs",
@@ -242,14 +234,6 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         file: "ksm/scan.rs",
         behind: "",
         original: "frame.ref_count() > frame.map_count()",
-        replacement: "false",
-    },
-    Mutant {
-        name: "HintTakesPinned",
-        breaks: "R22: a page that somebody has pinned is hashed because it was hinted at.",
-        file: "ksm/scan.rs",
-        behind: "",
-        original: "pinned && turn == Turn::Hint",
         replacement: "false",
     },
     Mutant {

@@ -27,7 +27,8 @@
 //! R14 (huge pages), R25 (MMIO sptes), R31 (it costs time, and breaks nothing).
 //!
 //! Not mutants, for nothing can tell them from the code: to look for pins before W is taken (both under one hold of the page-table
-//! lock); to compare before W is taken (what was written since it was hashed has D, and is left alone); `orig_pte` with D (whoever
+//! lock); not to look for pins at all (who has a page pinned to write it has left D in the pte, which stays there while he does);
+//! to compare before W is taken (what was written since it was hashed has D, and is left alone); `orig_pte` with D (whoever
 //! writes sets W too, which is not in it).
 //!
 //! # What the checkers do not see

@@ -188,7 +188,7 @@ fn r22() {
 
 #[test]
 fn r22_a_page_is_not_merged_while_somebody_may_write_it() {
-    explore("r22", r22, &[M::MergePinned]);
+    explore("r22", r22, &[]);
 }
 
 /// Both guests write the same new value, each at its own time: a page that is merged has the content that it is known by.
@@ -241,7 +241,7 @@ fn hinted() {
 
 #[test]
 fn r22_a_page_that_somebody_may_write_is_not_hashed_for_a_hint() {
-    explore("r22_hinted", hinted, &[M::HintTakesPinned]);
+    explore("r22_hinted", hinted, &[]);
 }
 
 /// A frame that the index knows goes, and is the same guest's again, for the same address and content, but its own. A page that
