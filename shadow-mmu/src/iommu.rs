@@ -176,6 +176,12 @@ fn forget(iotlb: &mut Iotlb, range: HvaRange) {
     }
 }
 
+/// Whether all of `range` is translated for writing.
+fn is_writable(iotlb: &Iotlb, range: HvaRange) -> bool {
+    let (base, length) = bytes(range);
+    Iotlb::lookup(iotlb, base, length, Permissions::Write).is_ok()
+}
+
 /// Whether some byte of `range` is translated.
 fn has_any(iotlb: &Iotlb, range: HvaRange) -> bool {
     let (base, length) = bytes(range);
@@ -244,7 +250,9 @@ impl MmuNotifier for Cache {
             return;
         }
         for page in range.page_numbers() {
-            if pages.is_asked(page) && self.age(HvaRange::page(Hva(page << PAGE_SHIFT))) {
+            let at = HvaRange::page(Hva(page << PAGE_SHIFT));
+            let writes = pages.is_asked(page) && is_writable(&self.translations.read().iotlb, at);
+            if writes && self.age(at) {
                 pages.add(page);
             }
         }

@@ -34,9 +34,9 @@
 //! ksm: the scanner
 //! mm: an aging pass
 //! mm: family
-//!  ├─ ksm: newcomers, hints
 //!  └─ mm: mmap_lock
 //!      ├─ mm: Object::pages
+//!      ├─ ksm: newcomers and hints, then who shares a space's pages
 //!      ├─ mm: watch state, and the engine's memslots below it
 //!      ├─ notifier: table of shared listeners, then writers of the list, then queue of callbacks
 //!      └─ mm: page-table lock

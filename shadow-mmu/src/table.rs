@@ -81,16 +81,18 @@ pub struct Tables {
     pool: Arc<FramePool>,
     root: Pfn,
     count: AtomicUsize,
+    /// What for tables are.
+    purpose: Purpose,
 }
 
 impl Tables {
-    /// An empty tree: one root.
+    /// An empty tree: one root. `purpose` is what its tables are for.
     ///
     /// # Errors
     /// [`OutOfFrames`].
-    pub fn new(pool: Arc<FramePool>) -> Result<Self, OutOfFrames> {
+    pub fn new(pool: Arc<FramePool>, purpose: Purpose) -> Result<Self, OutOfFrames> {
         let root = pool.alloc(Fill::Zeros)?;
-        Ok(Self { pool, root, count: AtomicUsize::new(1) })
+        Ok(Self { pool, root, count: AtomicUsize::new(1), purpose })
     }
 
     /// The frame of the root: what CR3 holds.
@@ -151,7 +153,7 @@ impl Tables {
     }
 
     fn link_new(&self, parent: Pfn, index: usize) -> Result<Pfn, OutOfFrames> {
-        let new = self.pool.alloc_for(Purpose::Table, Fill::Zeros)?;
+        let new = self.pool.alloc_for(self.purpose, Fill::Zeros)?;
         // Release: whoever sees the link sees the zeros behind it.
         match self.pool.words(parent)[index].compare_exchange(
             0,
@@ -346,7 +348,7 @@ mod tests {
 
     fn tables(frames: u64) -> Tables {
         let pool = FramePool::new(frames * PAGE_SIZE, FreedFrames::Poison).unwrap();
-        Tables::new(Arc::new(pool)).unwrap()
+        Tables::new(Arc::new(pool), Purpose::New).unwrap()
     }
 
     const FAR: u64 = LOWER_HALF_PAGES - 1;

@@ -82,7 +82,7 @@ pub struct PoolStats {
     pub peak: usize,
     /// Free frames that are kept for pages that stop being shared.
     pub reserve: usize,
-    /// Frames that were handed out of the reserve so far.
+    /// Frames that were handed out of the reserve so far, for such pages.
     pub reserve_taken: u64,
 }
 
@@ -93,7 +93,7 @@ pub enum Purpose {
     New,
     /// A page that is shared is about to be one's own again, which its owner was promised when it was merged.
     Unshare,
-    /// A page table: without one, such a page could not be mapped.
+    /// A page table of a secondary, without which such a page could not be mapped: up to an eighth of the reserve.
     Table,
 }
 
@@ -341,13 +341,15 @@ impl FramePool {
         let mut taken = Vec::with_capacity(want);
         {
             let mut free = self.free.lock();
-            let spare = free.free_count().saturating_sub(self.reserve.load(Ordering::Relaxed));
+            let reserve = self.reserve.load(Ordering::Relaxed);
+            let spare = free.free_count().saturating_sub(reserve);
             let most = match purpose {
                 Purpose::New => want.min(spare),
-                Purpose::Unshare | Purpose::Table => want,
+                Purpose::Table => want.min(free.free_count().saturating_sub(reserve - reserve / 8)),
+                Purpose::Unshare => want,
             };
             free.take(most, &mut taken);
-            if taken.len() > spare {
+            if taken.len() > spare && purpose == Purpose::Unshare {
                 self.reserve_taken.fetch_add((taken.len() - spare) as u64, Ordering::Relaxed);
             }
             let in_use = (self.frames.len() - free.free_count()) as u32;

@@ -117,7 +117,9 @@ impl Ksm {
                 // If it was written since, its frame has gone, and the entry is found to be out of date.
                 let domain = scanner.domain(one.space);
                 scanner.index.set_place(pfn, Place::of_domain(domain.0));
-                scanner.batch.promoted.push((place, pfn, one.why));
+                if self.settings.access == CandidateAccess::Normal {
+                    scanner.batch.promoted.push((place, pfn, one.why));
+                }
                 frame.take_flags(FrameFlags::CANDIDATE);
                 return 0;
             }
@@ -146,6 +148,11 @@ impl Ksm {
     pub(super) fn promote_copy(&self, scanner: &mut Scanner, at: usize, page: u64, candidate: Pfn, why: Why) {
         // Without memory it stays as it is, and so do those that are like it.
         let Ok(copy) = self.pool.alloc(Fill::Overwritten) else { return };
+        if scanner.batch.waiting(copy).is_some() {
+            // The frame was a page of KSM that others wait for, and has gone: they would take this one for it.
+            self.pool.put(copy);
+            return;
+        }
         self.pool.copy(candidate, copy);
         // It may have been written meanwhile; the copy is what counts.
         let hash = scanner.hash_of(self, copy);
@@ -153,21 +160,21 @@ impl Ksm {
         let domain = scanner.domain(at);
         if !scanner.index.insert(copy, hash, Place::of_domain(domain.0)) {
             self.pool.put(copy);
+            scanner.forget(self.pool.frame(candidate), candidate);
             return;
         }
         self.pool.make_ksm(copy);
         scanner.batch.copies.push(copy);
-        scanner.batch.promoted.push((Place::of_page(at, page), copy, why));
+        if self.settings.access == CandidateAccess::Normal {
+            scanner.batch.promoted.push((Place::of_page(at, page), copy, why));
+        }
         scanner.batch.merge(at, page, candidate, copy);
     }
 
     /// Makes pages of KSM that have remained alone candidates again.
     pub(super) fn demote_lonely(&self, scanner: &mut Scanner) {
+        // None are noted where all candidates are to be alike.
         let promoted = std::mem::take(&mut scanner.batch.promoted);
-        if self.settings.access == CandidateAccess::CopyOnAccess {
-            // There all are alike.
-            return;
-        }
         for (place, pfn, why) in promoted {
             // Most are not alone; a look costs less than the locks.
             let is_alone = self.pool.frame(pfn).map_count() == 1;

@@ -26,6 +26,8 @@ use crate::addr::Pfn;
 
 /// Entries of other hashes beside which one is added, and entries of one hash that are looked at.
 const LONGEST: usize = 32;
+/// Entries that are counted when one is added: behind so many of one content there are few others.
+const WALK: usize = 512;
 /// Spaces that a place can name.
 pub(super) const SPACES: usize = 1 << 13;
 /// Bits of a page number: the lower half.
@@ -145,7 +147,11 @@ impl Index {
         let head = self.heads[bucket];
         let mut others = 0;
         let mut link = head;
-        while let Some(pfn) = Self::target(link) {
+        let mut walked = 0;
+        while let Some(pfn) = Self::target(link)
+            && walked < WALK
+        {
+            walked += 1;
             others += usize::from(self.hashes[pfn.index()] != hash);
             link = self.next[pfn.index()];
         }

@@ -239,6 +239,13 @@ impl Sharer for Entered {
     }
 }
 
+impl Drop for Ksm {
+    fn drop(&mut self) {
+        // Nobody keeps it up to date any more.
+        self.pool.set_reserve(0);
+    }
+}
+
 impl Ksm {
     /// Sharing among address spaces that have their pages from `pool`. Nothing is merged until [`scan`](Self::scan) is called.
     ///
@@ -278,6 +285,7 @@ impl Ksm {
             CandidateAccess::CopyOnAccess => CopyOnAccess::Yes,
         };
         let mut queue = self.queue.lock();
+        queue.newcomers.retain(|newcomer| newcomer.mm.strong_count() > 0);
         if queue.scanned + queue.newcomers.len() >= index::SPACES {
             return Err(KsmError::TooManySpaces);
         }
@@ -295,10 +303,17 @@ impl Ksm {
     pub fn hint(&self, mm: &Arc<Mm>, range: HvaRange) {
         let range = HvaRange::new(range.start, range.end);
         let mut queue = self.queue.lock();
+        let mm = Arc::downgrade(mm);
         if queue.hints.len() >= HINTS {
-            queue.hints.pop_front();
+            // One of his own, if there is one: who reads most must not push out the others'.
+            let oldest = queue.hints.iter().position(|(other, _)| other.ptr_eq(&mm)).unwrap_or(0);
+            queue.hints.remove(oldest);
         }
-        queue.hints.push_back((Arc::downgrade(mm), range));
+        queue.hints.push_back((mm, range));
+    }
+
+    fn next_hint(&self) -> Option<(Weak<Mm>, HvaRange)> {
+        self.queue.lock().hints.pop_front()
     }
 
     /// How pages are shared.

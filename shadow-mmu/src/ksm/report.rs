@@ -164,7 +164,7 @@ impl MemberPass {
 
     /// Pages that are merged, or might be; those of zeros have no item (`ksm_rmap_items`).
     fn items(&self) -> u64 {
-        self.vmas.iter().map(|row| row.pages.all - row.pages.zero).sum()
+        self.vmas.iter().map(|row| row.pages.all.saturating_sub(row.pages.zero)).sum()
     }
 
     fn changing(&self) -> u64 {

@@ -16,6 +16,7 @@
 //! Most passes find that nothing was written. When the last one did, and none of what it noted at ptes can be out of date ([`Noted`]), a part
 //! is gone through quickly first: ptes alone say which pages are merged or known, and the secondaries that those were not written.
 //! Where that is so of all pages of a part, no frame is looked at and nothing is counted; what the last pass counted stays true.
+//! Pages that are alone because of the limit wait for the next thorough one, too.
 //!
 //! A page that is written after step 2 has D again, and the next pass finds it; its hash is wrong until then, and nobody is
 //! merged with it, for merging compares.
@@ -268,6 +269,11 @@ impl Scanner {
     /// Takes up those who entered.
     pub(super) fn admit(&mut self, queue: &mut Queue) {
         self.called += (queue.newcomers.len() + queue.hints.len()) as u64;
+        for member in &mut self.members {
+            if member.as_ref().is_some_and(|member| member.mm.strong_count() == 0) {
+                *member = None;
+            }
+        }
         for newcomer in queue.newcomers.drain(..) {
             let member = Member {
                 id: newcomer.id,
@@ -347,6 +353,8 @@ impl Scanner {
             self.index.set_hash(pfn, hash);
             self.wanted += 1;
         } else if !self.index.insert(pfn, hash, place) {
+            self.forgotten += 1;
+            frame.take_flags(FrameFlags::CANDIDATE);
             frame.set_note(Note::default().bits());
             return Why::Limit;
         }
@@ -414,14 +422,13 @@ impl Ksm {
     /// time; others wait. Not to be called inside a pair or an op.
     pub fn scan(&self, pages: u64) -> Scanned {
         let mut scanner = self.scanner.lock();
-        let hints = {
-            let mut queue = self.queue.lock();
-            scanner.admit(&mut queue);
-            std::mem::take(&mut queue.hints)
-        };
+        scanner.admit(&mut self.queue.lock());
         let mut scanned = Scanned { pages: 0, merged: 0, pass: PassEnd::NotYet };
-        for (mm, range) in hints {
-            self.follow_hint(&mut scanner, &mm, range, &mut scanned);
+        // Half of it at most: who hints all the time must not keep the others waiting.
+        while scanned.pages < pages / 2
+            && let Some((mm, range)) = self.next_hint()
+        {
+            self.follow_hint(&mut scanner, &mm, range, pages / 2, &mut scanned);
         }
         while scanned.pages < pages {
             if scanner.phase == Phase::Begin {
@@ -512,15 +519,24 @@ impl Ksm {
     }
 
     /// Looks at what somebody said to be worth while, and merges what is like it, without waiting for the pass.
-    fn follow_hint(&self, scanner: &mut Scanner, mm: &Weak<Mm>, range: HvaRange, scanned: &mut Scanned) {
+    /// Ends when `most` is spent: what is left has its turn.
+    fn follow_hint(
+        &self,
+        scanner: &mut Scanner,
+        mm: &Weak<Mm>,
+        range: HvaRange,
+        most: u64,
+        scanned: &mut Scanned,
+    ) {
         let is_it = |member: &Option<Member>| member.as_ref().is_some_and(|member| member.mm.ptr_eq(mm));
         let Some(at) = scanner.members.iter().position(is_it) else { return };
         scanner.twins = Some(Vec::new());
-        scanned.pages += self.go_through(scanner, at, range, |scanner, part| {
-            self.look_at(scanner, part, u64::MAX, Turn::Hint)
-        });
+        scanned.pages += self
+            .go_through(scanner, at, range, |scanner, part| self.look_at(scanner, part, most, Turn::Hint));
         scanned.pages +=
             self.go_through(scanner, at, range, |scanner, part| self.sweep(scanner, part, u64::MAX));
+        // Those of the range first: what they are like is merged into them.
+        scanned.merged += self.merge(scanner);
         for place in scanner.twins.replace(Vec::new()).unwrap_or_default() {
             let page = HvaRange::page(Hva(place.page() * PAGE_SIZE));
             if place.space() == at && range.contains(page.start) {
@@ -555,6 +571,9 @@ impl Ksm {
             }
             let (end, of_part) = visit(scanner, &part);
             (page, cost) = (end, cost + of_part);
+            if page < part.range.end.page() {
+                break;
+            }
         }
         cost
     }
@@ -568,13 +587,20 @@ impl Ksm {
         let tables = range.end.page().div_ceil(ENTRIES) - range.start.page() / ENTRIES;
         asked.reset(range.start, tables as usize);
         looked.clear();
+        let mut most = most;
         if turn == Turn::Cursor && scanner.pace == Pace::Quick {
-            if self.is_unchanged(part, &mut asked) {
+            if tables <= most && self.is_unchanged(part, &mut asked) {
                 (scanner.asked, scanner.looked) = (asked, looked);
                 return (range.end.page(), tables);
             }
             // What this pass counts is not all there is; so the next one counts again.
             scanner.noted = None;
+            if !asked.found_none() {
+                // The answer is of the whole part, and is not given twice.
+                most = u64::MAX;
+            } else {
+                asked.reset(range.start, tables as usize);
+            }
         }
         let mut counts = KsmPages::default();
         let (mut end, mut cost, mut skipped) = (range.end.page(), 0, 0);
@@ -740,6 +766,7 @@ impl Ksm {
         let Scanner { index, members, batch, .. } = scanner;
         let mut likes = Likes::default();
         let limit = self.settings.max_page_sharing as usize;
+        let mut orphans = 0;
         index.find(hash, |index, entry| {
             if entry == but {
                 return Step::Next;
@@ -756,7 +783,11 @@ impl Ksm {
                     Some(owner) if flags.contains(FrameFlags::CANDIDATE) => {
                         (owner.domain, 1 + waiting.unwrap_or(0))
                     }
-                    _ => return Step::Remove,
+                    _ => {
+                        // Of a space that has gone; who has it by a fork is to be looked at anew.
+                        orphans += u64::from(!frame.take_flags(FrameFlags::CANDIDATE).is_empty());
+                        return Step::Remove;
+                    }
                 }
             };
             if frame.ref_count() == 0 {
@@ -777,6 +808,7 @@ impl Ksm {
             }
             Step::Next
         });
+        scanner.forgotten += orphans;
         likes
     }
 
@@ -837,6 +869,8 @@ impl Ksm {
         } else if frame.map_count() > 1 {
             self.promote_copy(scanner, part.at, page, pfn, likes.why);
         } else if scanner.index.is_entry(pfn) || scanner.index.insert(pfn, hash, place) {
+            // Its entry may be of a space that it was forked from, and whose number is another's by now.
+            scanner.index.set_place(pfn, place);
             // Also where nothing like it is to be found: that is in no index, or has gone, which the end of the pass will show.
             scanner.batch.promote(part.at, page, pfn, likes.why);
         } else {

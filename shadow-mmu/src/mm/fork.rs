@@ -84,7 +84,7 @@ impl Mm {
         let mut leaves: Vec<Leaf<'_>> = Vec::new();
         self.tables.for_each_leaf_table(range.page_numbers(), |page, table, entries| {
             let leaf = self.lock_table(page, table);
-            if entries.clone().any(|at| leaf.get(at).is_anonymous()) {
+            if entries.clone().any(|at| leaf.get(at).is_anonymous() || leaf.get(at).is_ksm()) {
                 leaves.push((page, table, entries));
             }
         });
@@ -102,6 +102,13 @@ impl Mm {
         let ours = self.lock_table(page, table);
         for at in entries {
             let pte = ours.get(at);
+            if pte.is_ksm() && pte.is_zero() {
+                // A fault of the child's own would find what the mapping shows, which may be a file.
+                let zero = Pte::ksm_zero(child.zero_frame);
+                theirs.set(at, zero.with_age_of(pte).old());
+                child.sharing.gained(zero);
+                continue;
+            }
             if !pte.is_anonymous() {
                 continue;
             }

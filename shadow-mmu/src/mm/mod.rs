@@ -68,7 +68,7 @@ pub use vma::{Backing, Vma, VmaFlags};
 pub(crate) use write_logs::WriteLogging;
 
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
-use crate::frame::{Fill, FramePool, OutOfFrames};
+use crate::frame::{Fill, FramePool, OutOfFrames, Purpose};
 use crate::notifier::Notifiers;
 #[cfg(feature = "mmu-notifier")]
 use crate::notifier::interval::{IntervalNotifier, IntervalSubscription};
@@ -227,7 +227,7 @@ impl Mm {
 
     /// An empty address space that `family` does not know of yet.
     fn new_in(pool: Arc<FramePool>, family: Arc<Family>) -> Result<Arc<Self>, OutOfFrames> {
-        let tables = Tables::new(Arc::clone(&pool))?;
+        let tables = Tables::new(Arc::clone(&pool), Purpose::New)?;
         let zero_frame = pool.alloc(Fill::Zeros)?;
         Ok(Arc::new(Self {
             notifiers: Notifiers::new(),

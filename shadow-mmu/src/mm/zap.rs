@@ -25,7 +25,8 @@ impl Mm {
         let mut cleared = 0;
         let mut merged = Merged::default();
         self.for_each_leaf(range, |base, leaf, entries| {
-            // What is read there next are other bytes, but where it was zeros.
+            // What is read there next are other bytes, but where nobody had ever written; a page of zeros that was merged may have
+            // been written over a file's.
             let mut written = entries.start..entries.start;
             let tell = |run: &Range<usize>| {
                 let at = |entry: usize| Hva(base.0 + entry as u64 * PAGE_SIZE);
@@ -42,7 +43,7 @@ impl Mm {
                 frames.extend(pte.counted_frame());
                 cleared += 1;
                 merged.add(pte);
-                if !pte.is_zero() {
+                if !pte.is_zero() || pte.is_ksm() {
                     if written.end != at {
                         tell(&written);
                         written.start = at;

@@ -61,7 +61,7 @@ pub use tlb::{NoTlb, Tlb, Zapped};
 pub use vcpu::VcpuMmu;
 
 use crate::addr::{Gfn, Pfn};
-use crate::frame::{FramePool, OutOfFrames};
+use crate::frame::{FramePool, OutOfFrames, Purpose};
 use crate::mm::Mm;
 use crate::notifier::windows::{Sequence, Windows};
 use crate::notifier::{Misuse, Subscription};
@@ -182,7 +182,7 @@ impl ShadowMmu {
     pub fn new(mm: Arc<Mm>, tlb: Arc<dyn Tlb>) -> Result<Self, ShadowError> {
         let core = Arc::new(Core {
             pool: Arc::clone(mm.pool()),
-            tables: Tables::new(Arc::clone(mm.pool()))?,
+            tables: Tables::new(Arc::clone(mm.pool()), Purpose::Table)?,
             ad_bits: AtomicU32::new(tlb.ad_bits() as u32),
             rings: Mutex::default(),
             tlb,

@@ -156,8 +156,8 @@ fn hints_are_looked_at_first() {
         fill(&machine, hinted, 40, |n| [300, 0, 7777, 7777][n as usize % 4]);
         let ksm = sharing(settings(), [&machine]);
         ksm.hint(&machine.mm, HvaRange::pages_from(hinted, 40));
-        // In one scan of next to nothing: the zeros and the equal ones.
-        let scan = ksm.scan(1);
+        // In a scan of no more than that: the zeros and the equal ones. One that was there is not known yet.
+        let scan = ksm.scan(100);
         assert_eq!((scan.merged, scan.pass), (10 + 9 + 19, PassEnd::NotYet), "{ad:?}");
         assert_eq!((shared(&ksm), ksm.stats().ksm_zero_pages), ((2, 9 + 19), 10));
         check(&ksm, &machine);
@@ -165,6 +165,8 @@ fn hints_are_looked_at_first() {
         let mut vcpu = machine.vcpu(0, Off);
         vcpu.write(hinted, 8888).unwrap();
         vcpu.write(page(BASE, 5), 8888).unwrap();
+        // The rest of this pass, and two.
+        pass(&ksm);
         merge(&ksm);
         assert_eq!(machine.pte(hinted).pfn(), machine.pte(page(BASE, 5)).pfn());
         // 300 is there too, and the eleventh.
@@ -197,12 +199,12 @@ fn hints_may_be_wrong() {
     ] {
         ksm.hint(&machine.mm, range);
     }
-    assert_eq!(ksm.scan(0).merged, 0);
+    assert_eq!(ksm.scan(4).merged, 0);
     // The bytes of a read, not of pages; across the end of a table.
     ksm.hint(&machine.mm, whole(BASE.0 + 510 * PAGE_SIZE + 100, BASE.0 + 512 * PAGE_SIZE + 100));
-    assert_eq!((ksm.scan(0).merged, shared(&ksm)), (2, (1, 2)));
+    assert_eq!((ksm.scan(20).merged, shared(&ksm)), (2, (1, 2)));
     ksm.hint(&machine.mm, whole(0, u64::MAX));
-    assert_eq!((ksm.scan(0).merged, shared(&ksm)), (595, (3, 597)));
+    assert_eq!((ksm.scan(2000).merged, shared(&ksm)), (595, (3, 597)));
     // The oldest of too many are forgotten.
     fill(&machine, page(BASE, 1000), 2, |n| n + 5);
     fill(&machine, page(BASE, 1002), 2, |n| n + 5);
@@ -339,6 +341,29 @@ fn a_write_that_a_log_has_taken_is_seen() {
             assert_eq!((pass(&ksm), pass(&ksm)), (0, 1), "{method:?} {ad:?}");
         }
         assert_eq!(shared(&ksm), (1, 5), "{method:?} {ad:?}");
+        check(&ksm, &machine);
+        machine.finish();
+    }
+}
+
+/// A scan that may do little takes D of no page that it does not come to.
+#[test]
+fn a_scan_that_stops_early_has_asked_about_no_more_than_it_looked_at() {
+    for ad in KINDS {
+        let machine = Machine::with_ad_bits(9000, ad);
+        machine.map_at(BASE, 16 * 512, RW, MapFlags::PRIVATE);
+        machine.mm.madvise(BASE, pages(16 * 512), Advice::Mergeable).unwrap();
+        // By the vCPU, so that later writes leave D in its leaves and nothing else.
+        let mut vcpu = machine.vcpu(0, Off);
+        (0..16).for_each(|n| vcpu.write(page(BASE, n * 512), n + 1).unwrap());
+        let ksm = sharing(settings(), [&machine]);
+        // Until nothing is new, and once more.
+        (0..4).for_each(|_| _ = pass(&ksm));
+        [1, 12].into_iter().for_each(|n| vcpu.write(page(BASE, n * 512), 4).unwrap());
+        assert_eq!(ksm.scan(9).pass, PassEnd::NotYet);
+        pass(&ksm);
+        merge(&ksm);
+        assert_eq!(shared(&ksm), (1, 2), "{ad:?}: tables 1, 3 and 12");
         check(&ksm, &machine);
         machine.finish();
     }

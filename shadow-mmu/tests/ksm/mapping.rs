@@ -3,7 +3,9 @@
 
 use super::*;
 use crate::common::NONE;
+use shadow_mmu::addr::Gfn;
 use shadow_mmu::mm::{Backing, Object};
+use shadow_mmu::shadow::{DirtyMethod, ProtectOn};
 
 /// 16 pages, merged: of zeros and of one other content in turn; two others like them at the end.
 fn merged() -> (Machine, Arc<Ksm>) {
@@ -294,4 +296,32 @@ fn a_merged_page_is_as_old_as_it_was() {
         }
         machine.finish();
     }
+}
+
+/// Zeros that were written over a file's bytes are not what a fault would find.
+#[test]
+fn i58_zeros_over_a_file_stay_zeros_for_a_child_and_are_logged_when_they_go() {
+    let machine = Machine::new(512);
+    let object = Object::file(&machine.pool, crate::common::TestFile::new(4 * PAGE_SIZE));
+    let backing = Backing::Object { object, offset: 0 };
+    machine.mm.mmap(BASE, pages(4), RW, MapFlags::PRIVATE | MapFlags::FIXED, backing).unwrap();
+    machine.mm.madvise(BASE, pages(4), Advice::Mergeable).unwrap();
+    let pinned = machine.mm.fault(&FaultRequest::one_page(page(BASE, 1), RW)).unwrap();
+    machine.pool.write(pinned.required().pfn, 0, &[0; PAGE_SIZE as usize]);
+    drop(pinned);
+    let ksm = sharing(settings(), [&machine]);
+    merge(&ksm);
+    assert_eq!(ksm.stats().ksm_zero_pages, 1);
+    let child = machine.fork().unwrap();
+    assert_eq!(words(&child, page(BASE, 1), 1), [0]);
+    assert_eq!(ksm.stats().ksm_zero_pages, 2);
+    child.poke(page(BASE, 1), 5);
+    assert_eq!((words(&child, page(BASE, 1), 1), words(&machine, page(BASE, 1), 1)), (vec![5], vec![0]));
+    machine.shadow.enable_dirty_log(Gfn(0), bitmap_log(DirtyMethod::DirtyBit, ProtectOn::Get)).unwrap();
+    machine.mm.madvise(page(BASE, 1), pages(1), Advice::DontNeed).unwrap();
+    let dirty = machine.shadow.get_dirty_log(Gfn(0)).unwrap();
+    assert_eq!(Vec::from_iter(dirty.iter()), [page(BASE, 1).page()], "the file's bytes are there again");
+    check(&ksm, &machine);
+    drop(child.exit());
+    machine.finish();
 }

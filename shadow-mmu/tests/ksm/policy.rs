@@ -305,3 +305,31 @@ fn eight_thousand_spaces_share_and_no_more() {
     assert_eq!(ksm.audit(), []);
     assert_eq!(ksm.report().members.len(), SPACES);
 }
+
+/// A candidate is of the domain of who has it, whoever had it before, and whose number is whose by now.
+#[test]
+fn who_inherits_a_candidate_does_not_share_with_who_inherits_the_number() {
+    let first = Machine::new(2048);
+    let parent = first.beside(AdBits::AfterFlush);
+    let ksm = Ksm::new(Arc::clone(&first.pool), settings()).unwrap();
+    fill(&parent, BASE, 1, |_| SAME);
+    ksm.enter(&parent.mm, Domain(1)).unwrap();
+    merge(&ksm);
+    let child = parent.fork().unwrap();
+    pass(&ksm);
+    drop(parent.exit());
+    // Gets the parent's number, in another domain.
+    let stranger = first.beside(AdBits::AfterFlush);
+    ksm.enter(&stranger.mm, Domain(2)).unwrap();
+    fill(&first, BASE, 1, |_| SAME);
+    ksm.enter(&first.mm, Domain(2)).unwrap();
+    (0..3).for_each(|_| _ = merge(&ksm));
+    assert_ne!(child.pte(BASE).pfn(), first.pte(BASE).pfn(), "they are of two domains");
+    // Nor is it lost to its own.
+    let sibling = first.beside(AdBits::AfterFlush);
+    fill(&sibling, BASE, 1, |_| SAME);
+    ksm.enter(&sibling.mm, Domain(1)).unwrap();
+    (0..3).for_each(|_| _ = merge(&ksm));
+    assert_eq!(child.pte(BASE).pfn(), sibling.pte(BASE).pfn());
+    check(&ksm, &first);
+}

@@ -248,7 +248,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         name: "ForgottenStaysCandidate",
         breaks: "I51: a page that was written stays a candidate.",
         file: "ksm/scan.rs",
-        behind: "",
+        behind: "pub(super) fn forget(",
         original: "frame.take_flags(FrameFlags::CANDIDATE);",
         replacement: "",
     },
