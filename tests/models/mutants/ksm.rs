@@ -164,7 +164,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
         name: "ForkedAsOrdinary",
         breaks: "I53: fork takes a merged page for an ordinary one.",
         file: "mm/fork.rs",
-        behind: "",
+        behind: "child.sharing.gained(zero);",
         original: "pte.is_ksm()",
         replacement: "false",
     },
