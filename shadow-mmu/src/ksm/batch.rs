@@ -9,7 +9,8 @@
 //! Between look and merge anything may have happened; what is not as it was is left alone, and found again by a later pass.
 
 use super::index::Place;
-use super::scan::{Scanner, Why};
+use super::note::Why;
+use super::scanner::Scanner;
 use super::{CandidateAccess, Ksm};
 use crate::addr::Pfn;
 use crate::frame::{Fill, FrameFlags};

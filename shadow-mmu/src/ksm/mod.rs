@@ -7,8 +7,11 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `scan` | the cursor; one look at a page, and what follows |
-//! | `batch` | merging what a scan has found |
+//! | `scan` | the cursor: passes, looks and sweeps, hints |
+//! | `look` | one look at some pages, and what follows |
+//! | `sweep`, `batch` | merging what looks have found |
+//! | `scanner` | what the scanner's lock guards |
+//! | `note` | what is remembered of a page |
 //! | `index` | which page has which content |
 //! | [`advisor`] | how many pages at a time |
 //! | `report` | counters, and why pages were not merged |
@@ -44,8 +47,12 @@ pub mod advisor;
 mod audit;
 mod batch;
 mod index;
+mod look;
+mod note;
 mod report;
 mod scan;
+mod scanner;
+mod sweep;
 
 pub use audit::KsmViolation;
 pub use report::{KsmMemberReport, KsmMmStats, KsmPages, KsmPlace, KsmReport, KsmStats, KsmVma, NotShared};
@@ -56,7 +63,7 @@ use crate::frame::FramePool;
 use crate::mm::{CopyOnAccess, Mm, MmError, Sharer};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, Weak};
-use scan::Scanner;
+use scanner::Scanner;
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher};
 

@@ -266,7 +266,7 @@ impl Ksm {
     }
 
     /// Contents with several frames, and those frames.
-    fn chains(&self, scanner: &super::scan::Scanner) -> (u64, u64) {
+    fn chains(&self, scanner: &super::scanner::Scanner) -> (u64, u64) {
         let mut frames: HashMap<(u32, u32), u64> = HashMap::new();
         if self.pool.ksm_frames() == 0 {
             return (0, 0);

@@ -231,7 +231,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "LookIgnoresPins",
         breaks: "R22: a page that somebody has pinned is taken for one that nobody writes.",
-        file: "ksm/scan.rs",
+        file: "ksm/look.rs",
         behind: "",
         original: "frame.ref_count() > frame.map_count()",
         replacement: "false",
@@ -239,7 +239,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "LookIgnoresFrame",
         breaks: "I25: what a frame was told of writes is not asked for.",
-        file: "ksm/scan.rs",
+        file: "ksm/look.rs",
         behind: "",
         original: "flags.contains(FrameFlags::WRITTEN) && !frame.take_flags(FrameFlags::WRITTEN).is_empty()",
         replacement: "false",
@@ -247,7 +247,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "ForgottenStaysCandidate",
         breaks: "I51: a page that was written stays a candidate.",
-        file: "ksm/scan.rs",
+        file: "ksm/scanner.rs",
         behind: "pub(super) fn forget(",
         original: "frame.take_flags(FrameFlags::CANDIDATE);",
         replacement: "",
@@ -335,7 +335,7 @@ pub(crate) const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "DomainIgnored",
         breaks: "pages of two domains are merged.",
-        file: "ksm/scan.rs",
+        file: "ksm/look.rs",
         behind: "",
         original: "its != domain",
         replacement: "false",
