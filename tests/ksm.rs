@@ -293,7 +293,9 @@ fn a_report_is_a_table_and_a_picture_and_statistics_have_the_counters() {
     let output = finish(run(&["--ksm", &report], &[&program]).args(args), b"", LIMIT);
     let said = stderr(&output);
     assert_eq!(code(output.status), 0, "{said}");
-    for word in ["pages_sharing", "ksm_zero_pages", "general_profit", "volatile", "merge_any", "full_scans"] {
+    for word in
+        ["cpu_s ", "pages_sharing", "ksm_zero_pages", "general_profit", "volatile", "merge_any", "full_scans"]
+    {
         assert!(said.contains(word), "no {word} in: {said}");
     }
     let svg = std::fs::read_to_string(picture).unwrap();
@@ -325,7 +327,12 @@ fn bad_options_are_one_clear_line() {
             2,
             &["guest 1", "a and b"],
         ),
+        (&["--ksm", "--ksm-domain", "web=0", "--ksm-domain", "rest"], 2, &["rest", "there is none"]),
         (&["--ksm-domain", "web"], 2, &["--ksm"]),
+        (&["--ksm", "all,scn=5/1ms"], 2, &["`scn=5/1ms`", "scan=PAGES/INTERVAL"]),
+        (&["--ksm", "--ksm-report", "x.svg"], 2, &["--ksm-report=x.svg"]),
+        (&["--ksm=reserve=8M", "--memory", "16M"], 2, &["8.0 MiB is half of the 16.0 MiB"]),
+        (&["--ksm=reserve=13M", "--guests", "2", "--pool", "24M"], 2, &["13.0 MiB", "24.0 MiB"]),
         (&["--ksm-report"], 2, &["--ksm"]),
         (&["--ksm", "--ksm-report=x.png"], 2, &["`x.png`", ".svg"]),
         (&["--ksm", "--ksm-report=/nonexistent/x.svg"], 125, &["/nonexistent/x.svg"]),

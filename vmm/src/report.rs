@@ -7,6 +7,7 @@ use crate::stalls::StallSummary;
 use crate::vm::{Frames, Machine};
 use serde::Serialize;
 use shadow_mmu::addr::{Gpa, Hva, PAGE_SIZE};
+use shadow_mmu::frame::PoolStats;
 use shadow_mmu::mm::{Backing, Vma};
 use shadow_mmu::shadow::Spte;
 use std::fmt::Write;
@@ -173,7 +174,7 @@ fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -
         out,
         "umbra: {who} died of {}{}",
         signal_name(death.signal),
-        reason(death, &vmas, machine.frames())
+        reason(death, &vmas, machine.frames(), machine.pool().stats())
     )?;
     let regs = &death.regs;
     let vector = death.vector.map_or_else(String::new, |vector| format!(" (exception {vector})"));
@@ -210,21 +211,29 @@ fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -
     Ok(())
 }
 
-/// Why, with a look at what is mapped now.
-fn reason(death: &Death, vmas: &[Vma], frames: Frames) -> &'static str {
-    match (death.signal, death.code) {
+/// Why, with a look at what is mapped now, and at which frames are left.
+fn reason(death: &Death, vmas: &[Vma], frames: Frames, pool: PoolStats) -> String {
+    let why = match (death.signal, death.code) {
         (libc::SIGSEGV, 1) => ": nothing is mapped there (SEGV_MAPERR)",
         (libc::SIGSEGV, 2) => ": the mapping does not allow it (SEGV_ACCERR)",
         (libc::SIGBUS, 2) => unreachable_page(death, vmas),
         // SI_KERNEL: umbra's own doing; a guest that kills itself has another code.
-        (libc::SIGKILL, 0x80) => match frames {
-            Frames::Own => ": out of memory, every frame is in use (give it more with --memory)",
-            Frames::Shared => {
-                ": out of memory, every frame that the guests share is in use (give more with --memory or --pool)"
-            }
-        },
+        (libc::SIGKILL, 0x80) => return out_of_memory(frames, pool),
         _ => "",
-    }
+    };
+    why.to_owned()
+}
+
+fn out_of_memory(frames: Frames, pool: PoolStats) -> String {
+    let (which, more) = match frames {
+        Frames::Own => ("every frame", "give it more with --memory"),
+        Frames::Shared => ("every frame that the guests share", "give more with --memory or --pool"),
+    };
+    let but = match pool.free.min(pool.reserve) {
+        0 => String::new(),
+        left => format!(", but for {left} that are kept for pages that stop being shared,"),
+    };
+    format!(": out of memory, {which}{but} is in use ({more})")
 }
 
 fn unreachable_page(death: &Death, vmas: &[Vma]) -> &'static str {
@@ -287,6 +296,29 @@ mod tests {
     use shadow_mmu::addr::{Access, HvaRange, Pfn};
     use shadow_mmu::mm::VmaFlags;
 
+    const FULL: PoolStats = PoolStats {
+        frames: 100,
+        free: 0,
+        free_used: 0,
+        punched: 0,
+        peak: 100,
+        reserve: 10,
+        reserve_taken: 10,
+    };
+
+    #[test]
+    fn who_finds_no_frame_is_told_of_those_that_are_kept() {
+        let said = |frames, free| out_of_memory(frames, PoolStats { free, ..FULL });
+        assert_eq!(
+            said(Frames::Own, 0),
+            ": out of memory, every frame is in use (give it more with --memory)"
+        );
+        assert!(said(Frames::Shared, 0).contains("every frame that the guests share is in use"));
+        assert!(said(Frames::Shared, 4).contains("but for 4 that are kept"), "{}", said(Frames::Shared, 4));
+        // What is free beyond the reserve was given back since.
+        assert!(said(Frames::Own, 40).contains("but for 10 that are kept"), "{}", said(Frames::Own, 40));
+    }
+
     #[test]
     fn a_bus_error_says_whose_memory_it_was() {
         let vma = |page: u64, backing| Vma {
@@ -307,7 +339,7 @@ mod tests {
                 tid: 1,
                 vector: Some(14),
             };
-            reason(&death, &vmas, Frames::Own)
+            reason(&death, &vmas, Frames::Own, FULL)
         };
         assert!(said(Some(0x1008)).contains("beyond the end of its file"), "{}", said(Some(0x1008)));
         assert!(said(Some(0x2000)).contains("this page of adopted memory"), "{}", said(Some(0x2000)));

@@ -87,7 +87,15 @@ pub fn bench_access_tracking(
             if share < 10.0 { "" } else { ": WARNING: too many pages were touched and not found accessed" };
         lines.push(format!("{STILL_IDLE}: {share:.2}%{verdict}"));
     }
-    Ok(Report { bench: "access_tracking".into(), host: Host::from(facts), rows, ratios, missing, lines })
+    Ok(Report {
+        bench: "access_tracking".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines,
+    })
 }
 
 fn marked(by: &str) -> String {

@@ -104,7 +104,15 @@ pub fn bench_age(
     if let Ok((memstress, _)) = native {
         memstress.into_inner().finish()?;
     }
-    Ok(Report { bench: "age".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
+    Ok(Report {
+        bench: "age".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines: Vec::new(),
+    })
 }
 
 /// Where a host needs a flush, when it is made.

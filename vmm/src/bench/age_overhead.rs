@@ -96,6 +96,7 @@ pub fn bench_age_overhead(
         rows,
         ratios,
         missing,
+        notes: Vec::new(),
         lines: Vec::new(),
     })
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Who is measured, whether the benchmark means anything without it, and the turns that contestants take.
 //!
-//! One turn goes before those that count. In it an [optional](Contestant::optional) contestant may fail, for want of a
-//! privilege or of a kernel's option: it is left out and named with its reason. A [required](Contestant::required) one may
-//! not: a benchmark of umbra in which umbra does not run has no result, and must not look as if it had one. From the second
-//! turn on nobody may fail.
+//! One turn goes before those that count. An [optional](Contestant::optional) contestant may fail, for want of a privilege or of a
+//! kernel's option, or later: it is left out, with what it gave before, and named with its reason, for the minutes that the
+//! others took are not to be lost. A [required](Contestant::required) one may not: a benchmark of umbra in which umbra does not
+//! run has no result, and must not look as if it had one.
 
 use crate::causes::one_line;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use std::fmt;
 
 /// What it means that a contestant cannot be measured.
@@ -43,8 +43,18 @@ impl<'a, T> Contestant<'a, T> {
         Self { name, presence: Presence::Optional, run: Box::new(run) }
     }
 
-    fn measure(&mut self) -> Result<T> {
-        (self.run)().with_context(|| format!("{} cannot be measured", self.name))
+    /// One run; `None` where an optional one failed, which is `missing` then.
+    fn measure(&mut self, missing: &mut Vec<String>) -> Result<Option<T>> {
+        match ((self.run)(), self.presence) {
+            (Ok(given), _) => Ok(Some(given)),
+            (Err(error), Presence::Optional) => {
+                missing.push(format!("{}: {}", self.name, one_line(&error)));
+                Ok(None)
+            }
+            (Err(error), Presence::Required) => {
+                Err(error.context(format!("{} cannot be measured", self.name)))
+            }
+        }
     }
 }
 
@@ -55,7 +65,7 @@ pub(super) type Turns<'a, T> = (&'a str, Vec<T>);
 /// and who could not be measured and why.
 ///
 /// # Errors
-/// A required contestant fails; an optional one does, after its first turn; `runs` is zero.
+/// A required contestant fails; `runs` is zero.
 pub(super) fn take_turns<'a, T>(
     runs: usize,
     mut contestants: Vec<Contestant<'a, T>>,
@@ -68,26 +78,23 @@ pub(super) fn take_turns<'a, T>(
     let mut present = Vec::new();
     for mut contestant in contestants.drain(..) {
         progress(&format!("{}: warming up", contestant.name));
-        match (contestant.presence, (contestant.run)()) {
-            (_, Ok(_)) => present.push(contestant),
-            (Presence::Optional, Err(error)) => {
-                missing.push(format!("{}: {}", contestant.name, one_line(&error)));
-            }
-            (Presence::Required, Err(error)) => {
-                return Err(error.context(format!("{} cannot be measured", contestant.name)));
-            }
+        if contestant.measure(&mut missing)?.is_some() {
+            present.push((contestant, Vec::with_capacity(runs)));
         }
     }
-    let mut turns: Vec<Turns<'a, T>> =
-        present.iter().map(|contestant| (contestant.name, Vec::with_capacity(runs))).collect();
     for turn in 1..=runs {
-        for (contestant, (name, turns)) in present.iter_mut().zip(&mut turns) {
-            progress(&format!("{name}: run {turn} of {runs}"));
-            turns.push(contestant.measure()?);
+        let mut left = Vec::with_capacity(present.len());
+        for (mut contestant, mut turns) in present {
+            progress(&format!("{}: run {turn} of {runs}", contestant.name));
+            if let Some(given) = contestant.measure(&mut missing)? {
+                turns.push(given);
+                left.push((contestant, turns));
+            }
         }
+        present = left;
     }
     progress("");
-    Ok((turns, missing))
+    Ok((present.into_iter().map(|(contestant, turns)| (contestant.name, turns)).collect(), missing))
 }
 
 #[cfg(test)]
@@ -127,13 +134,18 @@ mod tests {
     }
 
     #[test]
-    fn nobody_may_fail_later() {
-        let mut left = 2;
-        let tires = move || {
-            left -= 1;
-            if left > 0 { Ok(left) } else { bail!("tired") }
+    fn who_fails_later_costs_the_others_nothing_unless_it_is_required() {
+        let tires = || {
+            let mut left = 3;
+            move || {
+                left -= 1;
+                if left > 0 { Ok(left) } else { bail!("tired") }
+            }
         };
-        let error = take_turns(5, vec![Contestant::optional("it", tires)], &mut |_| {}).unwrap_err();
+        let contestants = vec![Contestant::optional("it", tires()), Contestant::required("good", || Ok(7))];
+        let (turns, missing) = take_turns(4, contestants, &mut |_| {}).unwrap();
+        assert_eq!((turns, missing), (vec![("good", vec![7; 4])], vec!["it: tired".to_owned()]));
+        let error = take_turns(5, vec![Contestant::required("it", tires())], &mut |_| {}).unwrap_err();
         assert_eq!(one_line(&error), "it cannot be measured: tired");
     }
 }

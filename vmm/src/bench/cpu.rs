@@ -33,7 +33,15 @@ pub fn bench_cpu(
     ];
     let (rows, missing) = measure("s", runs, rows, progress)?;
     let ratios = ratios(&rows, &[("native", "umbra")]);
-    Ok(Report { bench: "cpu".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
+    Ok(Report {
+        bench: "cpu".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines: Vec::new(),
+    })
 }
 
 /// The sum of the guest's own times but the first.

@@ -108,7 +108,15 @@ pub fn bench_demand_paging(
         lines
             .extend(median(&rows, &format!("umbra.{name}")).map(|rate| format!("{name}:\t{rate:.6} {unit}")));
     }
-    Ok(Report { bench: "demand_paging".into(), host: Host::from(facts), rows, ratios, missing, lines })
+    Ok(Report {
+        bench: "demand_paging".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines,
+    })
 }
 
 /// Touches everything for the first time, which may take `expected`; rates as the selftest computes them.

@@ -127,7 +127,15 @@ pub fn bench_dirty_log(
             _ => Some(format!("{phase}: {}", selftest_time(time))),
         })
         .collect();
-    Ok(Report { bench: "dirty_log".into(), host: Host::from(facts), rows, ratios, missing, lines })
+    Ok(Report {
+        bench: "dirty_log".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines,
+    })
 }
 
 /// How a contestant logs: each step is timed by who calls it.

@@ -56,7 +56,15 @@ pub fn bench_fault(
             ("userfaultfd-thread", "umbra"),
         ],
     );
-    Ok(Report { bench: "fault".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
+    Ok(Report {
+        bench: "fault".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines: Vec::new(),
+    })
 }
 
 /// From the guest's line `pass 1: T ns, …`.

@@ -40,7 +40,9 @@ pub use cpu::bench_cpu;
 pub use demand_paging::{DemandPaging, UffdMode, bench_demand_paging};
 pub use dirty_log::{DirtyLogWork, bench_dirty_log};
 pub use fault::bench_fault;
-pub use ksm::{Compat, CompatMode, KsmWork, MergeType, Mix, Shares, bench_ksm, bench_ksm_compat, draw_ksm};
+pub use ksm::{
+    Compat, CompatMode, KsmWork, MergeType, Mix, NotOk, Shares, bench_ksm, bench_ksm_compat, draw_ksm,
+};
 pub use notifier::bench_notifier;
 pub use start::bench_start;
 
@@ -109,6 +111,9 @@ pub struct Report {
     /// What could not be measured, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub missing: Vec<String>,
+    /// What must be known of figures that were measured.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// umbra's medians once more, as the kernel's selftest of the same name prints them, or held against what was promised;
     /// empty where there is neither.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -144,6 +149,9 @@ impl Report {
         }
         for line in &self.missing {
             out += &format!("not measured: {line}\n");
+        }
+        for line in &self.notes {
+            out += &format!("note: {line}\n");
         }
         out
     }

@@ -232,7 +232,15 @@ pub fn bench_notifier(
         }
         rows.push(row);
     }
-    Ok(Report { bench: "notifier".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
+    Ok(Report {
+        bench: "notifier".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines: Vec::new(),
+    })
 }
 
 #[cfg(test)]

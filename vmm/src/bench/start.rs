@@ -24,5 +24,13 @@ pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str
     ];
     let (rows, missing) = measure("ms", runs, rows, progress)?;
     let ratios = ratios(&rows, &[("umbra", "native")]);
-    Ok(Report { bench: "start".into(), host: Host::from(facts), rows, ratios, missing, lines: Vec::new() })
+    Ok(Report {
+        bench: "start".into(),
+        host: Host::from(facts),
+        rows,
+        ratios,
+        missing,
+        notes: Vec::new(),
+        lines: Vec::new(),
+    })
 }

@@ -4,10 +4,11 @@
 use super::bench_ksm::{self, KsmArgs};
 use super::{kvm_device, parse};
 use crate::bench::{
-    AgeOverhead, DemandPaging, DirtyLogWork, Report, UffdMode, Work, bench_access_tracking, bench_age,
+    AgeOverhead, DemandPaging, DirtyLogWork, NotOk, Report, UffdMode, Work, bench_access_tracking, bench_age,
     bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault, bench_notifier,
     bench_start,
 };
+use crate::causes::one_line;
 use crate::engine::kvm::{HostFacts, host_facts};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
@@ -28,7 +29,7 @@ pub(super) struct BenchArgs {
     /// Runs of each row that count; one more goes before them.
     #[arg(long, global = true, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
-    /// Print as JSON: {bench, host, rows: [{name, unit, min, median, max, runs}], ratios, and if there are any: missing,
+    /// Print as JSON: {bench, host, rows: [{name, unit, min, median, max, runs}], ratios, and if there are any: missing, notes,
     /// lines}.
     #[arg(long, global = true)]
     json: bool,
@@ -229,7 +230,15 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     };
     let report = measure(&facts, args.bench, usize::from(args.runs), &mut progress);
     progress("");
-    let report = report?;
+    let report = match report {
+        // As the kernel's selftest has it: the word on stdout, the status 1. Why is for people.
+        Err(error) if error.is::<NotOk>() => {
+            writeln!(std::io::stdout(), "Not OK")?;
+            eprintln!("umbra: {}", one_line(&error));
+            return Ok(ExitCode::FAILURE);
+        }
+        report => report?,
+    };
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;

@@ -5,7 +5,8 @@
 //! ([`Checker::last_look`]). When all are gone there must be no frame in use ([`Checker::finish`]).
 //!
 //! While an address space is torn down its merged pages belong to nobody that could be asked. So guests do not go while somebody
-//! looks at what they share: `sharing` is held for both.
+//! looks at what they share: `sharing` is held for both, by whoever may be the last to let go of a guest: the one who took it
+//! out of the fleet, or the thread, which was looking at it meanwhile.
 
 use crate::fleet::Fleet;
 use crate::vm::Vm;
@@ -49,6 +50,7 @@ impl<'a> Checker<'a> {
         while !self.over.load(Ordering::Acquire) {
             for (number, vm) in self.fleet.left() {
                 self.audit(number, &vm);
+                self.let_go(vm);
             }
             self.audit_sharing();
             self.fleet.pool().check_poison();
@@ -80,6 +82,11 @@ impl<'a> Checker<'a> {
     pub(super) fn last_look(&self, number: usize, vm: Arc<Vm>) {
         self.audit(number, &vm);
         self.audit_sharing();
+        self.let_go(vm);
+    }
+
+    /// Drops a guest, perhaps as the last who holds it, while nobody looks at what is shared.
+    fn let_go(&self, vm: Arc<Vm>) {
         let _held = self.sharing();
         drop(vm);
     }

@@ -97,7 +97,10 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     }
     let shows_one = args.age.given().or(args.dirty.given()).or(args.trace.given());
     let refusal = args.guests.refusal(shows_one, args.memory);
-    if let Some(refusal) = refusal.or_else(|| args.ksm.refusal(args.guests.count())) {
+    let count = args.guests.count();
+    let pool = args.guests.pool().unwrap_or(args.memory.saturating_mul(count as u64));
+    let program = args.program.first().map(OsString::as_os_str);
+    if let Some(refusal) = refusal.or_else(|| args.ksm.refusal(count, pool, program)) {
         eprintln!("umbra: {refusal}");
         return Ok(ExitCode::from(2));
     }

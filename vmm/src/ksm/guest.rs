@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Page sharing of one guest, to be written: what `/proc/PID/ksm_stat` has, and by mapping what became of the pages, merged or
-//! why not.
+//! What a report has of one guest: what `/proc/PID/ksm_stat` says, and by mapping what became of the pages, merged or why not.
 
 use serde::Serialize;
 use shadow_mmu::ksm::{KsmMemberReport, KsmPages, KsmVma};

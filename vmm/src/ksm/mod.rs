@@ -11,6 +11,7 @@ pub mod report;
 pub mod svg;
 
 use anyhow::{Context, Result};
+use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::ksm::advisor::{AdvisorSettings, ScanTimeAdvisor};
 use shadow_mmu::ksm::{Ksm, PassEnd};
 use std::os::unix::thread::JoinHandleExt;
@@ -18,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// A pass takes at least this long: a page that was not written for a millisecond is not quiet, and to take D from pages that are
+/// A pass takes at least this long, so that there are 20 a second at most, whatever the pace: a page that was not written for a millisecond is not quiet, and to take D from pages that are
 /// written all the time costs the guest a fault each.
 const SHORTEST_PASS: Duration = Duration::from_millis(50);
 /// As the kernel's ksmd.
@@ -27,7 +28,8 @@ const NICENESS: libc::c_int = 5;
 /// How fast a [`Ksmd`] scans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pace {
-    /// So many pages, then a pause (`pages_to_scan`, `sleep_millisecs`). Without a pause it takes all of a CPU.
+    /// So many pages, then a pause (`pages_to_scan`, `sleep_millisecs`). Without a pause it takes all of a CPU while a pass lasts;
+    /// of passes there are 20 a second at most.
     Fixed {
         /// Pages at a time.
         pages: u64,
@@ -46,16 +48,24 @@ pub enum Pace {
 impl Default for Pace {
     /// 1,000 pages every 20 ms: ten times the kernel's default, at which few merges are ever seen.
     fn default() -> Self {
-        Self::Fixed { pages: 1000, interval: Duration::from_millis(20) }
+        Self::Fixed { pages: 1000, interval: Self::PAUSE }
     }
 }
 
 impl Pace {
+    /// The pause where nobody says otherwise: the kernel's `sleep_millisecs`.
+    pub const PAUSE: Duration = Duration::from_millis(20);
+
     fn interval(self) -> Duration {
         match self {
             Self::Fixed { interval, .. } | Self::Advisor { interval, .. } => interval,
         }
     }
+}
+
+/// Pages in MiB.
+pub(crate) fn mib(pages: u64) -> f64 {
+    pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20)
 }
 
 /// CPU time of the calling thread.
@@ -198,7 +208,7 @@ fn scan(ksm: &Ksm, pace: Pace, shared: &Shared) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
+    use shadow_mmu::addr::{Access, Hva};
     use shadow_mmu::frame::{FramePool, FreedFrames};
     use shadow_mmu::ksm::{Domain, KsmSettings};
     use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, MergeAny, Mm};

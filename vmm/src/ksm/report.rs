@@ -6,8 +6,8 @@
 //! `pages_skipped`, `full_scans`, `cow_ksm`, `cpu_s` and `reserve_taken`, is of the end.
 
 use super::guest::{Fates, GuestSharing};
+use super::mib;
 use serde::Serialize;
-use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::ksm::KsmStats;
 use std::fmt::Write;
 
@@ -104,31 +104,26 @@ impl SharingStats {
         )
     }
 
-    fn rows(&self) -> [(&'static str, i64); 16] {
-        let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    fn rows(&self) -> [(&'static str, String); 16] {
         [
-            ("pages_shared", signed(self.pages_shared)),
-            ("pages_sharing", signed(self.pages_sharing)),
-            ("pages_unshared", signed(self.pages_unshared)),
-            ("pages_volatile", signed(self.pages_volatile)),
-            ("pages_skipped", signed(self.pages_skipped)),
-            ("pages_scanned", signed(self.pages_scanned)),
-            ("full_scans", signed(self.full_scans)),
-            ("stable_node_chains", signed(self.stable_node_chains)),
-            ("stable_node_dups", signed(self.stable_node_dups)),
-            ("ksm_zero_pages", signed(self.ksm_zero_pages)),
-            ("general_profit", self.general_profit),
-            ("cow_ksm", signed(self.cow_ksm)),
-            ("metadata_bytes", signed(self.metadata_bytes)),
-            ("cpu_ms", (self.cpu_s * 1e3) as i64),
-            ("reserve_pages", signed(self.reserve_pages)),
-            ("reserve_taken", signed(self.reserve_taken)),
+            ("pages_shared", self.pages_shared.to_string()),
+            ("pages_sharing", self.pages_sharing.to_string()),
+            ("pages_unshared", self.pages_unshared.to_string()),
+            ("pages_volatile", self.pages_volatile.to_string()),
+            ("pages_skipped", self.pages_skipped.to_string()),
+            ("pages_scanned", self.pages_scanned.to_string()),
+            ("full_scans", self.full_scans.to_string()),
+            ("stable_node_chains", self.stable_node_chains.to_string()),
+            ("stable_node_dups", self.stable_node_dups.to_string()),
+            ("ksm_zero_pages", self.ksm_zero_pages.to_string()),
+            ("general_profit", self.general_profit.to_string()),
+            ("cow_ksm", self.cow_ksm.to_string()),
+            ("metadata_bytes", self.metadata_bytes.to_string()),
+            ("cpu_s", format!("{:.3}", self.cpu_s)),
+            ("reserve_pages", self.reserve_pages.to_string()),
+            ("reserve_taken", self.reserve_taken.to_string()),
         ]
     }
-}
-
-fn mib(pages: u64) -> f64 {
-    (pages * PAGE_SIZE) as f64 / f64::from(1 << 20)
 }
 
 /// All there is to say.
@@ -270,7 +265,7 @@ mod tests {
         let text = report.text();
         for (name, value) in report.stats.rows() {
             let cell = text.split(name).nth(1).unwrap().split_whitespace().next().unwrap();
-            assert_eq!(cell, value.to_string(), "{name} in {text}");
+            assert_eq!(cell, value, "{name} in {text}");
         }
         let last: Vec<_> = text.lines().last().unwrap().split_whitespace().collect();
         assert_eq!(last, ["all", "16", "13", "0", "0", "3", "0", "0", "0"]);

@@ -4,16 +4,16 @@
 //! Text is sized by the viewer's own fonts, so umbra needs none.
 
 use super::history::History;
+use super::mib;
 use super::report::SharingReport;
 use anyhow::{Context, Result, ensure};
 use plotters::prelude::*;
-use shadow_mmu::addr::PAGE_SIZE;
 
 const SIZE: (u32, u32) = (1000, 620);
 /// For the bar and its legend.
 const BAR: u32 = 190;
-/// By fate; Okabe and Ito's colours, which the colour-blind can tell apart.
-const COLOURS: [RGBColor; 7] = [
+/// Okabe and Ito's colours, which the colour-blind can tell apart; of a [`SharingReport`], by fate.
+pub(crate) const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(86, 180, 233),
     RGBColor(213, 94, 0),
@@ -22,10 +22,6 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(204, 121, 167),
     RGBColor(230, 159, 0),
 ];
-
-fn mib(pages: u64) -> f64 {
-    (pages * PAGE_SIZE) as f64 / f64::from(1 << 20)
-}
 
 /// The picture, as the text of an SVG file.
 ///

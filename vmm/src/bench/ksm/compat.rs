@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The modes of the kernel's ksm_tests (tools/testing/selftests/mm), run against umbra's page sharing: with its options, and
-//! with the lines that it prints, so that results compare by name.
+//! The modes of the kernel's ksm_tests (tools/testing/selftests/mm), run against umbra's page sharing: with its options -p, -l,
+//! -z, -s and -t, with the lines that it prints, so that results compare by name, and with its exit status, 1 where a check
+//! fails ([`NotOk`]).
 //!
 //! | mode | what |
 //! | --- | --- |
@@ -11,7 +12,8 @@
 //! | `-D` | how fast madvise takes that back |
 //! | `-C` | writing to every other of 4,000 pages, not merged and merged |
 //!
-//! Not `-N`, for umbra's guests have one NUMA node, nor `-H`, for they have no huge pages.
+//! Not `-N` and the option `-m`, for umbra's guests have one NUMA node, nor `-H`, for they have no huge pages; nor the options `-a`,
+//! for the rights of memory make no difference to what is merged, and `-d`, for `umbra run --ksm-report` has the counters.
 
 use super::phases::{ScanPace, Side, wait_for_passes};
 use super::umbra::UmbraSide;
@@ -20,10 +22,15 @@ use crate::bench::contestant::Contestant;
 use crate::bench::phases::{Phase, measure_phases, median};
 use crate::bench::{Host, Report, Row};
 use crate::engine::kvm::HostFacts;
-use anyhow::{Context, Result, bail};
-use shadow_mmu::ksm::ZeroPages;
+use anyhow::{Context, Result};
+use shadow_mmu::ksm::{KsmSettings, KsmStats, ZeroPages};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
+
+/// A check failed, as opposed to what keeps umbra from running it: the selftest's `Not OK`, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NotOk(pub(super) String);
 
 /// Pages of `-C`.
 const COW_PAGES: u64 = 4000;
@@ -89,7 +96,7 @@ impl Compat {
 /// Runs a mode, `runs` times after one that does not count; the lines have medians.
 ///
 /// # Errors
-/// What keeps umbra from running a guest; a mode that checks finds something wrong, or two passes take too long.
+/// What keeps umbra from running a guest; [`NotOk`] where a mode that checks finds something wrong, or passes take too long.
 pub fn bench_ksm_compat(
     facts: &HostFacts,
     options: &Compat,
@@ -102,7 +109,8 @@ pub fn bench_ksm_compat(
     let (rows, missing) = measure_phases(runs, contestants, progress)?;
     let lines = lines(options.mode, area, &rows);
     let bench = "ksm-kernel-compat".into();
-    Ok(Report { bench, host: Host::from(facts), rows, ratios: BTreeMap::new(), missing, lines })
+    let (ratios, notes) = (BTreeMap::new(), Vec::new());
+    Ok(Report { bench, host: Host::from(facts), rows, ratios, missing, notes, lines })
 }
 
 /// Where the times of `-C` come from.
@@ -113,10 +121,11 @@ const TOTAL_TIME: &str = "Total time";
 fn lines(mode: CompatMode, area: u64, rows: &[Row]) -> Vec<String> {
     // Whole MiB, as the kernel's has it.
     let size = format!("Total size:    {} MiB", area / PAGES_PER_MIB);
-    let times = |name: &str, mib: u64| -> Vec<String> {
+    // Spaces as the kernel has them: -C has one more in front of a time than the others.
+    let times = |name: &str, space: &str, mib: u64| -> Vec<String> {
         let seconds = median(rows, &format!("umbra.{name}")).unwrap_or(f64::NAN);
         vec![
-            format!("{TOTAL_TIME}:    {seconds:.9} s"),
+            format!("{TOTAL_TIME}:{space}{seconds:.9} s"),
             format!("Average speed:  {:.3} MiB/s", mib as f64 / seconds),
         ]
     };
@@ -124,11 +133,12 @@ fn lines(mode: CompatMode, area: u64, rows: &[Row]) -> Vec<String> {
     match mode {
         CompatMode::Merge | CompatMode::Unmerge | CompatMode::ZeroPages => vec!["OK".into()],
         CompatMode::MergeTime | CompatMode::UnmergeTime => {
-            [vec![size], times(TOTAL_TIME, area / PAGES_PER_MIB)].concat()
+            [vec![size], times(TOTAL_TIME, "    ", area / PAGES_PER_MIB)].concat()
         }
         CompatMode::CowTime => {
             let written = area / 2 / PAGES_PER_MIB;
-            let [not_merged, merged] = [NOT_MERGED, MERGED].map(|which| times(&time_of(which), written));
+            let [not_merged, merged] =
+                [NOT_MERGED, MERGED].map(|which| times(&time_of(which), "     ", written));
             [vec![size], heading(NOT_MERGED), not_merged, heading(MERGED), merged].concat()
         }
     }
@@ -140,7 +150,8 @@ fn time_of(which: &str) -> String {
 
 fn run(options: &Compat, area: u64) -> Result<Vec<Phase>> {
     let words = ["--pages".to_owned(), area.to_string()];
-    let mut side = UmbraSide::start(&words, area, options.zero_pages)?;
+    let settings = KsmSettings { zero_pages: options.zero_pages, ..KsmSettings::default() };
+    let mut side = UmbraSide::start(&words, area, settings)?;
     let seconds = |name: &str, time: Duration| Phase::new(name, "s", time.as_secs_f64());
     let phases = match options.mode {
         CompatMode::Merge => {
@@ -164,7 +175,7 @@ fn run(options: &Compat, area: u64) -> Result<Vec<Phase>> {
                 ZeroPages::Share => {
                     let zero = side.stats().ksm_zero_pages;
                     if zero < area {
-                        bail!("Not OK: ksm_zero_pages is {zero}, not {area}");
+                        return Err(NotOk(format!("ksm_zero_pages is {zero}, not {area}")).into());
                     }
                     expect_counts(&side, 0)?
                 }
@@ -207,17 +218,19 @@ fn merge(side: &mut UmbraSide, options: &Compat) -> Result<Duration> {
 
 /// The counters are those of `equal` equal pages, and nothing else is shared.
 fn expect_counts(side: &UmbraSide, equal: u64) -> Result<Vec<Phase>> {
-    let stats = side.stats();
-    let sharing = mix::sharing(equal, side.sharing_limit());
-    let shared = mix::shared(equal, side.sharing_limit());
-    if (stats.pages_shared, stats.pages_sharing) != (shared, sharing) {
-        bail!(
-            "Not OK: pages_shared is {} and pages_sharing {}; {equal} equal pages make {shared} and {sharing}",
-            stats.pages_shared,
-            stats.pages_sharing
-        );
-    }
+    check_counts(&side.stats(), equal, side.sharing_limit())?;
     Ok(Vec::new())
+}
+
+fn check_counts(stats: &KsmStats, equal: u64, limit: u64) -> Result<(), NotOk> {
+    let (shared, sharing) = (mix::shared(equal, limit), mix::sharing(equal, limit));
+    if (stats.pages_shared, stats.pages_sharing) == (shared, sharing) {
+        return Ok(());
+    }
+    Err(NotOk(format!(
+        "pages_shared is {} and pages_sharing {}; {equal} equal pages make {shared} and {sharing}",
+        stats.pages_shared, stats.pages_sharing
+    )))
 }
 
 #[cfg(test)]
@@ -241,14 +254,31 @@ mod tests {
                 "Total size:    15 MiB",
                 "",
                 "Not merged pages:",
-                "Total time:    0.500000000 s",
+                "Total time:     0.500000000 s",
                 "Average speed:  14.000 MiB/s",
                 "",
                 "Merged pages:",
-                "Total time:    2.000000000 s",
+                "Total time:     2.000000000 s",
                 "Average speed:  3.500 MiB/s",
             ]
         );
+    }
+
+    #[test]
+    fn counters_that_are_not_as_they_should_be_are_not_ok() {
+        let stats = KsmStats { pages_shared: 2, pages_sharing: 298, ..KsmStats::default() };
+        assert_eq!(check_counts(&stats, 300, 256), Ok(()));
+        for wrong in [
+            KsmStats { pages_shared: 3, ..stats },
+            KsmStats { pages_sharing: 297, ..stats },
+            KsmStats { pages_sharing: 299, ..stats },
+        ] {
+            let why = check_counts(&wrong, 300, 256).unwrap_err();
+            assert!(why.to_string().contains("300 equal pages make 2 and 298"), "{why}");
+            // And is known as such by whoever prints it.
+            let umbra = Contestant::required("umbra", || Err(why.clone().into()));
+            assert!(measure_phases(1, vec![umbra], &mut |_| {}).unwrap_err().is::<NotOk>());
+        }
     }
 
     #[test]

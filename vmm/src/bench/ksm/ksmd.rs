@@ -2,7 +2,8 @@
 //! The kernel's side: the program as a process, scanned by ksmd.
 //!
 //! Who else on this host has mergeable memory is scanned too, and costs CPU time that counts here; so it is said how many pages
-//! were shared before.
+//! were shared before. That memory is merged, its pages of zeros with the zero page, and stays so when the settings are back:
+//! nothing is lost, but its owner pays for a copy with the next write.
 
 use super::phases::{Sample, ScanPace, Side};
 use super::program::Program;
@@ -26,6 +27,7 @@ pub(super) struct Ksmd {
     settings: Settings,
     thread: KsmdThread,
     saved_before: i64,
+    sharing_limit: u32,
 }
 
 impl Ksmd {
@@ -49,7 +51,14 @@ impl Ksmd {
         }
         forget_the_dead(&settings)?;
         let saved_before = settings.files().saved_pages()?;
-        Ok(Self { settings, thread, saved_before })
+        let limit = settings.files().number("max_page_sharing")?;
+        let sharing_limit = u32::try_from(limit).context("max_page_sharing")?;
+        Ok(Self { settings, thread, saved_before, sharing_limit })
+    }
+
+    /// How many pages may share one on this host (`max_page_sharing`).
+    pub(super) fn sharing_limit(&self) -> u32 {
+        self.sharing_limit
     }
 
     /// What must be known of this host's memory, if anything.
@@ -98,7 +107,6 @@ pub(super) struct KsmdSide<'a> {
     program: Program,
     saved_before: i64,
     metadata_before: i64,
-    limit: u64,
 }
 
 impl<'a> KsmdSide<'a> {
@@ -110,9 +118,8 @@ impl<'a> KsmdSide<'a> {
         let files = ksmd.settings.files();
         ksmd.settings.set("run", "0")?;
         let (saved_before, metadata_before) = (files.saved_pages()?, files.metadata_bytes()?);
-        let limit = files.number("max_page_sharing")?.unsigned_abs();
         program.command("mergeable").context("the kernel merges no memory of this program's")?;
-        Ok(Self { ksmd: Running(ksmd), program, saved_before, metadata_before, limit })
+        Ok(Self { ksmd: Running(ksmd), program, saved_before, metadata_before })
     }
 
     /// Lets the program end, and ksmd forget it: until its next pass the counters tell of what is gone.
@@ -172,6 +179,6 @@ impl Side for KsmdSide<'_> {
     }
 
     fn sharing_limit(&self) -> u64 {
-        self.limit
+        self.ksmd.0.sharing_limit.into()
     }
 }

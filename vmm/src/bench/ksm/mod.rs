@@ -6,6 +6,9 @@
 //! [steps](phases). They take turns; while it is not the kernel's, ksmd is stopped. Its settings are [put back](restore)
 //! however this process ends.
 //!
+//! "Full pace" is what a scanner does when it is given no pause: ksmd scans all the time, umbra's thread makes 20 passes a second
+//! at most, which is a rule of its own and no setting (`SHORTEST_PASS`).
+//!
 //! | file | what |
 //! | --- | --- |
 //! | `mix`, `program` | the bytes, and the program that holds them |
@@ -26,7 +29,7 @@ mod sysfs;
 mod targets;
 mod umbra;
 
-pub use compat::{Compat, CompatMode, MergeType, bench_ksm_compat};
+pub use compat::{Compat, CompatMode, MergeType, NotOk, bench_ksm_compat};
 pub use mix::{Mix, Shares};
 pub use plot::draw_ksm;
 
@@ -41,7 +44,7 @@ use mix::Content;
 use phases::{Measured, Plan, measure};
 use program::{Program, Rewritten};
 use shadow_mmu::addr::PAGE_SIZE;
-use shadow_mmu::ksm::ZeroPages;
+use shadow_mmu::ksm::{KsmSettings, ZeroPages};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -95,26 +98,34 @@ pub fn bench_ksm(
     // First of all: the process that will put its settings back should be a small one.
     let ksmd = Ksmd::take();
     let notes = RefCell::new(BTreeSet::new());
-    notes.borrow_mut().extend(ksmd.as_ref().ok().and_then(Ksmd::note));
+    let mut settings = KsmSettings { zero_pages: ZeroPages::Share, ..KsmSettings::default() };
+    if let Ok(ksmd) = &ksmd {
+        notes.borrow_mut().extend(ksmd.note());
+        // The host's cannot be changed while anything on it is merged; so umbra gets it.
+        let limit = ksmd.sharing_limit();
+        if std::mem::replace(&mut settings.max_page_sharing, limit) != limit {
+            notes.borrow_mut().insert(format!("max_page_sharing is {limit}, the host's, on both sides"));
+        }
+    }
     let noted = |who: &str, measured: Measured| -> Vec<Phase> {
         notes.borrow_mut().extend(measured.note.map(|note| format!("{who}: {note}")));
         measured.phases
     };
     let contestants = vec![
-        Contestant::required("umbra", || Ok(noted("umbra", umbra_run(&plan)?))),
+        Contestant::required("umbra", || Ok(noted("umbra", umbra_run(settings, &plan)?))),
         Contestant::optional("ksmd", || match &ksmd {
             Ok(ksmd) => Ok(noted("ksmd", ksmd_run(ksmd, &plan)?)),
             Err(error) => bail!("{}", one_line(error)),
         }),
     ];
-    let (rows, mut missing) = measure_phases(runs, contestants, progress)?;
-    missing.extend(notes.into_inner());
-    let (ratios, lines) = targets::targets(&rows);
-    Ok(Report { bench: "ksm".into(), host: Host::from(facts), rows, ratios, missing, lines })
+    let (rows, missing) = measure_phases(runs, contestants, progress)?;
+    let notes = notes.into_inner().into_iter().collect();
+    let (ratios, lines) = targets::targets(&rows, plan.background);
+    Ok(Report { bench: "ksm".into(), host: Host::from(facts), rows, ratios, missing, notes, lines })
 }
 
-fn umbra_run(plan: &Plan) -> Result<Measured> {
-    let mut side = UmbraSide::start(&plan.content.words, plan.content.pages, ZeroPages::Share)?;
+fn umbra_run(settings: KsmSettings, plan: &Plan) -> Result<Measured> {
+    let mut side = UmbraSide::start(&plan.content.words, plan.content.pages, settings)?;
     side.fill(&plan.content)?;
     let measured = measure(&mut side, plan)?;
     side.finish()?;

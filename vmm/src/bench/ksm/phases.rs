@@ -10,9 +10,18 @@
 //! | a pass a second, while a hundredth of the pages a second is rewritten | `rewrite_cpu_s` |
 //! | the program looks at every byte | |
 //!
-//! A pass a second, since at full pace a scanner takes a whole CPU whatever it has to do. And at full pace the side whose pass
-//! is shorter makes more of them, so its program is disturbed more often by each; the paced row has as many on both sides.
+//! Full pace is without a pause for ksmd, which takes a whole CPU whatever it has to do; umbra's thread makes 20 passes a second
+//! at most even so, and takes what these need. So at full pace the side whose pass is shorter makes more of them, up to that,
+//! and its program is disturbed more often by each; the paced row has as many on both sides.
+//!
+//! CPU time is that of the scanner's thread, on both sides. What scanning causes in the program's own threads, faults at pages that
+//! were made read-only or clean and copies of shared ones, is in no row of CPU time; it shows in `guest_slowdown` and
+//! `cow_break_us`.
+//!
+//! `metadata_bytes_per_page` is what is kept about pages, divided by what it is kept for: for umbra the frames of its pool, all of
+//! them, for ksmd the pages of the program.
 
+use super::compat::NotOk;
 use super::mix::Content;
 use super::program::{Program, Rewriter, Rewritten};
 use crate::bench::phases::Phase;
@@ -53,7 +62,7 @@ pub(super) struct Plan {
 /// How fast is scanned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ScanPace {
-    /// Without a pause.
+    /// As fast as the scanner goes: without a pause, but for the one that umbra's makes of itself when a pass was short.
     Full,
     /// One full pass, then nothing for a second.
     PassASecond,
@@ -78,7 +87,7 @@ pub(super) trait Side {
     /// Stops scanning; what is merged stays so.
     fn pause(&mut self) -> Result<()>;
     fn sample(&mut self) -> Result<Sample>;
-    /// Bytes of what is kept about a page.
+    /// Bytes of what is kept about a page, by the side's own count of pages.
     fn metadata_bytes_per_page(&mut self) -> Result<f64>;
     /// How many pages may share one.
     fn sharing_limit(&self) -> u64;
@@ -182,7 +191,9 @@ pub(super) fn wait_for_passes(side: &mut dyn Side, passes: u64, limit: Duration)
     match until(side, &mut None, limit, |sample| sample.full_scans >= first + passes)? {
         Some(_) => Ok(()),
         None => {
-            bail!("Scan time limit exceeded: fewer than {passes} passes within {} s", limit.as_secs_f64())
+            let seconds = limit.as_secs_f64();
+            Err(NotOk(format!("Scan time limit exceeded: fewer than {passes} passes within {seconds} s"))
+                .into())
         }
     }
 }

@@ -5,6 +5,7 @@
 //! the number is written behind each. Text is sized by the viewer's own fonts, so umbra needs none.
 
 use crate::bench::{Report, Row};
+use crate::ksm::svg::COLOURS;
 use anyhow::{Context, Result, ensure};
 use plotters::prelude::*;
 
@@ -17,8 +18,8 @@ const HEAD: i32 = 70;
 const LEFT: i32 = 20;
 /// The longest bar; the rest of the width is for numbers.
 const LONGEST: f64 = 760.0;
-/// Who, in which colour: two of Okabe and Ito's, which the colour-blind can tell apart.
-const SIDES: [(&str, RGBColor); 2] = [("umbra", RGBColor(0, 114, 178)), ("ksmd", RGBColor(230, 159, 0))];
+/// Who, in which colour: two that are easily told apart.
+const SIDES: [(&str, RGBColor); 2] = [("umbra", COLOURS[0]), ("ksmd", COLOURS[6])];
 
 /// A figure and each side's median, if it was measured.
 type Pair<'a> = (&'a str, &'a str, [Option<f64>; 2]);
@@ -107,8 +108,8 @@ mod tests {
     fn report(rows: &[(&str, f64)]) -> Report {
         let host = Host { kvm_backend: "x".into(), kernel: "6".into(), cpu: "<&>".into(), cpus: 2 };
         let rows = rows.iter().map(|(name, value)| Row::of(name, "s", vec![*value])).collect();
-        let (ratios, missing, lines) = Default::default();
-        Report { bench: "ksm".into(), host, rows, ratios, missing, lines }
+        let (ratios, missing, notes, lines) = Default::default();
+        Report { bench: "ksm".into(), host, rows, ratios, missing, notes, lines }
     }
 
     #[test]

@@ -185,7 +185,7 @@ mod tests {
     use super::super::phases::{ScanPace, Side, wait_for_passes};
     use super::super::umbra::UmbraSide;
     use super::*;
-    use shadow_mmu::ksm::ZeroPages;
+    use shadow_mmu::ksm::KsmSettings;
 
     fn native(mix: &str, pages: u64) -> (Program, Content) {
         let content = Content::new(&Mix::parse(mix).unwrap(), pages, 7).unwrap();
@@ -228,7 +228,7 @@ mod tests {
         }
         for mix in ["zero=25,dup=50,unique=25", "image"] {
             let (mut native, content) = native(mix, 512);
-            let mut side = UmbraSide::start(&content.words, 512, ZeroPages::Share).unwrap();
+            let mut side = UmbraSide::start(&content.words, 512, KsmSettings::default()).unwrap();
             side.fill(&content).unwrap();
             side.scan(ScanPace::Full).unwrap();
             for _ in 0..5 {

@@ -3,8 +3,11 @@
 //!
 //! A child process that knows the old values waits for the end of a pipe whose other end only this process holds. It comes
 //! when [`Settings`] is dropped, and also when this process panics, is ended by a signal, or by SIGKILL, which no handler sees.
-//! The child then writes the old values, last changed first, and ends. It ignores the signals of a terminal, which are sent to
-//! it too.
+//! The child then writes the old values and ends: in the order in which they were changed, so `run` last, since ksmd is to go on
+//! with all of them. It ignores the signals of a terminal, which are sent to it too.
+//!
+//! Where the kernel's advisor was on, pages_to_scan was the advisor's: it changes by itself, and cannot be written while the
+//! advisor is on. The advisor sets it again when it is turned on, so it is left to it.
 //!
 //! Between fork and its end the child calls only what may be called there (signal-safety(7)): other threads of this process
 //! may have held any lock at that moment. It closes every descriptor that is not its own, so that it keeps nobody's pipe open.
@@ -20,10 +23,17 @@ use std::io::{self, PipeWriter};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
-/// What is changed, in this order: the advisor first, for while it is on it owns pages_to_scan. Not max_page_sharing and
+/// What is changed, and put back, in this order: the advisor first, for while it is on it owns pages_to_scan. Not max_page_sharing and
 /// merge_across_nodes: they cannot be changed while anything on the host is merged.
 const CHANGED: [&str; 6] =
     ["advisor_mode", "pages_to_scan", "sleep_millisecs", "smart_scan", "use_zero_pages", "run"];
+
+/// What of the `old` settings is put back, in this order.
+fn put_back<'a>(old: &'a [(&'static str, String)]) -> impl Iterator<Item = (&'static str, &'a str)> {
+    let has_advisor = old.iter().any(|(name, value)| *name == "advisor_mode" && value != "none");
+    let settings = old.iter().map(|(name, value)| (*name, value.as_str()));
+    settings.filter(move |(name, _)| !has_advisor || *name != "pages_to_scan")
+}
 
 /// The right to change the settings; dropping it puts the old ones back, and waits until they are.
 #[derive(Debug)]
@@ -56,9 +66,9 @@ impl Settings {
             bail!("{} is locked: another benchmark drives ksmd ({error})", path.display());
         }
         let mut restored = Vec::with_capacity(old.len());
-        for (name, value) in old.iter().rev() {
+        for (name, value) in put_back(&old) {
             let path = CString::new(files.path(name).as_os_str().as_bytes()).context("a path with a zero")?;
-            restored.push((path, value.clone().into_bytes()));
+            restored.push((path, value.as_bytes().to_vec()));
         }
         let (end, alive) = io::pipe().context("cannot make a pipe")?;
         // SAFETY: the child calls only what is allowed there, as `wait_and_restore` says, and never returns.
@@ -99,8 +109,8 @@ impl Drop for Settings {
             && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
         {}
         // Nothing is left to do, unless somebody killed the child.
-        for (name, old) in self.old.iter().rev() {
-            let is_back = || self.files.setting(name).is_ok_and(|now| now == *old);
+        for (name, old) in put_back(&self.old) {
+            let is_back = || self.files.setting(name).is_ok_and(|now| now == old);
             if !is_back() && (self.files.set(name, old).is_err() || !is_back()) {
                 log::error!(
                     "{} was {old} and cannot be put back: write it yourself",
@@ -161,14 +171,14 @@ mod tests {
 
     const FOLDER: &str = "UMBRA_TEST_KSM_FOLDER";
     const AT_FIRST: [(&str, &str); 4] =
-        [("run", "1"), ("sleep_millisecs", "20"), ("pages_to_scan", "100"), ("advisor_mode", "scan-time")];
+        [("run", "1"), ("sleep_millisecs", "20"), ("pages_to_scan", "100"), ("advisor_mode", "none")];
 
     fn folder() -> Folder {
         let folder = Folder::new();
         for (name, value) in AT_FIRST {
             folder.file(name, value);
         }
-        folder.file("advisor_mode", "none [scan-time]\n");
+        folder.file("advisor_mode", "[none] scan-time\n");
         folder
     }
 
@@ -180,7 +190,7 @@ mod tests {
     fn change(folder: &Path) -> Settings {
         let settings = Settings::take(KsmFiles::new(folder).unwrap()).unwrap();
         for (name, value) in
-            [("advisor_mode", "none"), ("pages_to_scan", "99999"), ("sleep_millisecs", "0"), ("run", "0")]
+            [("advisor_mode", "off"), ("pages_to_scan", "99999"), ("sleep_millisecs", "0"), ("run", "0")]
         {
             settings.set(name, value).unwrap();
         }
@@ -204,6 +214,32 @@ mod tests {
         assert!(is_as_at_first(&folder.0), "{:?}", read(&folder.0));
         // And the lock is free.
         drop(change(&folder.0));
+    }
+
+    #[test]
+    fn what_the_advisor_owns_is_left_to_it() {
+        let folder = folder();
+        folder.file("advisor_mode", "none [scan-time]\n");
+        let settings = change(&folder.0);
+        drop(settings);
+        let now = read(&folder.0);
+        let advised = [("pages_to_scan", "99999"), ("advisor_mode", "scan-time")];
+        let expected = [AT_FIRST[0], AT_FIRST[1], advised[0], advised[1]];
+        assert_eq!(now, expected.map(|(name, value)| (name, value.to_owned())));
+    }
+
+    #[test]
+    fn ksmd_runs_again_when_all_else_is_back() {
+        for (advisor, expected) in [
+            ("none", &["advisor_mode", "pages_to_scan", "sleep_millisecs", "run"][..]),
+            ("scan-time", &["advisor_mode", "sleep_millisecs", "run"]),
+        ] {
+            let folder = folder();
+            folder.file("advisor_mode", advisor);
+            let settings = Settings::take(KsmFiles::new(&folder.0).unwrap()).unwrap();
+            let order: Vec<_> = put_back(&settings.old).map(|(name, _)| name).collect();
+            assert_eq!(order, expected);
+        }
     }
 
     #[test]

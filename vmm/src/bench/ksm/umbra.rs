@@ -13,7 +13,7 @@ use crate::vm::{VmConfig, WindowFill};
 use anyhow::{Context, Result};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::frame::FreedFrames;
-use shadow_mmu::ksm::{Domain, Ksm, KsmSettings, KsmStats, ZeroPages};
+use shadow_mmu::ksm::{Domain, Ksm, KsmSettings, KsmStats};
 use shadow_mmu::mm::{MergeAny, Mm};
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::sync::Arc;
@@ -35,12 +35,12 @@ pub(super) struct UmbraSide {
 }
 
 impl UmbraSide {
-    /// Starts the guest with the command line `words`, which make it use `pages` pages. It has filled nothing yet, and nobody
-    /// scans.
+    /// Starts the guest with the command line `words`, which make it use `pages` pages, and are shared as `settings` say. It has
+    /// filled nothing yet, and nobody scans.
     ///
     /// # Errors
     /// What keeps umbra from running a guest.
-    pub(super) fn start(words: &[String], pages: u64, zero_pages: ZeroPages) -> Result<Self> {
+    pub(super) fn start(words: &[String], pages: u64, settings: KsmSettings) -> Result<Self> {
         let bytes = pages.saturating_mul(PAGE_SIZE);
         let config = VmConfig {
             kvm_device: crate::cli::kvm_device(),
@@ -56,7 +56,6 @@ impl UmbraSide {
         let program = Program::guest(config, words, pages)?;
         let machine = program.told().expect_machine()?;
         let mm = Arc::clone(machine.mm());
-        let settings = KsmSettings { zero_pages, ..KsmSettings::default() };
         let ksm = Ksm::new(Arc::clone(machine.pool()), settings).context("page sharing")?;
         ksm.enter(&mm, Domain::default()).context("page sharing")?;
         Ok(Self { scanning: None, ksm, mm, program, used: Duration::ZERO })

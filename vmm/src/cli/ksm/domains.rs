@@ -83,10 +83,26 @@ impl Domains {
                     "{name} and {other} both take the guests that no other domain has: give one of them a list"
                 ));
             }
+            if domains.of.iter().all(Option::is_some) {
+                return Err(format!(
+                    "--ksm-domain {name} takes the guests that no other domain has, and there is none: leave it out"
+                ));
+            }
             let domain = domains.named(name);
             domains.of.iter_mut().for_each(|of| *of = of.or(Some(domain)));
         }
         Ok(domains)
+    }
+
+    /// What is probably a slip, in one line: domains in which there is nobody to share with.
+    pub(super) fn warning(&self) -> Option<String> {
+        let of = |domain| self.of.iter().filter(|of| **of == Some(domain)).count();
+        let alone = (0..).zip(&self.names).filter(|(domain, _)| of(*domain) == 1);
+        let alone: Vec<_> = alone.map(|(_, name)| name.as_str()).collect();
+        // Whoever runs one guest alone knows.
+        (self.of.len() > 1 && !alone.is_empty()).then(|| {
+            format!("--ksm-domain {}: one guest alone shares pages with nobody but itself", alone.join(", "))
+        })
     }
 
     fn named(&mut self, name: &str) -> usize {
@@ -143,6 +159,14 @@ mod tests {
     }
 
     #[test]
+    fn a_domain_of_one_guest_is_warned_of() {
+        let warning = |args: &[&str], count| domains(args, count).unwrap().warning();
+        assert_eq!([warning(&[], 3), warning(&["a=0-1", "b"], 4), warning(&["a"], 1)], [None, None, None]);
+        let said = warning(&["a=0", "b=1-2", "rest"], 4).unwrap();
+        assert!(said.starts_with("--ksm-domain a, rest: one guest") && !said.contains('\n'), "{said}");
+    }
+
+    #[test]
     fn what_makes_no_sense_is_said_in_one_line() {
         for bad in
             ["", "=0", "a b=0", "a/b", "ü", "a=", "a=x", "a=3-1", "a=0-", "a=0,,1", "a=-1", &"x".repeat(33)]
@@ -154,6 +178,7 @@ mod tests {
             (&["a=2-18446744073709551615"], &["no guest 4"]),
             (&["a=0-2", "b=2"], &["guest 2", "a and b"]),
             (&["a", "b"], &["a and b"]),
+            (&["a=0-1", "rest", "b=2-3"], &["rest", "there is none"]),
         ] {
             let said = domains(args, 4).unwrap_err();
             assert!(words.iter().all(|word| said.contains(word)), "{said}");

@@ -16,16 +16,18 @@ pub(super) use words::join;
 use super::Format;
 use super::replacement::Replacement;
 use crate::fleet::Fleet;
-use crate::ksm::Ksmd;
 use crate::ksm::guest::GuestSharing;
 use crate::ksm::history::{History, Sample};
 use crate::ksm::report::{Besides, SharingReport, SharingStats};
 use crate::ksm::svg::draw;
+use crate::ksm::{Ksmd, mib};
 use anyhow::{Context, Result};
 use clap::Args;
 use domains::{DomainArg, Domains};
+use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::ksm::{Ksm, KsmMember, KsmMemberReport, KsmReport, KsmSettings, KsmStats};
 use shadow_mmu::mm::MergeAny;
+use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use words::{Merge, ReportArg, SharingArg};
@@ -44,11 +46,11 @@ pub(super) struct KsmArgs {
     ///
     /// LIST, with commas: `madvise` (if nothing is said): memory that the guest advises itself, by madvise(MADV_MERGEABLE) or
     /// prctl(PR_SET_MEMORY_MERGE); or `all` private memory. `scan=PAGES/INTERVAL`: look at so many pages (1000) and then pause
-    /// (20ms, 1ms at least). Or `advisor[=TIME]`: as many as it takes for a pass to last so long (200s), with `cpu=PERCENT` of a
+    /// (20ms, 1ms at least); never more often than 20 times a second at all of them, for a page is only shared that is quiet. Or `advisor[=TIME]`: as many as it takes for a pass to last so long (200s), with `cpu=PERCENT` of a
     /// CPU at most (70). `max-page-sharing=N`: so many pages share a frame at most (256). `no-zero-pages`: no pages of zeros are
     /// merged with the zero page. `no-smart-scan`: pages that change all the time are looked at in each pass. `copy-on-access`:
     /// whoever reads or writes a page that may be shared gets a copy, so that nobody can tell those apart that are.
-    /// `reserve=SIZE`: memory that is kept for pages that stop being shared (1/32 of the pool).
+    /// `reserve=SIZE`: memory that is kept for pages that stop being shared (1/32 of the pool; less than half of it).
     #[arg(
         long,
         value_name = "LIST",
@@ -79,9 +81,21 @@ pub(super) struct KsmArgs {
 }
 
 impl KsmArgs {
-    /// Why these options make no sense for so many guests, if they do not.
-    pub(super) fn refusal(&self, guests: usize) -> Option<String> {
-        Domains::new(&self.ksm_domain, guests).err()
+    /// Why these options make no sense for so many guests, that many bytes of memory for all of them, and `program`, if there is
+    /// one, if they do not.
+    pub(super) fn refusal(&self, guests: usize, pool: u64, program: Option<&OsStr>) -> Option<String> {
+        let reserve = self.ksm.and_then(|arg| arg.reserve).map_or(0, |frames| frames as u64);
+        if reserve > 0 && reserve >= pool / PAGE_SIZE / 2 {
+            return Some(format!(
+                "a reserve of {:.1} MiB is half of the {:.1} MiB that the guests have, or more, and they could not use it: give less \
+                 with reserve=",
+                mib(reserve),
+                mib(pool / PAGE_SIZE)
+            ));
+        }
+        let report = self.ksm_report.as_ref();
+        let refusal = report.zip(program).and_then(|(report, program)| report.refusal(program));
+        refusal.or_else(|| Domains::new(&self.ksm_domain, guests).err())
     }
 
     /// Makes sure of the file for the picture, before there is anything to lose.
@@ -104,6 +118,9 @@ impl KsmArgs {
     ) -> Result<Option<Sharing>> {
         let Some(arg) = self.ksm else { return Ok(None) };
         let domains = Domains::new(&self.ksm_domain, fleet.count()).map_err(anyhow::Error::msg)?;
+        if let Some(warning) = domains.warning() {
+            eprintln!("umbra: {warning}");
+        }
         let reserve = arg.reserve.unwrap_or(fleet.pool().frame_count() / RESERVE_SHARE);
         let ksm = Ksm::new(Arc::clone(fleet.pool()), KsmSettings { reserve, ..arg.settings })?;
         let mut members = Vec::new();

@@ -3,7 +3,11 @@
 //!
 //! `--ksm` may stand alone, and its list may follow behind `=` or as a word of its own. The latter is for those who know the
 //! option as `--ksm all`; clap has no such thing, for it would take the program's name for the list. So [`join`] puts the two
-//! together before clap sees them, where the word is a good list; a program of such a name can still be run as `./all`.
+//! together before clap sees them, where the word is a good list or can only be meant as one, so that a slip in it is told and
+//! not taken for a program; a program of such a name can still be run as `./all`.
+//!
+//! `--ksm-report` has its list behind `=` only. What follows it is the program, and is refused where it is a good list
+//! ([`ReportArg::refusal`]).
 
 use super::super::parse;
 use crate::ksm::Pace;
@@ -120,7 +124,7 @@ impl Words {
                 let max_cpu = cpu.unwrap_or(settings.max_cpu);
                 Pace::Advisor {
                     settings: AdvisorSettings { target_scan_time, max_cpu, ..settings },
-                    interval: Duration::from_millis(20),
+                    interval: Pace::PAUSE,
                 }
             }
         };
@@ -152,6 +156,26 @@ pub(super) fn sharing(text: &str) -> Result<SharingArg, String> {
 pub(in crate::cli) struct ReportArg {
     pub(super) format: super::Format,
     pub(super) picture: Option<PathBuf>,
+}
+
+impl ReportArg {
+    /// Why `program`, which umbra is to run, cannot be meant as that, if so.
+    pub(super) fn refusal(&self, program: &OsStr) -> Option<String> {
+        let is_bare = self.picture.is_none() && self.format == super::Format::Text;
+        let list = program.to_str().filter(|word| is_bare && report(word).is_ok())?;
+        Some(format!(
+            "{list} stands where the program is named; if it is how to report, write --ksm-report={list}"
+        ))
+    }
+}
+
+/// Whether the word behind `--ksm` is meant as its list: it is one, or has what a list has and no name, `,` or `=`, in front of
+/// which there is no folder.
+fn is_meant_as_list(word: &str) -> bool {
+    match word.find([',', '=']) {
+        Some(end) => !word.starts_with('-') && !word[..end].contains('/'),
+        None => sharing(word).is_ok(),
+    }
 }
 
 /// The list of `--ksm-report`: `json`, the path of a picture, or both.
@@ -190,7 +214,7 @@ pub(in crate::cli) fn join(args: Vec<OsString>, takes_value: impl Fn(&str) -> bo
             // The program, or what is certainly followed by it.
             None | Some("") => break,
             Some("ksm") => {
-                let is_list = |next: &OsString| next.to_str().is_some_and(|next| sharing(next).is_ok());
+                let is_list = |next: &OsString| next.to_str().is_some_and(is_meant_as_list);
                 if let (Some(list), Some(option)) = (args.next_if(is_list), joined.last_mut()) {
                     option.push(OsStr::new("="));
                     option.push(list);
@@ -271,6 +295,18 @@ mod tests {
     }
 
     #[test]
+    fn a_way_to_report_is_no_program() {
+        let refusal = |list: &str, program: &str| report(list).unwrap().refusal(OsStr::new(program));
+        for program in ["x.svg", "a/b.svg", "json", "json,x.svg"] {
+            let said = refusal("text", program).unwrap();
+            assert!(said.contains(&format!("--ksm-report={program}")) && !said.contains('\n'), "{said}");
+        }
+        assert_eq!([refusal("text", "hello"), refusal("text", "./json")], [None, None]);
+        // It was said how to report, so this is something else.
+        assert_eq!([refusal("json", "json"), refusal("y.svg", "x.svg")], [None, None]);
+    }
+
+    #[test]
     fn a_list_may_follow_as_a_word_of_its_own_but_no_program_is_taken_for_one() {
         let takes_value = |option: &str| ["memory", "ksm-domain"].contains(&option);
         for (line, joined) in [
@@ -281,6 +317,14 @@ mod tests {
             ("umbra run --ksm hello all", "umbra run --ksm hello all"),
             ("umbra run --ksm=all all", "umbra run --ksm=all all"),
             ("umbra run --ksm ./all", "umbra run --ksm ./all"),
+            // Slips, for clap to complain of.
+            ("umbra run --ksm all,scn=5/1ms hello", "umbra run --ksm=all,scn=5/1ms hello"),
+            ("umbra run --ksm scn=5/1ms hello", "umbra run --ksm=scn=5/1ms hello"),
+            ("umbra run --ksm al,scan=5/1ms hello", "umbra run --ksm=al,scan=5/1ms hello"),
+            ("umbra run --ksm scan=5 hello", "umbra run --ksm=scan=5 hello"),
+            ("umbra run --ksm --memory=64M hello", "umbra run --ksm --memory=64M hello"),
+            ("umbra run --ksm ./all,x=1 all", "umbra run --ksm ./all,x=1 all"),
+            ("umbra run --ksm al hello", "umbra run --ksm al hello"),
             ("umbra run hello --ksm all", "umbra run hello --ksm all"),
             ("umbra run -- hello --ksm all", "umbra run -- hello --ksm all"),
             ("umbra run --ksm", "umbra run --ksm"),
