@@ -19,6 +19,10 @@ pub(super) struct Looked {
     pub(super) pfn: Pfn,
     /// It is in the index.
     pub(super) candidate: bool,
+    /// It was written since the last look, as far as is known.
+    pub(super) written: bool,
+    /// It can be written without a fault in the primary.
+    pub(super) writable: bool,
     pub(super) note: Note,
 }
 
@@ -117,33 +121,32 @@ impl Ksm {
                     return;
                 }
                 let seen = self.look_at_pte(leaf, entry, turn, &mut counts, &mut skipped);
-                let Some((looks, written, writable)) = seen else { continue };
-                if writable {
+                let Some(seen) = seen else { continue };
+                if seen.writable {
                     asked.ask(page);
                 }
-                if written {
-                    asked.add(page);
-                }
-                cost += u64::from(!looks.candidate);
-                looked.push(Looked { page, ..looks });
+                cost += u64::from(!seen.candidate);
+                looked.push(Looked { page, ..seen });
             }
         });
         if !asked.is_empty() {
             part.mm.notifiers().test_clear_dirty(&mut asked);
         }
-        let reads = |page: &&Looked| !page.candidate && !asked.contains(page.page);
+        for page in &mut looked {
+            page.written |= asked.contains(page.page);
+        }
+        let reads = |page: &&Looked| !page.candidate && !page.written;
         self.pool.populate(looked.iter().filter(reads).map(|page| page.pfn));
         let mut scanned = 0;
         for page in &looked {
-            let written = asked.contains(page.page);
-            if page.candidate && !written && matches!(page.note.why, Why::Unique | Why::Domain) {
+            if page.candidate && !page.written && matches!(page.note.why, Why::Unique | Why::Domain) {
                 counts.not_shared.count(page.note.why);
                 continue;
             }
             cost += u64::from(page.candidate);
-            let why = self.after_look(scanner, part, *page, written, turn, &mut counts);
+            let why = self.after_look(scanner, part, *page, turn, &mut counts);
             // Whether there is room by now is a look at the index, and no news if there is none.
-            let is_news = written || !page.candidate || why != page.note.why;
+            let is_news = page.written || !page.candidate || why != page.note.why;
             scanned += u64::from(is_news);
         }
         if scanned + skipped > 0 {
@@ -161,8 +164,7 @@ impl Ksm {
         (end, cost)
     }
 
-    /// Step 1 of a look, at one pte: the page, whether something says already that it was written, and whether it can be
-    /// written. `None` for what is no page of its own, is merged, or is passed over.
+    /// Step 1 of a look, at one pte: the page, but for its number, which the caller knows. `None` for what is no page of its own, is merged, or is passed over.
     fn look_at_pte(
         &self,
         leaf: &LockedLeaf<'_>,
@@ -170,7 +172,7 @@ impl Ksm {
         turn: Turn,
         counts: &mut KsmPages,
         skipped: &mut u64,
-    ) -> Option<(Looked, bool, bool)> {
+    ) -> Option<Looked> {
         let pte = leaf.get(entry);
         if pte.is_ksm() {
             counts.all += 1;
@@ -213,21 +215,20 @@ impl Ksm {
             leaf.set(entry, marked);
         }
         let told = flags.contains(FrameFlags::WRITTEN) && !frame.take_flags(FrameFlags::WRITTEN).is_empty();
-        let looked = Looked { page: 0, pfn: pte.pfn(), candidate, note };
-        Some((looked, pte.is_dirty() || told || pinned, pte.is_writable()))
+        let written = pte.is_dirty() || told || pinned;
+        Some(Looked { page: 0, pfn: pte.pfn(), candidate, written, writable: pte.is_writable(), note })
     }
 
-    /// What follows from a look at one page, which was `written` or was not. Returns why it is not merged.
+    /// What follows from a look at one page. Returns why it is not merged.
     fn after_look(
         &self,
         scanner: &mut Scanner,
         part: &Part<'_>,
         looked: Looked,
-        written: bool,
         turn: Turn,
         counts: &mut KsmPages,
     ) -> Why {
-        let Looked { page, pfn, candidate, note } = looked;
+        let Looked { page, pfn, candidate, written, note, .. } = looked;
         let frame = self.pool.frame(pfn);
         if written && turn == Turn::Cursor {
             if candidate {

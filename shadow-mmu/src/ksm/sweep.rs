@@ -34,7 +34,8 @@ impl Ksm {
                     return;
                 }
                 cost += 1;
-                looked.push(Looked { page, pfn: pte.pfn(), candidate: true, note });
+                let (written, writable) = (false, pte.is_writable());
+                looked.push(Looked { page, pfn: pte.pfn(), candidate: true, written, writable, note });
             }
         });
         for page in &looked {
