@@ -58,6 +58,7 @@
 
 pub mod addr;
 pub mod frame;
+pub mod inject;
 #[cfg(feature = "mmu-notifier")]
 pub mod iommu;
 pub mod ksm;

@@ -15,6 +15,7 @@
 
 use crate::addr::{PAGE_SHIFT, Pfn};
 use crate::frame::{Fill, FramePool, OutOfFrames, Purpose};
+use crate::inject::TABLE_ALLOC;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::ops::Range;
@@ -153,6 +154,9 @@ impl Tables {
     }
 
     fn link_new(&self, parent: Pfn, index: usize) -> Result<Pfn, OutOfFrames> {
+        if self.pool.faults().fail(&TABLE_ALLOC).is_some() {
+            return Err(OutOfFrames);
+        }
         let new = self.pool.alloc_for(self.purpose, Fill::Zeros)?;
         // Release: whoever sees the link sees the zeros behind it.
         match self.pool.words(parent)[index].compare_exchange(

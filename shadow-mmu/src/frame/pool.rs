@@ -5,6 +5,7 @@ use super::alloc::FreeFrames;
 use super::hook::WriteHook;
 use super::meta::{Frame, FrameFlags};
 use crate::addr::{PAGE_SIZE, Pfn};
+use crate::inject::{FRAME_ALLOC, Faults, POOL_GROW, PUNCH};
 use crate::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex};
 use std::fs::File;
@@ -125,6 +126,7 @@ pub struct FramePool {
     reserve_taken: AtomicU64,
     peak: AtomicU32,
     poison_broken: AtomicU64,
+    faults: Faults,
 }
 
 /// The direct map as vm-memory has it.
@@ -147,6 +149,14 @@ impl FramePool {
     /// # Errors
     /// [`PoolError`], where the size is out of range or the host refuses.
     pub fn new(bytes: u64, freed: FreedFrames) -> Result<Self, PoolError> {
+        Self::with_faults(bytes, freed, Faults::default())
+    }
+
+    /// The same, with fault points that `faults` decides over.
+    ///
+    /// # Errors
+    /// As those of [`new`](Self::new).
+    pub fn with_faults(bytes: u64, freed: FreedFrames, faults: Faults) -> Result<Self, PoolError> {
         let count = bytes.div_ceil(PAGE_SIZE);
         if count == 0 || count > u64::from(u32::MAX) {
             return Err(PoolError::Size(bytes));
@@ -160,7 +170,11 @@ impl FramePool {
         }
         // SAFETY: the kernel just gave us this descriptor and nobody else knows it.
         let file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(bytes).map_err(host("ftruncate"))?;
+        match faults.fail(&POOL_GROW) {
+            Some(errno) => Err(std::io::Error::from_raw_os_error(errno)),
+            None => file.set_len(bytes),
+        }
+        .map_err(host("ftruncate"))?;
         let file = Arc::new(file);
         let region = map::<WriteHook>(&file, bytes, "direct map")?;
         let region =
@@ -188,6 +202,7 @@ impl FramePool {
             reserve_taken: AtomicU64::new(0),
             peak: AtomicU32::new(0),
             poison_broken: AtomicU64::new(0),
+            faults,
         })
     }
 
@@ -212,6 +227,11 @@ impl FramePool {
     /// The file that holds the frames.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// What may be made to go wrong with it.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
     }
 
     /// Whether `pfn` is a frame of this pool. Those beyond belong to [adopted mappings](crate::mm::watch).
@@ -338,6 +358,9 @@ impl FramePool {
     }
 
     fn take(&self, want: usize, purpose: Purpose, fill: Fill, out: &mut Vec<Pfn>) -> usize {
+        if self.faults.fail(&FRAME_ALLOC).is_some() {
+            return 0;
+        }
         let mut taken = Vec::with_capacity(want);
         {
             let mut free = self.free.lock();
@@ -427,24 +450,34 @@ impl FramePool {
                 run.clone().for_each(|frame| self.verify_poison(Pfn(frame)));
             }
             let (offset, len) = (Pfn(run.start).offset(), (run.end - run.start) as u64 * PAGE_SIZE);
-            // SAFETY: acts on our file only; both mappings of it stay valid and read zeros there afterwards.
-            let result = unsafe {
-                libc::fallocate(
-                    self.file.as_raw_fd(),
-                    libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                    offset as libc::off_t,
-                    len as libc::off_t,
-                )
-            };
-            if result == 0 {
-                self.punched.fetch_add(u64::from(run.end - run.start), Ordering::Relaxed);
-                self.free.lock().put_clean(run);
-            } else {
-                // The frames stay usable, the host only keeps their pages.
-                log::debug!("cannot punch frames {run:?}: {}", std::io::Error::last_os_error());
-                self.free.lock().put_unpunched(run);
+            match self.punch_hole(offset, len) {
+                Ok(()) => {
+                    self.punched.fetch_add(u64::from(run.end - run.start), Ordering::Relaxed);
+                    self.free.lock().put_clean(run);
+                }
+                Err(error) => {
+                    // The frames stay usable, the host only keeps their pages.
+                    log::debug!("cannot punch frames {run:?}: {error}");
+                    self.free.lock().put_unpunched(run);
+                }
             }
         }
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        if let Some(errno) = self.faults.fail(&PUNCH) {
+            return Err(std::io::Error::from_raw_os_error(errno));
+        }
+        // SAFETY: acts on our file only; both mappings of it stay valid and read zeros there afterwards.
+        let result = unsafe {
+            libc::fallocate(
+                self.file.as_raw_fd(),
+                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                offset as libc::off_t,
+                len as libc::off_t,
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     }
 
     /// The bytes of `pfn`, for reading and writing beside a running guest.

@@ -65,7 +65,7 @@ impl Mm {
             return Err(MmError::NoMemory);
         }
         // From here on, an error drops the child, which gives everything back that it has by then.
-        let child = Self::new_in(Arc::clone(&self.pool), Arc::clone(&self.family))?;
+        let child = Self::new_in(Arc::clone(&self.pool), Arc::clone(&self.family), self.faults.clone())?;
         *child.map.write() = map.forked();
         child.generations.begin_at(self.generation());
         child.sharing.inherit(&self.sharing);

@@ -35,6 +35,7 @@
 use super::{Map, Mm, MmError, Pte, Vma, VmaFlags};
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn};
 use crate::frame::{Fill, FrameFlags, OutOfFrames, Purpose};
+use crate::inject::{Effect, MERGE_COMPARE, MERGE_PROTECT, MERGE_REPLACE, Point};
 use crate::notifier::Event;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
@@ -315,6 +316,7 @@ impl Mm {
                 }
             });
         }
+        self.reach(&MERGE_PROTECT, run);
         // Until the end, so that what was compared is what is mapped (R26).
         let mut held = Vec::with_capacity(run.len());
         for target in &mut *run {
@@ -335,6 +337,7 @@ impl Mm {
                 target.outcome = Outcome::Different;
             }
         }
+        self.reach(&MERGE_COMPARE, run);
         if !run.iter().any(|target| matches!(target.outcome, Outcome::Protected(_))) {
             self.pool.put_all(&held);
             return;
@@ -350,11 +353,23 @@ impl Mm {
                     }
                 }
             });
+            self.reach(&MERGE_REPLACE, run);
         }
         // After the end, as every frame that goes.
         left.iter().for_each(|&pfn| self.pool.frame(pfn).remove_map());
         left.append(&mut held);
         self.pool.put_all(&left);
+    }
+
+    /// Between two steps of a merge; an injected failure gives up what is not merged yet.
+    fn reach(&self, point: &'static Point, run: &mut [Target]) {
+        if let (true, Some(first)) = (self.faults.are_armed(), run.first())
+            && let Effect::Fail(_) = self.faults.hit_at(point, first.page * PAGE_SIZE)
+        {
+            for target in run.iter_mut().filter(|target| matches!(target.outcome, Outcome::Protected(_))) {
+                target.outcome = Outcome::Changed;
+            }
+        }
     }
 
     /// Calls `visit` for each of `targets`, ascending, with the lock of its table.

@@ -69,6 +69,7 @@ pub(crate) use write_logs::WriteLogging;
 
 use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Fill, FramePool, OutOfFrames, Purpose};
+use crate::inject::Faults;
 use crate::notifier::Notifiers;
 #[cfg(feature = "mmu-notifier")]
 use crate::notifier::interval::{IntervalNotifier, IntervalSubscription};
@@ -190,6 +191,7 @@ pub struct Mm {
     generations: generations::Generations,
     write_logs: Arc<WriteLogs>,
     sharing: merge::Sharing,
+    faults: Faults,
 }
 
 type Family = Mutex<Vec<Weak<Mm>>>;
@@ -219,14 +221,22 @@ impl Mm {
     /// # Errors
     /// [`OutOfFrames`]: two frames are needed.
     pub fn new(pool: Arc<FramePool>) -> Result<Arc<Self>, OutOfFrames> {
+        Self::with_faults(pool, Faults::default())
+    }
+
+    /// The same, with fault points that `faults` decides over.
+    ///
+    /// # Errors
+    /// As those of [`new`](Self::new).
+    pub fn with_faults(pool: Arc<FramePool>, faults: Faults) -> Result<Arc<Self>, OutOfFrames> {
         let family = Arc::<Family>::default();
-        let mm = Self::new_in(pool, Arc::clone(&family))?;
+        let mm = Self::new_in(pool, Arc::clone(&family), faults)?;
         family.lock().push(Arc::downgrade(&mm));
         Ok(mm)
     }
 
     /// An empty address space that `family` does not know of yet.
-    fn new_in(pool: Arc<FramePool>, family: Arc<Family>) -> Result<Arc<Self>, OutOfFrames> {
+    fn new_in(pool: Arc<FramePool>, family: Arc<Family>, faults: Faults) -> Result<Arc<Self>, OutOfFrames> {
         let tables = Tables::new(Arc::clone(&pool), Purpose::New)?;
         let zero_frame = pool.alloc(Fill::Zeros)?;
         Ok(Arc::new(Self {
@@ -242,6 +252,7 @@ impl Mm {
             generations: generations::Generations::default(),
             write_logs: Arc::default(),
             sharing: merge::Sharing::default(),
+            faults,
             pool,
         }))
     }
@@ -254,6 +265,11 @@ impl Mm {
     /// The frame that every page reads as until it is written.
     pub fn zero_frame(&self) -> Pfn {
         self.zero_frame
+    }
+
+    /// What may be made to go wrong with it.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
     }
 
     /// The listeners of this address space.
