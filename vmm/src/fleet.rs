@@ -44,7 +44,7 @@ impl Fleet {
     pub fn new(count: usize, pool: Option<u64>, mut config: VmConfig, program: &Program) -> Result<Self> {
         if count > 1 || pool.is_some() {
             let bytes = pool.unwrap_or_else(|| config.memory.saturating_mul(count as u64));
-            config.pool = Some(Arc::new(FramePool::new(bytes, config.freed)?));
+            config.pool = Some(Arc::new(FramePool::with_faults(bytes, config.freed, config.faults.clone())?));
         }
         let (mut entries, mut guests) = (Vec::new(), Vec::new());
         for number in 0..count {
@@ -52,7 +52,7 @@ impl Fleet {
                 0 => Files::inherit(),
                 _ => Files::inherit_output().context("cannot open /dev/null, which guests read")?,
             };
-            let made = Vm::with_files(config.clone(), program.clone(), files);
+            let made = Vm::with_files(config.clone().numbered(number), program.clone(), files);
             let (vm, entry) = made.map_err(|error| explain(error, number, count, config.pool.as_deref()))?;
             entries.push(entry);
             guests.push(Some(Arc::new(vm)));

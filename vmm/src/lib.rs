@@ -10,6 +10,7 @@
 //! | [`reactor`] | the event loop around them |
 //! | [`aging`], [`dirty_rate`] | which pages the guest uses, and which it writes |
 //! | [`stalls`] | what it waited for |
+//! | [`inject`] | breaking things on purpose |
 //! | [`trace`] | notifier events, to be read |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
 //! | [`mod@bench`], [`cli`] | the commands |
@@ -22,6 +23,7 @@ pub mod dirty_rate;
 pub mod engine;
 pub mod fleet;
 pub mod guest;
+pub mod inject;
 pub mod ksm;
 pub mod reactor;
 pub mod recorder;

@@ -19,6 +19,8 @@ pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 use crate::engine::kvm::{Effort, KvmVm};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
+use crate::inject::NotifierFaults;
+use crate::inject::points::THREAD_START;
 use crate::recorder::Recorder;
 use crate::stalls::{MachineStalls, StallSummary};
 use crate::trace::{Observer, set_guest_thread};
@@ -88,21 +90,26 @@ impl Machine {
     fn new(config: VmConfig) -> Result<Arc<Self>> {
         let pool = match &config.pool {
             Some(pool) => Arc::clone(pool),
-            None => Arc::new(FramePool::new(config.memory, config.freed)?),
+            None => Arc::new(FramePool::with_faults(config.memory, config.freed, config.faults.clone())?),
         };
         let kvm = KvmVm::new(&config.kvm_device, Arc::clone(&pool)).context("cannot use KVM")?;
         kvm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
-        let mm = Mm::new(Arc::clone(&pool))?;
+        kvm.arm(config.faults.clone());
+        let mm = Mm::with_faults(Arc::clone(&pool), config.faults.clone())?;
         let tlb = ConfiguredTlb {
             engine: kvm.tlb(),
             window: config.window,
             // After the probe.
             ad_bits: config.tracking.ad_bits.of(&kvm),
+            faults: config.faults.clone(),
         };
         let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), Arc::new(tlb))?);
         // Behind the shadow map, hence called before it: what they see of a pair includes its zap and flush.
         let recorder = Arc::<Observer<Recorder>>::default();
         mm.register(Arc::clone(&recorder) as _)?;
+        if config.faults.are_armed() {
+            mm.register(Arc::new(NotifierFaults::new(config.faults.clone())))?;
+        }
         for listener in &config.listeners {
             mm.register(Arc::clone(listener))?;
         }
@@ -232,6 +239,9 @@ impl Machine {
     }
 
     fn spawn(self: Arc<Self>, thread: Thread, regs: Regs, xsave: Option<Vec<u8>>) -> Result<()> {
+        if let Some(errno) = self.config.faults.fail(&THREAD_START) {
+            return Err(std::io::Error::from_raw_os_error(errno)).context("cannot start a thread");
+        }
         let mut vcpu = self.kvm.create_vcpu(self.shadow.root())?;
         *vcpu.regs_mut() = regs;
         if let Some(xsave) = xsave {

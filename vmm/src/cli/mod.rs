@@ -13,9 +13,11 @@ mod dirty;
 mod doctor;
 mod guests;
 mod images;
+#[cfg(feature = "inject")]
+mod inject;
 mod ksm;
 mod observers;
-mod parse;
+pub(crate) mod parse;
 mod replacement;
 mod reports;
 mod run;
@@ -23,6 +25,8 @@ mod trace;
 
 use crate::causes::one_line;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use shadow_mmu::inject::Faults;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -46,6 +50,7 @@ Examples:
   umbra run --adopt-demo                  what a guest sees of memory that umbra takes away
   umbra doctor                            what this host offers, and what to do about the rest
   umbra bench fault --json                what a page fault costs here
+  umbra inject oom-at-5th -- run ./prog   what a program does when its fifth mmap fails
 
 Set RUST_LOG=debug to see more, UMBRA_KVM_DEVICE to use another device than /dev/kvm.";
 
@@ -55,6 +60,8 @@ enum Command {
     Images(images::ImagesArgs),
     Doctor(doctor::DoctorArgs),
     Bench(bench::BenchArgs),
+    #[cfg(feature = "inject")]
+    Inject(inject::InjectArgs),
 }
 
 /// How a report is written.
@@ -78,11 +85,13 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();
-    let result = match parse_command_line().command {
-        Command::Run(args) => run::run(*args),
+    let result = match parse_words(std::env::args_os().collect()).command {
+        Command::Run(args) => run::run(*args, &Faults::default()),
         Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
+        #[cfg(feature = "inject")]
+        Command::Inject(args) => inject::run(args),
     };
     match result {
         Ok(code) => code,
@@ -96,13 +105,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The command line; a bad one ends umbra here.
-fn parse_command_line() -> Cli {
+/// What these words say; if they make no sense, umbra ends here.
+fn parse_words(args: Vec<OsString>) -> Cli {
     let mut command = Cli::command();
     // What is global, or of clap's own, is in the options after this.
     command.build();
-    let args = std::env::args_os().collect();
-    let Some(run) = command.find_subcommand("run") else { return Cli::parse() };
+    let Some(run) = command.find_subcommand("run") else { return Cli::parse_from(args) };
     let takes_value = |option: &str| {
         let option = run.get_arguments().find(|arg| arg.get_long() == Some(option));
         option.is_some_and(|arg| arg.get_num_args().is_some_and(|values| values.min_values() > 0))

@@ -9,7 +9,7 @@ use shadow_mmu::shadow::{FaultAroundPolicy, RING_LEAST, RING_MOST};
 use std::time::Duration;
 
 /// `256M`, `4G`, `65536`, `64K`: bytes, with binary suffixes.
-pub(super) fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let bad =
         || format!("`{text}` is no size: write a number of bytes, or one with K, M, G or T, as in 256M");
     let text = text.strip_suffix("iB").or(text.strip_suffix('B')).unwrap_or(text);
@@ -57,13 +57,14 @@ pub(super) fn fault_around(text: &str) -> Result<FaultAroundPolicy, String> {
     }
 }
 
-/// `10`, `10s`, `500ms`, `2m`.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    let bad = || format!("`{text}` is no duration: write seconds, or a number with ms, s or m");
+/// `10`, `10s`, `500ms`, `50us`, `2m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let bad = || format!("`{text}` is no duration: write seconds, or a number with us, ms, s or m");
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let scale = match unit {
         "" | "s" => 1.0,
+        "us" => 1e-6,
         "ms" => 1e-3,
         "m" => 60.0,
         _ => return Err(bad()),

@@ -14,6 +14,7 @@ use crate::vm::{Accesses, Program, Tracking, VmConfig, WindowFill};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::inject::Faults;
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::ffi::OsString;
@@ -88,7 +89,7 @@ enum WindowArg {
 }
 
 /// Runs it, and whatever comes of that, finishes the trace.
-pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
+pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
     let began = Instant::now();
     // Whatever follows the program is the program's; so clap takes an option it does not know for the program.
     if let Some(option) = args.program.first().filter(|word| word.as_bytes().starts_with(b"-")) {
@@ -114,7 +115,7 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode> {
     }
     let tracer = output.map(trace::Output::start).transpose()?;
     // The end of the address space is the trace's last event, so the VM lives in there.
-    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), pictures, began);
+    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), pictures, faults, began);
     // What is left may wait for a reader; also where no reactor ran.
     unblock_signals()?;
     trace::finish(tracer);
@@ -132,6 +133,7 @@ fn run_traced(
     args: RunArgs,
     listener: Option<Arc<dyn MmuNotifier>>,
     pictures: Pictures,
+    faults: &Faults,
     began: Instant,
 ) -> Result<ExitCode> {
     let config = VmConfig {
@@ -154,6 +156,7 @@ fn run_traced(
             ad_bits: args.age.ad_bits(),
             ring_entries: args.dirty.ring_entries(),
         },
+        faults: faults.clone(),
     };
     if args.adopt_demo {
         return adopt_demo::run(config, args.timeout);

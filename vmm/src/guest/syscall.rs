@@ -9,8 +9,10 @@ use super::host::{self, ClockQuery};
 use super::signal::calls as signal;
 use super::signal::deliver::{Flow, Interrupted};
 use super::thread::Thread;
-use super::{clone, futex, info, memory, poll, restart, robust, time};
+use super::{call_name, clone, futex, info, memory, poll, restart, robust, time};
 use crate::engine::{EngineError, Vcpu};
+use crate::inject::points::SYSCALL;
+use shadow_mmu::inject::Effect;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Makes the system call that the vCPU's registers ask for, and puts the result into rax.
@@ -22,7 +24,14 @@ pub(super) fn handle(t: &mut Thread, vcpu: &mut dyn Vcpu) -> Result<Flow, Engine
     if number == libc::SYS_rt_sigreturn as u64 {
         return signal::rt_sigreturn(t, vcpu);
     }
-    let result = if number == libc::SYS_clone as u64 {
+    let faults = t.process.mm().faults();
+    let injected = match faults.are_armed().then(|| faults.hit_with(&SYSCALL, None, call_name(number))) {
+        Some(Effect::Fail(errno)) => Some(Errno(errno)),
+        _ => None,
+    };
+    let result = if let Some(errno) = injected {
+        Err(errno)
+    } else if number == libc::SYS_clone as u64 {
         clone::clone(t, vcpu, &args)
     } else if number == libc::SYS_clone3 as u64 {
         clone::clone3(t, vcpu, args[0], args[1])

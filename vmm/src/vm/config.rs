@@ -2,8 +2,10 @@
 //! What a machine is to be like, and the flush strategy that comes of it.
 
 use crate::engine::kvm::KvmVm;
-use shadow_mmu::addr::Pfn;
+use crate::inject::points::FLUSH;
+use shadow_mmu::addr::{PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::inject::{Effect, Faults};
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb, Zapped};
 use std::path::PathBuf;
@@ -52,6 +54,17 @@ pub struct VmConfig {
     pub listeners: Vec<Arc<dyn MmuNotifier>>,
     /// What is to be known of the guest's accesses.
     pub tracking: Tracking,
+    /// What may be made to go wrong.
+    pub faults: Faults,
+}
+
+impl VmConfig {
+    /// The same for the guest with this number.
+    #[must_use]
+    pub fn numbered(mut self, number: usize) -> Self {
+        self.faults = self.faults.of_vm(u32::try_from(number).unwrap_or(u32::MAX));
+        self
+    }
 }
 
 /// Whether A and D bits are to say what the guest did, or only have to be right for the guest.
@@ -101,13 +114,20 @@ pub(super) struct ConfiguredTlb {
     pub(super) engine: Arc<dyn Tlb>,
     pub(super) window: WindowFill,
     pub(super) ad_bits: AdBits,
+    pub(super) faults: Faults,
 }
 
 impl Tlb for ConfiguredTlb {
     fn flush(&self, zapped: &[Zapped]) {
-        self.engine.flush(zapped);
+        let first = zapped.first().map(|zapped| zapped.gfn.0 * PAGE_SIZE);
+        match self.faults.hit_with(&FLUSH, first, None) {
+            // One by one is in parts, and in between others may run.
+            Effect::Split => zapped.chunks(1).for_each(|one| self.engine.flush(one)),
+            _ => self.engine.flush(zapped),
+        }
     }
     fn flush_all(&self) {
+        self.faults.hit(&FLUSH);
         self.engine.flush_all();
     }
     fn ad_bits(&self) -> AdBits {

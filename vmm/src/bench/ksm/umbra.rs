@@ -13,6 +13,7 @@ use crate::vm::{VmConfig, WindowFill};
 use anyhow::{Context, Result};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::inject::Faults;
 use shadow_mmu::ksm::{Domain, Ksm, KsmSettings, KsmStats};
 use shadow_mmu::mm::{MergeAny, Mm};
 use shadow_mmu::shadow::FaultAroundPolicy;
@@ -52,6 +53,7 @@ impl UmbraSide {
             window: WindowFill::Ahead,
             listeners: Vec::new(),
             tracking: TOLD,
+            faults: Faults::default(),
         };
         let program = Program::guest(config, words, pages)?;
         let machine = program.told().expect_machine()?;

@@ -6,6 +6,7 @@ use crate::vm::{Tracking, VmConfig, WindowFill};
 use anyhow::{Result, bail};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::inject::Faults;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::time::Duration;
 
@@ -80,6 +81,7 @@ impl Work {
             window,
             listeners: Vec::new(),
             tracking,
+            faults: Faults::default(),
         }
     }
 

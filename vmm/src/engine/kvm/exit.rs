@@ -6,9 +6,11 @@
 
 use super::raw_vcpu::RawVcpu;
 use crate::engine::EngineError;
+use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit};
 use shadow_mmu::addr::Pfn;
+use shadow_mmu::inject::{Effect, Faults};
 use std::io;
 
 /// What KVM_RUN came back with.
@@ -50,8 +52,21 @@ pub(super) fn facts(raw: &mut RawVcpu) -> String {
 }
 
 /// KVM_RUN, once.
-pub(super) fn enter(raw: &mut RawVcpu) -> Outcome {
-    let what = match raw.fd.run() {
+pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults) -> Outcome {
+    let injected = match (faults.fail(&SYNC_REGS), faults.hit(&VCPU_RUN)) {
+        (Some(errno), _) | (None, Effect::Fail(errno)) => Some(errno),
+        (None, Effect::Exit(reason)) => {
+            raw.fd.get_kvm_run().exit_reason = reason;
+            let facts = facts(raw);
+            let source = io::Error::other(format!("injected exit reason {reason}"));
+            return Outcome::Failed(lost(
+                format!("the vCPU stopped for no reason of the guest's {facts}"),
+                source,
+            ));
+        }
+        _ => None,
+    };
+    let what = match injected.map_or_else(|| raw.fd.run(), |errno| Err(kvm_ioctls::Error::new(errno))) {
         Ok(VcpuExit::IoOut(port, _)) => return Outcome::Port(port),
         Ok(VcpuExit::Intr) => return Outcome::Interrupted,
         Ok(VcpuExit::InternalError) => return internal_error(raw),

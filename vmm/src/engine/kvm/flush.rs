@@ -44,6 +44,7 @@
 use super::KvmVm;
 use super::kick::{Requests, RunState};
 use super::window::{Run, Window};
+use crate::inject::points::WINDOW_MADVISE;
 use kvm_bindings::kvm_userspace_memory_region;
 use serde::Serialize;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
@@ -252,6 +253,11 @@ impl KvmVm {
 
     /// Flushes `runs` by `method`, or more than that.
     pub(super) fn flush_by(&self, method: FlushMethod, runs: &[Run]) -> io::Result<()> {
+        if matches!(method, FlushMethod::WindowMadvise | FlushMethod::ProcessMadvise)
+            && let Some(errno) = self.fail(&WINDOW_MADVISE)
+        {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         match method {
             FlushMethod::Nothing => Ok(()),
             FlushMethod::WindowMadvise if runs.len() < HOLD_RUNS => self.flusher.window.discard(runs),

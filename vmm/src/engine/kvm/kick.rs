@@ -37,6 +37,8 @@
 
 use super::error::SetupError;
 use crate::engine::Kick;
+use crate::inject::points::KICK;
+use shadow_mmu::inject::Faults;
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -235,10 +237,12 @@ impl RunState {
 pub(super) struct Kicker {
     pub(super) state: Arc<RunState>,
     pub(super) lease: u32,
+    pub(super) faults: Faults,
 }
 
 impl Kick for Kicker {
     fn kick(&self) {
+        self.faults.hit(&KICK);
         self.state.request(Requests::KICK, Some(self.lease));
     }
 }

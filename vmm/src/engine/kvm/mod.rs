@@ -56,6 +56,7 @@ use monitor::Monitor;
 use raw_vcpu::{CpuModel, RawVcpu};
 use shadow_mmu::addr::Pfn;
 use shadow_mmu::frame::FramePool;
+use shadow_mmu::inject::{Faults, Point};
 use shadow_mmu::mm::watch::HostSlots;
 use shadow_mmu::shadow::Tlb;
 use shadow_mmu::sync::{Arc, Mutex};
@@ -86,6 +87,8 @@ pub struct KvmVm {
     adopted: AdoptedSlots,
     monitor: Monitor,
     facts: HostFacts,
+    /// Empty until [`arm`](Self::arm): what the probes find is to be true.
+    faults: OnceLock<Faults>,
 }
 
 impl KvmVm {
@@ -135,7 +138,21 @@ impl KvmVm {
             adopted: AdoptedSlots::default(),
             monitor,
             facts,
+            faults: OnceLock::new(),
         }))
+    }
+
+    /// From now on `faults` decides over the VM's fault points, and over those of vCPUs that are leased from now on. Once.
+    pub fn arm(&self, faults: Faults) {
+        let _ = self.faults.set(faults);
+    }
+
+    fn fail(&self, point: &'static Point) -> Option<i32> {
+        self.faults.get()?.fail(point)
+    }
+
+    fn faults(&self) -> Faults {
+        self.faults.get().cloned().unwrap_or_default()
     }
 
     /// The place and the raw value of the entry that belongs into the upper half of every root table that a vCPU of this

@@ -146,7 +146,7 @@ pub struct KvmVcpu {
 impl KvmVcpu {
     pub(super) fn new(raw: RawVcpu, vm: Arc<KvmVm>, root: Pfn) -> Self {
         let lease = raw.state.begin_lease();
-        let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease });
+        let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.faults() });
         Self { raw: Some(raw), vm, root, kicker, regs: Regs::default() }
     }
 
@@ -190,7 +190,7 @@ impl KvmVcpu {
                 raw.state.take(Requests::KICK);
                 return Ok(Exit::Kicked);
             }
-            let outcome = enter(raw);
+            let outcome = enter(raw, &self.kicker.faults);
             raw.state.leave();
             let arrival = match outcome {
                 Outcome::Port(port) => Arrival::by_port(port),

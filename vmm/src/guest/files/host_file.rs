@@ -9,7 +9,9 @@
 use super::super::errno::Errno;
 use super::super::host::{self, Wait};
 use super::super::thread::Thread;
+use crate::inject::points::FILE_READ;
 use shadow_mmu::frame::FramePool;
+use shadow_mmu::inject::Effect;
 use shadow_mmu::mm::{FileSource, Object};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -137,7 +139,15 @@ impl HostFile {
         offset: Option<u64>,
         wait: Wait,
     ) -> Result<usize, Errno> {
-        self.retry(t, libc::POLLIN, wait, |wait| host::read(self.fd(), into, offset, wait))
+        let effect = t.process.mm().faults().hit(&FILE_READ);
+        if let Effect::Fail(errno) = effect {
+            return Err(Errno(errno));
+        }
+        let got = self.retry(t, libc::POLLIN, wait, |wait| host::read(self.fd(), into, offset, wait))?;
+        if let (Effect::Corrupt(random), true) = (effect, got > 0) {
+            into[(random >> 3) as usize % got] ^= 1 << (random & 7);
+        }
+        Ok(got)
     }
 
     /// Writes once, perhaps less than all. Errors as those of [`read`](Self::read).

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `umbra inject`.
+
+use super::{Cli, Command, Format, parse_words, run};
+use crate::inject::{Account, Plan, Registry, points, ready};
+use anyhow::{Context, Result};
+use clap::Args;
+use shadow_mmu::inject::{Effects, Faults, Point, Scope};
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Run a program while things go wrong, as a plan says: see how it, and umbra, take it.
+///
+/// A plan is a small TOML file: where (a fault point), when (the nth hit, a probability with a seed, an address range, after an
+/// event), what (an error, a delay, a stall, a memory fault) and how often. The guest's exit status is umbra's. What fired, and
+/// what never did, is said on stderr at the end.
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "umbra inject PLAN.toml [--report[=FORMAT]] -- run [OPTIONS] <PROGRAM|IMAGE> [ARGS]...\n       \
+                      umbra inject --list [--json]",
+    after_help = EXAMPLES
+)]
+pub(super) struct InjectArgs {
+    /// The plan: a file, or a ready plan by its name.
+    #[arg(value_name = "PLAN", required_unless_present = "list")]
+    plan: Option<PathBuf>,
+    /// List every fault point with what it models and what umbra promises, and the ready plans.
+    #[arg(long, conflicts_with_all = ["plan", "command"])]
+    list: bool,
+    /// Print the list as JSON.
+    #[arg(long, requires = "list")]
+    json: bool,
+    /// Say at the end what became of every rule, and how often each point was hit.
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    report: Option<Format>,
+    /// `run` and its options, as without `umbra`.
+    #[arg(last = true, value_name = "COMMAND", required_unless_present = "list")]
+    command: Vec<OsString>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  umbra inject --list                                  every point, and the ready plans
+  umbra inject oom-at-5th -- run ./my-static-program   a ready plan: the fifth mmap fails
+  umbra inject plan.toml --report=json -- run --stats touch
+
+A plan:
+  [[fault]]
+  point = \"syscall\"
+  call = \"mmap\"
+  nth = 5
+  error = \"ENOMEM\"
+
+docs/fault-injection.md has the whole language.";
+
+/// Does what the command line says.
+pub(super) fn run(args: InjectArgs) -> Result<ExitCode> {
+    if args.list {
+        return list(if args.json { Format::Json } else { Format::Text });
+    }
+    let plan = match read(args.plan.as_deref().unwrap_or(Path::new(""))) {
+        Ok(plan) => plan,
+        Err(refusal) => {
+            eprintln!("umbra: {refusal:#}");
+            return Ok(ExitCode::from(2));
+        }
+    };
+    let words = std::iter::once(OsString::from("umbra")).chain(args.command).collect();
+    let Cli { command: Command::Run(command) } = parse_words(words) else {
+        eprintln!("umbra: only `run` can be injected into: write umbra inject PLAN -- run PROGRAM");
+        return Ok(ExitCode::from(2));
+    };
+    let registry = Registry::new(&plan);
+    let result = run::run(*command, &Faults::new(Arc::clone(&registry) as _));
+    tell(&registry.account(), args.report)?;
+    result
+}
+
+/// The plan in the file at `path`, or the ready one of that name.
+fn read(path: &Path) -> Result<Plan> {
+    let text = match path.to_str().and_then(ready::find) {
+        Some(ready) => ready.text.to_owned(),
+        None => std::fs::read_to_string(path).with_context(|| {
+            format!("cannot read the plan {} (`umbra inject --list` names the ready ones)", path.display())
+        })?,
+    };
+    text.parse().with_context(|| format!("the plan {} cannot be followed", path.display()))
+}
+
+/// What became of the rules.
+fn tell(account: &Account, report: Option<Format>) -> Result<()> {
+    if report == Some(Format::Json) {
+        eprintln!("{}", serde_json::to_string(account)?);
+        return Ok(());
+    }
+    for (number, rule) in account.rules.iter().enumerate().map(|(index, rule)| (index + 1, rule)) {
+        if rule.fired == 0 {
+            eprintln!(
+                "umbra: inject: rule {number} ({}) never fired: it was asked {} times",
+                rule.rule, rule.eligible
+            );
+        } else if report.is_some() {
+            eprintln!(
+                "umbra: inject: rule {number} ({}) fired {} of {} times",
+                rule.rule, rule.fired, rule.eligible
+            );
+        }
+    }
+    if report.is_some() {
+        let hits: Vec<_> = account.hits.iter().map(|(point, hits)| format!("{point} {hits}")).collect();
+        eprintln!("umbra: inject: hits: {}", hits.join(", "));
+    }
+    Ok(())
+}
+
+fn effects(point: &Point) -> Vec<String> {
+    let names = [
+        (Effects::DELAY, "delay"),
+        (Effects::STALL, "stall"),
+        (Effects::CORRUPT, "corrupt"),
+        (Effects::SPLIT, "split"),
+        (Effects::EXIT, "exit"),
+        (Effects::MEMORY, "memory"),
+    ];
+    let errors = point.errors.iter().map(|(errno, _)| crate::inject::errno_name(*errno));
+    let rest = names.iter().filter(|(effect, _)| point.effects.contains(*effect));
+    errors.chain(rest.map(|(_, name)| (*name).to_owned())).collect()
+}
+
+fn list(format: Format) -> Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    match format {
+        Format::Json => {
+            let points: Vec<_> = points::all()
+                .map(|point| {
+                    serde_json::json!({
+                        "name": point.name, "place": point.place, "models": point.models, "promise": point.promise,
+                        "effects": effects(point), "of": if point.scope == Scope::Pool { "pool" } else { "vm" },
+                    })
+                })
+                .collect();
+            let plans: Vec<_> = ready::all()
+                .map(|plan| serde_json::json!({"name": plan.name, "summary": plan.summary(), "text": plan.text}))
+                .collect();
+            writeln!(
+                out,
+                "{}",
+                serde_json::to_string_pretty(&serde_json::json!({"points": points, "plans": plans}))?
+            )?;
+        }
+        Format::Text => {
+            writeln!(out, "Fault points:")?;
+            for point in points::all() {
+                writeln!(out, "\n  {}\n    when      {}", point.name, point.place)?;
+                writeln!(out, "    models    {}\n    promise   {}", point.models, point.promise)?;
+                writeln!(out, "    offers    {}", effects(point).join(", "))?;
+            }
+            writeln!(out, "\nReady plans, by name:\n")?;
+            for plan in ready::all() {
+                writeln!(out, "  {:<16} {}", plan.name, plan.summary())?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
