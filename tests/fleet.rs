@@ -290,6 +290,7 @@ fn every_pool_is_large_enough_or_said_to_be_too_small() {
         window: WindowFill::Ahead,
         listeners: Vec::new(),
         tracking: Tracking::default(),
+        faults: Default::default(),
     };
     let mut refused = 0;
     for pages in 1.. {

@@ -52,6 +52,12 @@ impl Link {
     pub fn is_present(self) -> bool {
         self.0 & Self::PRESENT != 0
     }
+    /// Whether it has the bits that each link has, and none that no link has.
+    pub fn is_well_formed(self) -> bool {
+        const FRAME: u64 = (u32::MAX as u64) << PAGE_SHIFT;
+        let always = Self::PRESENT | Self::OPEN & !Self::ACCESSED;
+        self.0 & always == always && self.0 & !(always | Self::ACCESSED | Self::IDLE | FRAME) == 0
+    }
     /// A.
     pub fn is_accessed(self) -> bool {
         self.0 & Self::ACCESSED != 0
@@ -84,6 +90,33 @@ pub struct Tables {
     count: AtomicUsize,
     /// What for tables are.
     purpose: Purpose,
+}
+
+/// What [`Tables::recount`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Recount {
+    /// Tables that are linked.
+    pub(crate) tables: usize,
+    /// What links lead to that can be no table.
+    pub(crate) stray: Vec<Pfn>,
+    /// Links with bits that none has, or without those that each has.
+    pub(crate) odd: Vec<Link>,
+}
+
+impl Recount {
+    /// What is wrong with them, if `counted` tables are said to be there.
+    pub(crate) fn violations(&self, counted: usize) -> Vec<String> {
+        let mut wrong: Vec<_> = self
+            .stray
+            .iter()
+            .map(|pfn| format!("a link leads to the frame {:#x}, which is free or not of the pool", pfn.0))
+            .collect();
+        wrong.extend(self.odd.iter().map(|link| format!("a link is {:#018x}, which none may be", link.0)));
+        if self.tables != counted {
+            wrong.push(format!("{counted} tables are counted, {} are linked", self.tables));
+        }
+        wrong
+    }
 }
 
 impl Tables {
@@ -300,6 +333,35 @@ impl Tables {
         self.pool.put_all(tables);
     }
 
+    /// Counts the tables anew, root included; and the links that lead to a free frame, or out of the pool, which are not
+    /// followed. Exact while nobody adds or takes away tables.
+    pub(crate) fn recount(&self) -> Recount {
+        let mut found = Recount { tables: 0, stray: Vec::new(), odd: Vec::new() };
+        self.recount_below(self.root, TOP, &mut found);
+        found
+    }
+
+    fn recount_below(&self, table: Pfn, level: u8, found: &mut Recount) {
+        if !self.pool.contains(table) || self.pool.frame(table).ref_count() == 0 {
+            found.stray.push(table);
+            return;
+        }
+        found.tables += 1;
+        if level > 1 {
+            // Of the root only the lower half is ours.
+            let entries = if level == TOP { ENTRIES / 2 } else { ENTRIES } as usize;
+            for word in &self.pool.words(table)[..entries] {
+                let entry = Link(word.load(Ordering::Acquire));
+                if entry.0 != 0 && !entry.is_well_formed() {
+                    found.odd.push(entry);
+                }
+                if entry.is_present() {
+                    self.recount_below(entry.pfn(), level - 1, found);
+                }
+            }
+        }
+    }
+
     fn collect_tables(&self, table: Pfn, level: u8, out: &mut Vec<Pfn>) {
         if level > 1 {
             // Of the root only the lower half is ours.
@@ -414,6 +476,26 @@ mod tests {
         assert!(tables.leaf_table_or_new(0).is_err());
         assert!(tables.leaf_table(0).is_none());
         assert_eq!(tables.walk(0).len(), 3);
+    }
+
+    #[test]
+    fn a_link_that_was_changed_behind_the_tree_is_found() {
+        let tables = tables(16);
+        tables.leaf_table_or_new(5).unwrap();
+        assert!(tables.recount().violations(4).is_empty());
+        assert_eq!(tables.recount().violations(5), ["5 tables are counted, 4 are linked"]);
+        let link = &tables.pool.words(tables.root())[0];
+        let sound = link.load(Ordering::Relaxed);
+        // A frame that is free, one that is not of the pool, a large page, and one that ring 3 may not walk.
+        for (wrong, lines) in
+            [(Link::to(Pfn(9)).0, 2), (Link::to(Pfn(99)).0, 2), (sound | 1 << 7, 1), (sound & !4, 1)]
+        {
+            link.store(wrong, Ordering::Relaxed);
+            assert_eq!(tables.recount().violations(4).len(), lines, "{wrong:#x}");
+        }
+        link.store(sound & !Link::ACCESSED | Link::IDLE, Ordering::Relaxed);
+        assert!(tables.recount().violations(4).is_empty(), "aging may do that");
+        link.store(sound, Ordering::Relaxed);
     }
 
     #[test]

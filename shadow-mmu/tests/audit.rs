@@ -283,3 +283,70 @@ fn several_violations_are_all_reported() {
     (0..2).for_each(|n| plant(&machine, page(BASE, n as u64), sptes[n]));
     machine.finish();
 }
+
+/// What the audit of the primary has to say.
+fn primary_says(machine: &Machine) -> Vec<String> {
+    machine.mm.audit().violations.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn a_sound_address_space_has_no_violations_and_its_ptes_are_counted() {
+    let machine = machine(RW);
+    let audit = machine.mm.audit();
+    assert_eq!((audit.ptes, audit.violations), (5, Vec::new()));
+    // With frames that two spaces have, and after writes on either side.
+    let child = machine.mm.fork().unwrap();
+    machine.poke(page(BASE, 1), 7);
+    assert_eq!((primary_says(&machine), child.audit().violations), (Vec::new(), Vec::new()));
+    child.release();
+    drop(child);
+    machine.finish();
+}
+
+#[test]
+fn i21_a_pte_of_a_free_frame_and_one_that_its_frame_does_not_count() {
+    let machine = machine(RW);
+    let pfn = machine.spte(BASE).pfn();
+    let frame = machine.pool.frame(pfn);
+    frame.remove_map();
+    let said = primary_says(&machine);
+    assert!(said.len() == 1 && said[0].ends_with("the frame says that no pte maps it"), "{said:?}");
+    machine.pool.put(pfn);
+    let said = primary_says(&machine);
+    assert!(said.len() == 1 && said[0].ends_with("the frame is free"), "{said:?}");
+    assert_eq!(machine.pool.alloc(Fill::Overwritten), Ok(pfn));
+    frame.add_map();
+    frame.add_map();
+    let said = primary_says(&machine);
+    assert!(said.len() == 1 && said[0].ends_with("the frame has 2 ptes and 1 references"), "{said:?}");
+    frame.remove_map();
+    assert_eq!(primary_says(&machine), [""; 0]);
+    machine.finish();
+}
+
+#[test]
+fn i43_tables_that_are_linked_and_not_counted_are_found_in_the_map() {
+    let machine = machine(RW);
+    let root = &machine.pool.words(machine.shadow.root())[index(page(BASE, 0).page(), 4)];
+    let link = root.load(Ordering::SeqCst);
+    // A large page; and nothing, where four tables were.
+    for (wrong, tables) in [(link | 1 << 7, "which none may be"), (0, "4 tables are counted, 1 are linked")] {
+        root.store(wrong, Ordering::SeqCst);
+        let report = machine.shadow.audit(&machine.mm);
+        assert_eq!(report.violations[0].invariant, 43);
+        assert!(report.violations[0].what.ends_with(tables), "{:?}", report.violations);
+    }
+    root.store(link, Ordering::SeqCst);
+    finds(&machine, BASE, &[]);
+    machine.finish();
+}
+
+#[test]
+fn i16_a_leaf_with_a_reserved_bit() {
+    let machine = machine(RW);
+    let at = page(BASE, 3);
+    change(&machine, at, |bits| bits | 1 << 50);
+    finds(&machine, at, &[16]);
+    change(&machine, at, |bits| bits & !(1 << 50));
+    machine.finish();
+}

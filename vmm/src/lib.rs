@@ -13,12 +13,14 @@
 //! | [`inject`] | breaking things on purpose |
 //! | [`trace`] | notifier events, to be read |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
+//! | [`crash`] | the report on umbra's own failures, in a file |
 //! | [`mod@bench`], [`cli`] | the commands |
 
 pub mod aging;
 pub mod bench;
 mod causes;
 pub mod cli;
+pub mod crash;
 pub mod dirty_rate;
 pub mod engine;
 pub mod fleet;
@@ -31,3 +33,4 @@ pub mod report;
 pub mod stalls;
 pub mod trace;
 pub mod vm;
+mod whole_file;

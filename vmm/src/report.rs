@@ -2,6 +2,8 @@
 //! What umbra says about a guest: how it died, and what it cost.
 
 use crate::aging::AgingCost;
+use crate::engine::Regs;
+use crate::engine::kvm::HostFacts;
 use crate::guest::{Death, ExitStatus};
 use crate::stalls::StallSummary;
 use crate::vm::{Frames, Machine};
@@ -192,6 +194,25 @@ fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -
         write_mapping(out, address, &vmas)?;
         write_walk(out, address, machine)?;
     }
+    write_registers(out, regs)?;
+    write_events(out, machine)
+}
+
+/// What the host is, and which capabilities it has.
+pub(crate) fn write_host(out: &mut String, host: &HostFacts) -> std::fmt::Result {
+    writeln!(out, "backend   {}", host.kvm_backend)?;
+    writeln!(out, "host      Linux {}, {}, {} CPUs", host.kernel, host.cpu, host.cpus)?;
+    if !host.capabilities.is_empty() {
+        writeln!(out, "capabilities")?;
+        for capability in &host.capabilities {
+            writeln!(out, "  {:<32} {}", capability.name, capability.value)?;
+        }
+    }
+    Ok(())
+}
+
+/// General registers, four a line.
+pub(crate) fn write_registers(out: &mut String, regs: &Regs) -> std::fmt::Result {
     writeln!(out, "registers")?;
     for row in [
         [("rax", regs.rax), ("rbx", regs.rbx), ("rcx", regs.rcx), ("rdx", regs.rdx)],
@@ -203,6 +224,11 @@ fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -
         let row: Vec<_> = row.iter().map(|(name, value)| format!("{name:>5} {value:016x}")).collect();
         writeln!(out, " {}", row.join(" "))?;
     }
+    Ok(())
+}
+
+/// What the recorder has.
+pub(crate) fn write_events(out: &mut String, machine: &Machine) -> std::fmt::Result {
     let events = machine.recorder().events();
     writeln!(out, "last notifier events{}", if events.is_empty() { ": none" } else { "" })?;
     for event in events {
@@ -249,12 +275,14 @@ fn unreachable_page(death: &Death, vmas: &[Vma]) -> &'static str {
     }
 }
 
-fn vma_line(vma: &Vma) -> String {
+/// A mapping in one line.
+pub(crate) fn vma_line(vma: &Vma) -> String {
     let kind = if vma.is_shared() { 's' } else { 'p' };
     format!("{}-{} {}{kind} {}", vma.range.start, vma.range.end, vma.prot, vma.name())
 }
 
-fn write_mapping(out: &mut String, address: Gpa, vmas: &[Vma]) -> std::fmt::Result {
+/// The mapping that holds `address`, or those beside it.
+pub(crate) fn write_mapping(out: &mut String, address: Gpa, vmas: &[Vma]) -> std::fmt::Result {
     let after = vmas.partition_point(|vma| vma.range.start.0 <= address.0);
     let holds = after.checked_sub(1).map(|at| &vmas[at]).filter(|vma| vma.range.contains(Hva(address.0)));
     match holds {
@@ -276,7 +304,8 @@ fn write_mapping(out: &mut String, address: Gpa, vmas: &[Vma]) -> std::fmt::Resu
     }
 }
 
-fn write_walk(out: &mut String, address: Gpa, machine: &Machine) -> std::fmt::Result {
+/// What the CPU finds on its walk to `address`, and the primary's pte.
+pub(crate) fn write_walk(out: &mut String, address: Gpa, machine: &Machine) -> std::fmt::Result {
     if address.0 >> 47 != 0 {
         return writeln!(out, "walk: not an address of the user half");
     }

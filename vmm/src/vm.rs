@@ -16,6 +16,7 @@ mod rings;
 
 pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 
+use crate::crash;
 use crate::engine::kvm::{Effort, KvmVm};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
@@ -61,6 +62,8 @@ pub struct Machine {
     threads: Mutex<Vec<JoinHandle<()>>>,
     death: Mutex<Option<Death>>,
     lost: Mutex<Option<EngineError>>,
+    /// The report on the first vCPU that was lost.
+    crash: OnceLock<String>,
     /// Of vCPUs, where they have dirty rings.
     rings: Option<Rings>,
     /// Page sharing, where it takes part.
@@ -73,6 +76,17 @@ pub struct Machine {
     watch: Mutex<Option<Arc<Watch>>>,
     /// Keeps the window's handler while the machine runs.
     _handler: Option<crate::bench::WindowHandler>,
+}
+
+/// What [`Machine::audit_all`] saw.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MachineAudit {
+    /// Ptes of the address space looked at.
+    pub ptes: u64,
+    /// Leaves of the shadow map looked at.
+    pub leaves: u64,
+    /// What was wrong, a line each. Empty is good.
+    pub violations: Vec<String>,
 }
 
 /// A guest.
@@ -145,6 +159,7 @@ impl Machine {
             threads: Mutex::default(),
             death: Mutex::default(),
             lost: Mutex::default(),
+            crash: OnceLock::new(),
             rings,
             sharing: OnceLock::new(),
             stalls: Mutex::default(),
@@ -204,6 +219,10 @@ impl Machine {
     pub fn death(&self) -> Option<Death> {
         lock(&self.death).clone()
     }
+    /// The report on the first vCPU that the engine lost, if one was: see [`crash`].
+    pub fn crash(&self) -> Option<&str> {
+        self.crash.get().map(String::as_str)
+    }
     /// What marks the CPU sets, as far as they are used.
     pub fn ad_bits(&self) -> AdBits {
         self.config.tracking.ad_bits.of(&self.kvm)
@@ -232,6 +251,21 @@ impl Machine {
     /// Checks the shadow map and the free frames now.
     pub fn check(&self) -> (AuditReport, u64) {
         (self.audit(), self.pool.check_poison())
+    }
+    /// Checks everything of this guest alone that can be checked while it runs: its address space, then the shadow map. One
+    /// after the other, each under the locks that it needs. What guests share is checked by whoever has all of them.
+    pub fn audit_all(&self) -> MachineAudit {
+        let primary = self.mm.audit();
+        let mut audit = MachineAudit { ptes: primary.ptes, ..MachineAudit::default() };
+        audit.violations = primary.violations.iter().map(ToString::to_string).collect();
+        if primary.violations.iter().any(|one| one.at.is_none()) {
+            // Tables that cannot be walked. The shadow map's are checked against them.
+            return audit;
+        }
+        let shadow = self.audit();
+        audit.leaves = shadow.leaves;
+        audit.violations.extend(shadow.violations.iter().map(ToString::to_string));
+        audit
     }
     /// Checks the shadow map alone now: the frames may be those of other machines too.
     pub fn audit(&self) -> AuditReport {
@@ -283,6 +317,10 @@ impl Host for MachineHost {
 
     fn report_death(&self, death: &Death) {
         lock(&self.0.death).get_or_insert_with(|| death.clone());
+    }
+
+    fn vcpu_lost(&self, tid: i32, error: &EngineError) {
+        self.0.crash.get_or_init(|| crash::vcpu_lost(tid, error, &self.0));
     }
 
     fn filled(&self, range: HvaRange) {

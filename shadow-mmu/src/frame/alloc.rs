@@ -24,6 +24,14 @@ pub(super) struct FreeFrames {
     used_cursor: usize,
 }
 
+/// What the bitmaps hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Recount {
+    pub(super) free: usize,
+    pub(super) used: usize,
+    pub(super) used_not_free: usize,
+}
+
 impl FreeFrames {
     /// All of `frames` frames free and clean.
     pub(super) fn new(frames: usize) -> Self {
@@ -147,6 +155,31 @@ impl FreeFrames {
     /// Gives back a frame that [`take_used_runs`](Self::take_used_runs) took but whose bytes could not be dropped.
     pub(super) fn put_unpunched(&mut self, frames: Range<u32>) {
         frames.for_each(|frame| self.put_used(Pfn(frame)));
+    }
+
+    /// The free frames of a range, ascending.
+    pub(super) fn free_in(&self, frames: Range<usize>) -> impl Iterator<Item = Pfn> + '_ {
+        let words = frames.start / WORD..frames.end.div_ceil(WORD);
+        let bits = words.filter(|&word| self.free[word] != 0).flat_map(move |word| {
+            (0..WORD).filter(move |bit| self.free[word] >> bit & 1 == 1).map(move |bit| word * WORD + bit)
+        });
+        bits.filter(move |frame| frames.contains(frame)).map(|frame| Pfn(frame as u32))
+    }
+
+    /// The bitmaps, counted anew.
+    pub(super) fn recount(&self) -> Recount {
+        let ones = |word: u64| word.count_ones() as usize;
+        Recount {
+            free: self.free.iter().copied().map(ones).sum(),
+            used: self.used.iter().copied().map(ones).sum(),
+            used_not_free: self.used.iter().zip(&self.free).map(|(used, free)| ones(used & !free)).sum(),
+        }
+    }
+
+    /// Makes the counter of free frames wrong.
+    #[cfg(test)]
+    pub(super) fn miscount(&mut self) {
+        self.free_count -= 1;
     }
 
     /// The used frames, ascending.

@@ -15,10 +15,12 @@
 //! Locks: the free list's mutex is a leaf lock. Nothing is called with it held.
 
 mod alloc;
+mod audit;
 mod hook;
 mod meta;
 mod pool;
 
+pub use audit::PoolAudit;
 pub use hook::{WriteHook, WriteSink};
 pub use meta::{Frame, FrameFlags};
 pub use pool::{Fill, FrameMemory, FramePool, FreedFrames, OutOfFrames, PoolError, PoolStats, Purpose};

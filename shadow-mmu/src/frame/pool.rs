@@ -109,8 +109,8 @@ pub struct FramePool {
     /// Host address of the direct map; derived from `memory`, kept because every table walk needs it.
     base: usize,
     file: Arc<File>,
-    frames: Box<[Frame]>,
-    free: Mutex<FreeFrames>,
+    pub(super) frames: Box<[Frame]>,
+    pub(super) free: Mutex<FreeFrames>,
     freed: FreedFrames,
     punched: AtomicU64,
     /// Marks of accesses that frames got from sptes that were lost, so far.

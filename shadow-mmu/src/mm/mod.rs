@@ -18,6 +18,7 @@
 //! | `write_logs` | whether somebody logs writes |
 //! | `age` | whether a page was accessed |
 //! | [`generations`](PageAge) | how long each page has been idle |
+//! | [`audit`](MmAudit) | what must be true of ptes, checked |
 //! | `fork` | children |
 //! | [`reap`](Reaped) | the memory of a guest that is told to die |
 //! | [`object`](Object) | page cache and shared memory |
@@ -37,6 +38,7 @@
 
 mod advise;
 mod age;
+mod audit;
 mod fault;
 mod fork;
 mod generations;
@@ -53,6 +55,7 @@ mod write_logs;
 mod zap;
 
 pub use advise::Advice;
+pub use audit::{MmAudit, MmViolation};
 pub use fault::{Ahead, Brought, FaultError, FaultRequest, Pinned, PinnedPage};
 pub use generations::{AgingPass, FULL_LOOK, OLDEST, PageAge};
 pub use map::MapFlags;

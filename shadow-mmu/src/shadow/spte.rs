@@ -165,6 +165,23 @@ impl Spte {
             (true, true, true) | (true, true, false) | (false, false, false)
         ) && (self.is_host_writable() || !self.is_dirty())
     }
+    /// Whether it has no bit that no leaf has, and those that each has. Every other bit is reserved, or means something to the CPU
+    /// that umbra never asks for.
+    pub fn is_well_formed(self) -> bool {
+        /// Frames have 32 bits.
+        const FRAME: u64 = (u32::MAX as u64) << PAGE_SHIFT;
+        const KNOWN: u64 = PRESENT
+            | WRITE
+            | USER
+            | ACCESSED
+            | DIRTY
+            | HOST_WRITABLE
+            | MMU_WRITABLE
+            | MMU_PRESENT
+            | FRAME
+            | NO_EXEC;
+        self.0 & !KNOWN == 0 && self.0 & USER != 0
+    }
     /// Without A and D, to compare entries for what they translate to and allow.
     pub fn without_marks(self) -> Self {
         Self(self.0 & !(ACCESSED | DIRTY))
@@ -263,6 +280,14 @@ mod tests {
         }
         assert_eq!(Spte::NONE.restored(Access::READ), None);
         assert_eq!(Spte::table(Pfn(3)).restored(Access::READ), None);
+    }
+
+    #[test]
+    fn i16_a_leaf_with_a_reserved_bit_or_without_the_user_bit_is_not_well_formed() {
+        let leaf = Spte::leaf(Pfn(u32::MAX), Access::all()).touched(Access::WRITE);
+        assert!(leaf.is_well_formed() && leaf.access_tracked().is_well_formed());
+        assert!((44..63).chain([3, 4, 7, 8]).all(|bit| !Spte(leaf.0 | 1 << bit).is_well_formed()));
+        assert!(!Spte(leaf.0 & !USER).is_well_formed());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use super::kvm_device;
 use crate::causes::one_line;
 use crate::engine::kvm::{Effort, FlushReport, HostFacts, KvmVm, host_facts};
+use crate::report::write_host;
 use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
@@ -99,16 +100,8 @@ fn text(report: &Report) -> String {
 }
 
 fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
-    let host = &report.host;
     writeln!(out, "device    {}", report.device)?;
-    writeln!(out, "backend   {}", host.kvm_backend)?;
-    writeln!(out, "host      Linux {}, {}, {} CPUs", host.kernel, host.cpu, host.cpus)?;
-    if !host.capabilities.is_empty() {
-        writeln!(out, "capabilities")?;
-        for capability in &host.capabilities {
-            writeln!(out, "  {:<32} {}", capability.name, capability.value)?;
-        }
-    }
+    write_host(out, &report.host)?;
     if let Some(flush) = &report.flush {
         writeln!(out, "flush methods, each with two vCPUs writing through the entry")?;
         writeln!(

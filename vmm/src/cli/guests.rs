@@ -4,9 +4,11 @@
 //! A guest's end is told when it comes, and its memory goes back to the pool then; only the last one's waits for the reports
 //! on guests that run. So a single guest, which is the last, ends as if there were no others to think of.
 
+use super::check::AuditStats;
 use super::{Format, parse};
 use crate::aging::AgingCost;
 use crate::causes::one_line;
+use crate::crash;
 use crate::guest::ExitStatus;
 use crate::ksm::report::SharingStats;
 use crate::report::{Stats, death_report, exit_code, signal_name};
@@ -15,6 +17,7 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 #[derive(Debug, Args)]
@@ -85,6 +88,8 @@ struct AllStats<'a> {
     guests: Vec<GuestStats<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     ksm: Option<SharingStats>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit: Option<AuditStats>,
 }
 
 #[derive(Debug, Serialize)]
@@ -93,20 +98,24 @@ struct OneStats<'a> {
     stats: &'a Stats,
     #[serde(skip_serializing_if = "Option::is_none")]
     ksm: Option<SharingStats>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit: Option<AuditStats>,
 }
 
 /// How the guests ended.
 #[derive(Debug)]
 pub(super) struct Endings {
     began: Instant,
+    /// Where reports on umbra's own failures go, if the command line says so.
+    report_folder: Option<PathBuf>,
     /// By number; `None` while it runs.
     ended: Vec<Option<Ended>>,
 }
 
 impl Endings {
     /// Of `count` guests, which began at this time.
-    pub(super) fn new(count: usize, began: Instant) -> Self {
-        Self { began, ended: (0..count).map(|_| None).collect() }
+    pub(super) fn new(count: usize, began: Instant, report_folder: Option<PathBuf>) -> Self {
+        Self { began, report_folder, ended: (0..count).map(|_| None).collect() }
     }
 
     /// Guest `number`, which is `vm`, has ended: notes how. Returns what the operator is to be told, whole lines.
@@ -129,7 +138,10 @@ impl Endings {
                 writeln!(text, "umbra: {who} exited with status {code}")
             }
             (Ok(ExitStatus::Exited(_)), _) => Ok(()),
-            (Err(error), _) => writeln!(text, "umbra: {who} is lost: {}", one_line(error)),
+            (Err(error), _) => {
+                let what = format!("{who} is lost: {}", one_line(error));
+                text.write_str(&crash::tell(&what, vm.machine().crash(), self.report_folder.as_deref()))
+            }
         };
         let exit_status = status.map_or(super::FAILED, exit_code);
         let stats = Stats::of(vm.machine(), self.began.elapsed(), aging);
@@ -139,13 +151,21 @@ impl Endings {
         text
     }
 
-    /// What the guests cost, and what they saved by sharing pages; one line in JSON.
-    pub(super) fn stats(&self, format: Format, ksm: Option<SharingStats>) -> Result<String> {
+    /// What the guests cost, what they saved by sharing pages, and what auditing them cost; one line in JSON.
+    pub(super) fn stats(
+        &self,
+        format: Format,
+        ksm: Option<SharingStats>,
+        audit: Option<AuditStats>,
+    ) -> Result<String> {
         let ended = || self.ended.iter().enumerate().filter_map(|(n, ended)| Some((n, ended.as_ref()?)));
-        let shared = ksm.map_or_else(String::new, |ksm| format!("\n{}", ksm.text()));
+        let audited = audit.map_or_else(String::new, |audit| format!("\n{}", audit.text()));
+        let shared = ksm.map_or_else(String::new, |ksm| format!("\n{}", ksm.text())) + &audited;
         match (&self.ended[..], format) {
             ([Some(only)], Format::Text) => Ok(only.stats.text() + &shared),
-            ([Some(only)], Format::Json) => Ok(serde_json::to_string(&OneStats { stats: &only.stats, ksm })?),
+            ([Some(only)], Format::Json) => {
+                Ok(serde_json::to_string(&OneStats { stats: &only.stats, ksm, audit })?)
+            }
             (_, Format::Text) => {
                 let text = |(guest, Ended { exit_status, stats }): (usize, &Ended)| {
                     format!("guest {guest}, exit status {exit_status}\n{}", stats.text())
@@ -158,7 +178,7 @@ impl Endings {
                     exit_status: *exit_status,
                     stats,
                 });
-                Ok(serde_json::to_string(&AllStats { guests: guests.collect(), ksm })?)
+                Ok(serde_json::to_string(&AllStats { guests: guests.collect(), ksm, audit })?)
             }
         }
     }

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A file that appears as a whole or not at all: written under another name beside it, then renamed.
+//! A file that appears as a whole or not at all, in the place of one that may be there ([`WholeFile`]).
 
+use crate::whole_file::WholeFile;
 use anyhow::{Context, Result, ensure};
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The promise of a file.
 #[derive(Debug)]
 pub(super) struct Replacement {
     path: PathBuf,
-    partial: PathBuf,
 }
 
 impl Replacement {
@@ -25,38 +24,24 @@ impl Replacement {
                 path.display()
             );
         }
-        let mut name = std::ffi::OsString::from(".");
-        name.push(path.file_name().with_context(|| format!("{} names no file", path.display()))?);
-        name.push(format!(".{}.partial", std::process::id()));
-        let replacement = Self { partial: path.with_file_name(name), path };
+        ensure!(path.file_name().is_some(), "{} names no file", path.display());
+        let replacement = Self { path };
         // Not kept: a guest may run for days, and umbra may be killed.
-        replacement.create()?;
-        replacement.remove_partial();
+        replacement.begin()?;
         Ok(replacement)
     }
 
-    fn create(&self) -> Result<File> {
-        File::create_new(&self.partial).with_context(|| {
-            format!("cannot write {} (by way of {} beside it)", self.path.display(), self.partial.display())
+    fn begin(&self) -> Result<WholeFile> {
+        WholeFile::begin(&self.path, 0o666).with_context(|| {
+            format!("cannot write {} (by way of another file beside it)", self.path.display())
         })
-    }
-
-    fn remove_partial(&self) {
-        // Gone is what it should be.
-        let _ = fs::remove_file(&self.partial);
     }
 
     /// Puts a file with this content in its place.
     pub(super) fn write(self, content: &[u8]) -> Result<()> {
-        let written = self.create().and_then(|mut file| {
-            file.write_all(content)
-                .and_then(|()| fs::rename(&self.partial, &self.path))
-                .with_context(|| format!("cannot write {}", self.path.display()))
-        });
-        if written.is_err() {
-            self.remove_partial();
-        }
-        written
+        let mut file = self.begin()?;
+        let cannot = format!("cannot write {} (by way of {})", self.path.display(), file.hidden().display());
+        file.write(content).and_then(|()| file.finish()).context(cannot)
     }
 }
 

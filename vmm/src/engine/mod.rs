@@ -9,6 +9,9 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 pub mod kvm;
+mod snapshot;
+
+pub use snapshot::{Facts, VcpuSnapshot};
 
 /// The registers of a guest thread, as ring 3 sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -75,6 +78,8 @@ pub struct EngineError {
     /// The host's word.
     #[source]
     pub source: std::io::Error,
+    /// What the vCPU was then, for a report; `None` where it was lost before.
+    pub snapshot: Option<Box<VcpuSnapshot>>,
 }
 
 /// One virtual CPU, driven by the one thread that owns it.

@@ -22,7 +22,7 @@ use super::syscall::UnknownCalls;
 use super::thread::Thread;
 use super::uaccess::UserMemory;
 use super::waker::Waker;
-use crate::engine::Regs;
+use crate::engine::{EngineError, Regs};
 use shadow_mmu::addr::{Access, Gpa, HvaRange};
 use shadow_mmu::mm::Mm;
 use shadow_mmu::notifier::Misuse;
@@ -66,6 +66,9 @@ pub trait Host: Debug + Send + Sync {
 
     /// A signal ends the process. Called once, before [`exited`](Self::exited).
     fn report_death(&self, death: &Death);
+
+    /// The vCPU of this thread is lost, and the process is about to be ended for that.
+    fn vcpu_lost(&self, tid: i32, error: &EngineError);
 
     /// The last thread has left; [`Process::status`] is known.
     fn exited(&self);

@@ -213,6 +213,7 @@ impl Host for FakeHost {
     fn report_death(&self, death: &Death) {
         self.deaths.lock().push(death.clone());
     }
+    fn vcpu_lost(&self, _: i32, _: &EngineError) {}
     fn exited(&self) {
         *self.exits.lock() += 1;
     }

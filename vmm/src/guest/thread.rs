@@ -81,7 +81,9 @@ impl Thread {
         let result = self.until_it_ends(vcpu, faults);
         // From here on the thread makes system calls only on its own behalf; nobody needs its vCPU any more.
         self.waker.detach();
-        if result.is_err() {
+        if let Err(error) = &result {
+            // First: the process's memory goes with it.
+            self.process.host().vcpu_lost(self.tid, error);
             self.process.end(ExitStatus::Signaled(libc::SIGKILL));
         }
         self.release_user_memory();

@@ -175,6 +175,9 @@ impl Machine {
         if let Some(violation) = report.violations.first() {
             return Err(violation.to_string());
         }
+        if let Some(violation) = self.mm.audit().violations.first() {
+            return Err(violation.to_string());
+        }
         for (cpu, (gfn, cached)) in
             (0..CPUS).flat_map(|cpu| self.tlb.cached(cpu).into_iter().map(move |it| (cpu, it)))
         {

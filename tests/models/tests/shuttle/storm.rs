@@ -176,6 +176,11 @@ fn storm_logged() {
                 let report = machine.shadow().audit(&machine.mm);
                 let first = report.violations.first();
                 machine.must(first.is_none(), || format!("{config:?}: {first:?}"));
+                let primary = machine.mm.audit();
+                let first = primary.violations.first();
+                machine.must(first.is_none(), || format!("{config:?}: {first:?}"));
+                let free = machine.mm.pool().audit(0).violations;
+                machine.must(free.is_empty(), || format!("{config:?}: {free:?}"));
             }
         }),
     ]);

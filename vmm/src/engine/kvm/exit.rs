@@ -19,6 +19,8 @@ pub(super) enum Outcome {
     Port(u16),
     /// EINTR or EAGAIN.
     Interrupted,
+    /// ENOMEM: the host had no memory for what KVM needs to map one more page.
+    NoMemory(EngineError),
     /// The instruction at rip is one that KVM has to emulate and cannot.
     NotEmulated,
     /// KVM could not reach the memory behind this guest physical address (where it says which), or not for this access.
@@ -28,7 +30,7 @@ pub(super) enum Outcome {
 }
 
 pub(super) fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
-    EngineError { what: what.into(), source }
+    EngineError { what: what.into(), source, snapshot: None }
 }
 
 /// Whether ring 3 was running, by what KVM last wrote to the shared page.
@@ -74,6 +76,10 @@ pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults) -> Outcome {
         Ok(exit) => format!("{exit:?}"),
         Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Outcome::Interrupted,
         Err(error) if error.errno() == libc::EFAULT => return unreachable(raw, None),
+        Err(error) if error.errno() == libc::ENOMEM => {
+            let facts = facts(raw);
+            return Outcome::NoMemory(lost(format!("KVM_RUN {facts}"), error.into()));
+        }
         Err(error) => {
             let facts = facts(raw);
             return Outcome::Failed(lost(format!("KVM_RUN {facts}"), error.into()));

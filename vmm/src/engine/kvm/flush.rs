@@ -178,6 +178,11 @@ impl Flusher {
         self.a_needs_flush.store(bits != AdBits::Unflushed, Ordering::Release);
     }
 
+    /// The methods in use.
+    pub(super) fn methods(&self) -> Vec<FlushMethod> {
+        FlushMethod::ALL.into_iter().filter(|&method| self.works(method)).collect()
+    }
+
     fn works(&self, method: FlushMethod) -> bool {
         self.working.load(Ordering::Acquire) & method.bit() != 0
     }

@@ -8,6 +8,7 @@
 //!        ├─ memslots of adopted mappings                                      host_slots.rs
 //!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
 //! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, kick.rs
+//!           and what is known of one that is lost                             snapshot.rs, shortage.rs
 //! ```
 //!
 //! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the
@@ -25,6 +26,8 @@ mod opcode;
 mod probe;
 mod probe_guest;
 mod raw_vcpu;
+mod shortage;
+mod snapshot;
 mod vcpu;
 mod window;
 
@@ -32,6 +35,8 @@ mod window;
 mod flush_tests;
 #[cfg(test)]
 mod hostile;
+#[cfg(all(test, feature = "inject"))]
+mod lost_tests;
 #[cfg(test)]
 mod measure;
 #[cfg(test)]
@@ -219,6 +224,11 @@ impl KvmVm {
     pub fn window(&self) -> std::ops::Range<u64> {
         let window = &self.flusher.window;
         window.address()..window.address() + window.bytes()
+    }
+
+    /// The ways to flush translations that are in use: those that work here.
+    pub fn flush_methods(&self) -> Vec<FlushMethod> {
+        self.flusher.methods()
     }
 
     /// What this host is.

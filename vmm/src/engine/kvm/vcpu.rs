@@ -20,8 +20,13 @@
 //!   (KVM holds an exception that it has not delivered yet; rip is LSTAR's), the vCPU runs on before the kick is
 //!   reported: the way leads straight to a stub, while registers changed under a pending exception (a signal frame)
 //!   would get it on top. Signals that nobody asked a kick with do not end `run`.
+//! * ENOMEM: the host had no page left for KVM's own tables (`mmu_topup_memory_caches`), which may pass. The guest has not moved,
+//!   so the same entry is tried again, after pauses that double from 1 ms to 512 ms: about a second in all, then the vCPU is
+//!   lost. Whoever kicks, flushes, holds or stops the vCPU meanwhile is served at once ([`Shortage`]).
 //! * EFAULT: KVM finds nothing, or not the right to it, behind a frame of an adopted mapping. Registers are those before the
-//!   instruction.
+//!   instruction. Behind a frame of the pool there is always something, so there EFAULT is the end of the vCPU.
+//!
+//! An exit that is none of these loses the vCPU. The error then carries what it was ([`VcpuSnapshot`](crate::engine::VcpuSnapshot)).
 //!
 //! # Cost
 //!
@@ -35,6 +40,8 @@ use super::kick::{Kicker, Requests};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
 use super::opcode::software_interrupt;
 use super::raw_vcpu::RawVcpu;
+use super::shortage::Shortage;
+use super::snapshot::snapshot;
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::SyncReg;
@@ -87,7 +94,7 @@ fn to_kvm(regs: &Regs) -> kvm_regs {
     kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
 }
 
-fn from_kvm(regs: &kvm_regs, fs_base: u64, gs_base: u64) -> Regs {
+pub(super) fn from_kvm(regs: &kvm_regs, fs_base: u64, gs_base: u64) -> Regs {
     let kvm_regs {
         rax,
         rbx,
@@ -141,13 +148,15 @@ pub struct KvmVcpu {
     root: Pfn,
     kicker: Arc<Kicker>,
     regs: Regs,
+    /// KVM_RUNs in a row for which the host had no memory.
+    shortage: Shortage,
 }
 
 impl KvmVcpu {
     pub(super) fn new(raw: RawVcpu, vm: Arc<KvmVm>, root: Pfn) -> Self {
         let lease = raw.state.begin_lease();
         let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.faults() });
-        Self { raw: Some(raw), vm, root, kicker, regs: Regs::default() }
+        Self { raw: Some(raw), vm, root, kicker, regs: Regs::default(), shortage: Shortage::default() }
     }
 
     /// The table that this vCPU walks.
@@ -192,6 +201,20 @@ impl KvmVcpu {
             }
             let outcome = enter(raw, &self.kicker.faults);
             raw.state.leave();
+            let outcome = match outcome {
+                Outcome::NoMemory(error) => {
+                    let Some(pause) = self.shortage.next_pause() else { return Err(error) };
+                    log::debug!("the host has no memory for KVM_RUN; it is tried again in {pause:?}");
+                    self.shortage.wait(pause, || raw.state.wants(Requests::all() - deferred));
+                    // Like an interrupted one, it has left the registers as they were.
+                    Outcome::Interrupted
+                }
+                Outcome::Interrupted => Outcome::Interrupted,
+                came_back => {
+                    self.shortage = Shortage::default();
+                    came_back
+                }
+            };
             let arrival = match outcome {
                 Outcome::Port(port) => Arrival::by_port(port),
                 Outcome::Interrupted if !in_ring3(raw) => Arrival::by_rip(raw.fd.sync_regs_mut().regs.rip),
@@ -215,7 +238,7 @@ impl KvmVcpu {
                     store(&mut self.regs, raw);
                     return Ok(Exit::HostFault { pfn: gpa.map(|gpa| Pfn((gpa / PAGE_SIZE) as u32)) });
                 }
-                Outcome::Failed(error) => return Err(error),
+                Outcome::NoMemory(error) | Outcome::Failed(error) => return Err(error),
             };
             store(&mut self.regs, raw);
             return match arrival {
@@ -297,10 +320,18 @@ fn store(regs: &mut Regs, raw: &mut RawVcpu) {
 
 impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
-        if let Some(exit) = refused(&self.regs) {
+        // Of a vCPU that is lost the registers are what is left of them.
+        if self.raw.is_some()
+            && let Some(exit) = refused(&self.regs)
+        {
             return Ok(exit);
         }
-        self.drive().inspect_err(|_| self.raw = None)
+        self.drive().map_err(|error| {
+            // Whatever is to be known of it is read now: nobody asks it again.
+            let snapshot =
+                self.raw.take().map(|mut raw| Box::new(snapshot(&mut raw, &self.vm.monitor, self.regs)));
+            EngineError { snapshot, ..error }
+        })
     }
 
     fn regs(&self) -> &Regs {

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The report on umbra's own failures: a running guest's vCPU is lost on purpose, and what umbra has to say of it is whole,
+//! tells where, and gives away no memory of the guest.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use common::{STATIC, cc, folder, kvm};
+use shadow_mmu::addr::Gpa;
+use shadow_mmu::frame::FreedFrames;
+use shadow_mmu::shadow::{FaultAroundPolicy, Spte};
+use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use vmm::crash;
+use vmm::fleet::Fleet;
+use vmm::guest::Arguments;
+use vmm::vm::{Program, Tracking, Vm, VmConfig, WindowFill};
+
+/// Where the program has its page of secrets.
+const SECRETS: u64 = 0x6000_0000_0000;
+const SECRET: &str = "this is the guest's own and nobody else's";
+
+/// A guest with two threads: one reads its page of secrets for ever, the other one sleeps.
+fn start(test: &str) -> Fleet {
+    let source = format!(
+        r#"
+        #include <pthread.h>
+        #include <string.h>
+        #include <sys/mman.h>
+        #include <unistd.h>
+        static void *sleeper(void *arg) {{ for (;;) pause(); }}
+        int main(void) {{
+            pthread_t thread;
+            volatile char *p = mmap((void *){SECRETS:#x}, 4096, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            pthread_create(&thread, 0, sleeper, 0);
+            memcpy((void *)p, "{SECRET}", {length});
+            for (;;) (void)p[3];
+        }}"#,
+        length = SECRET.len()
+    );
+    let elf = std::fs::read(cc(&folder(test), "reader", &source, STATIC)).unwrap().into();
+    let config = VmConfig {
+        kvm_device: vmm::cli::kvm_device(),
+        memory: 32 << 20,
+        pool: None,
+        fault_around: FaultAroundPolicy::Off,
+        freed: FreedFrames::Keep,
+        window: WindowFill::Ahead,
+        listeners: Vec::new(),
+        tracking: Tracking::default(),
+        faults: Default::default(),
+    };
+    let arguments =
+        Arguments { exe: b"/reader".to_vec(), args: vec![b"reader".to_vec()], env: Vec::new(), random: None };
+    let fleet = Fleet::new(1, None, config, &Program { elf, arguments }).unwrap();
+    fleet.start().unwrap();
+    fleet
+}
+
+/// Waits until the guest has written its page, and breaks the root's entry above it: a large page, which no root may have.
+fn break_root(vm: &Vm) {
+    let machine = vm.machine();
+    let walk = loop {
+        let walk = machine.shadow().walk(Gpa(SECRETS).gfn());
+        if let [.., (1, leaf)] = walk[..]
+            && Spte(leaf).is_dirty()
+            && machine.pool().words(Spte(leaf).pfn())[0].load(Ordering::Acquire) != 0
+        {
+            break walk;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    assert_eq!(walk[0].0, 4);
+    let root = machine.pool().words(machine.shadow().root());
+    root[(SECRETS >> 39) as usize].fetch_or(1 << 7, Ordering::SeqCst);
+    machine.kvm().tlb().flush_all();
+}
+
+#[test]
+fn a_lost_vcpu_leaves_a_report_with_everything_but_the_guests_memory() {
+    if !kvm() {
+        return;
+    }
+    let fleet = start("reports-lost");
+    let vm = fleet.guest(0).unwrap();
+    break_root(&vm);
+    let error = format!("{:#}", vm.wait().unwrap_err());
+    assert!(error.contains("KVM lost a vCPU: an exception that no guest can cause"), "{error}");
+    let report = vm.machine().crash().unwrap();
+    println!("{report}");
+    assert!(report.starts_with("umbra report: vcpu\nthe vCPU of thread "), "{report}");
+    for part in [
+        concat!("umbra     ", env!("CARGO_PKG_VERSION"), ", pid "),
+        "command   ",
+        "backend   ",
+        "host      Linux ",
+        "  KVM_CAP_SYNC_REGS ",
+        "flush methods that work: ",
+        "the guest's registers\n",
+        "the CPU's own registers\n",
+        "KVM's exit 2 (KVM_EXIT_IO)",
+        "kvm_run\n",
+        "control registers\n  cr0 ",
+        "segment cs\n  selector 0x",
+        "frame of the exception, on the monitor's stack page\n  vector 0xe",
+        "at rip 0x",
+        &format!("at cr2 {:#x}\n", SECRETS + 3),
+        "  primary  anonymous ",
+        "last notifier events",
+        "frames    8192 in all, ",
+        "shadow    root 0x",
+        "primary   ",
+        "mappings: ",
+        &format!("  {:#x}-", SECRETS),
+        // What the audit has to say of the root.
+        "1 violations\n",
+        "which none may be",
+    ] {
+        assert!(report.contains(part), "no `{part}` in: {report}");
+    }
+    // The vCPU that died is past KVM_RUN; the one that sleeps waits for its waker.
+    assert!(report.matches("(vcpu ").count() == 2, "{report}");
+    assert_eq!(report.lines().filter(|line| line.starts_with("bytes at rip: ")).count(), 1);
+    let bytes = report.lines().find_map(|line| line.strip_prefix("bytes at rip: ")).unwrap();
+    assert_eq!(bytes.split(' ').filter(|byte| byte.len() == 2).count(), 16, "{bytes}");
+    assert!(!report.contains(&SECRET[..8]), "{report}");
+    let hex: Vec<_> = SECRET.bytes().take(4).map(|byte| format!("{byte:02x}")).collect();
+    assert!(!report.contains(&hex.concat()) && !report.contains(&hex.join(" ")), "{report}");
+
+    let folder = folder("reports-file");
+    let told = crash::tell("the guest is lost", Some(report), Some(&folder));
+    let path = crash::report_path(&folder, std::process::id(), 1);
+    assert_eq!(told.lines().count(), 1);
+    assert!(told.contains(path.to_str().unwrap()), "{told}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), report);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How long a vCPU puts up with a host that has no memory for KVM_RUN.
+//!
+//! KVM allocates its own tables before it maps a page (`mmu_topup_memory_caches`) and fails with ENOMEM when the host has no
+//! page left at that moment; the host may find some the next moment. So KVM_RUN is tried again, after pauses that double, and
+//! given up after about a second: a host that is short for longer is not going to run this guest.
+
+use std::time::{Duration, Instant};
+
+const FIRST: Duration = Duration::from_millis(1);
+/// Pauses of 1, 2, 4, … 512 ms: 1.023 s.
+const TRIES: u32 = 10;
+/// How often who pauses looks whether it is wanted.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// KVM_RUNs in a row that failed for want of memory.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shortage {
+    failed: u32,
+}
+
+impl Shortage {
+    /// One more failed: how long to pause before the next try; `None`: it is not to be tried again.
+    pub(super) fn next_pause(&mut self) -> Option<Duration> {
+        let pause = (self.failed < TRIES).then(|| FIRST * 2u32.pow(self.failed));
+        self.failed = self.failed.saturating_add(1);
+        pause
+    }
+
+    /// Waits for `pause`, or until `is_wanted`, which is asked every [`LOOK`]: a kick sends no signal to a vCPU that is
+    /// outside the guest.
+    pub(super) fn wait(self, pause: Duration, is_wanted: impl Fn() -> bool) {
+        let until = Instant::now() + pause;
+        while !is_wanted() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(LOOK));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_about_a_second_in_all_and_end() {
+        let mut shortage = Shortage::default();
+        let pauses: Vec<_> = std::iter::from_fn(|| shortage.next_pause()).collect();
+        assert_eq!(pauses.len(), TRIES as usize);
+        assert!(pauses.windows(2).all(|pair| pair[1] == 2 * pair[0]), "{pauses:?}");
+        assert_eq!(pauses.iter().sum::<Duration>(), Duration::from_millis(1023));
+        assert_eq!(shortage.next_pause(), None, "it stays given up");
+    }
+
+    #[test]
+    fn who_is_wanted_waits_no_longer() {
+        // Would not come back within anybody's patience otherwise.
+        Shortage::default().wait(Duration::from_secs(1 << 20), || true);
+        let looks = std::cell::Cell::new(0);
+        Shortage::default().wait(Duration::from_secs(1 << 20), || {
+            looks.set(looks.get() + 1);
+            looks.get() == 3
+        });
+        assert_eq!(looks.get(), 3);
+    }
+}
