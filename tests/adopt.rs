@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 use vmm::guest::{Arguments, ExitStatus};
-use vmm::vm::{Program, Tracking, Vm, VmConfig, WindowFill};
+use vmm::vm::{Program, Vm, VmConfig};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const PAGES: u64 = 8;
@@ -237,18 +237,7 @@ fn machine(
         return None;
     }
     let kvm_device = vmm::cli::kvm_device();
-    let (freed, window) = (FreedFrames::Poison, WindowFill::Ahead);
-    let tracking = Tracking::default();
-    let config = VmConfig {
-        kvm_device,
-        memory: 16 << 20,
-        pool: None,
-        fault_around,
-        freed,
-        window,
-        listeners: Vec::new(),
-        tracking,
-    };
+    let config = VmConfig { fault_around, freed: FreedFrames::Poison, ..VmConfig::new(kvm_device, 16 << 20) };
     let args = args.iter().map(|arg| arg.as_bytes().to_vec()).collect();
     let arguments = Arguments { exe: b"/test".to_vec(), args, env: Vec::new(), random: None };
     Some(Vm::new(config, Program { elf, arguments }).unwrap())

@@ -11,8 +11,6 @@ mod common;
 use common::{STATIC, cc, code, finish, folder, kvm, native_images, run, stderr};
 use serde_json::Value;
 use shadow_mmu::addr::PAGE_SIZE;
-use shadow_mmu::frame::FreedFrames;
-use shadow_mmu::shadow::FaultAroundPolicy;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -20,7 +18,7 @@ use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::time::Duration;
 use vmm::fleet::Fleet;
 use vmm::guest::Arguments;
-use vmm::vm::{Program, Tracking, VmConfig, WindowFill};
+use vmm::vm::{Program, VmConfig};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -281,17 +279,7 @@ fn every_pool_is_large_enough_or_said_to_be_too_small() {
     let arguments =
         Arguments { exe: b"/hello".to_vec(), args: vec![b"hello".to_vec()], env: vec![], random: None };
     let program = Program { elf: elf.into(), arguments };
-    let config = VmConfig {
-        kvm_device: vmm::cli::kvm_device(),
-        memory: 1 << 20,
-        pool: None,
-        fault_around: FaultAroundPolicy::Adaptive,
-        freed: FreedFrames::Keep,
-        window: WindowFill::Ahead,
-        listeners: Vec::new(),
-        tracking: Tracking::default(),
-        faults: Default::default(),
-    };
+    let config = VmConfig::new(vmm::cli::kvm_device(), 1 << 20);
     let mut refused = 0;
     for pages in 1.. {
         match Fleet::new(2, Some(pages * PAGE_SIZE), config.clone(), &program) {

@@ -8,7 +8,6 @@ mod common;
 
 use common::{STATIC, cc, folder, kvm};
 use shadow_mmu::addr::Gpa;
-use shadow_mmu::frame::FreedFrames;
 use shadow_mmu::shadow::{FaultAroundPolicy, Spte};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::Ordering;
@@ -16,7 +15,7 @@ use std::time::Duration;
 use vmm::crash;
 use vmm::fleet::Fleet;
 use vmm::guest::Arguments;
-use vmm::vm::{Program, Tracking, Vm, VmConfig, WindowFill};
+use vmm::vm::{Program, Vm, VmConfig};
 
 /// Where the program has its page of secrets.
 const SECRETS: u64 = 0x6000_0000_0000;
@@ -42,17 +41,8 @@ fn start(test: &str) -> Fleet {
         length = SECRET.len()
     );
     let elf = std::fs::read(cc(&folder(test), "reader", &source, STATIC)).unwrap().into();
-    let config = VmConfig {
-        kvm_device: vmm::cli::kvm_device(),
-        memory: 32 << 20,
-        pool: None,
-        fault_around: FaultAroundPolicy::Off,
-        freed: FreedFrames::Keep,
-        window: WindowFill::Ahead,
-        listeners: Vec::new(),
-        tracking: Tracking::default(),
-        faults: Default::default(),
-    };
+    let config =
+        VmConfig { fault_around: FaultAroundPolicy::Off, ..VmConfig::new(vmm::cli::kvm_device(), 32 << 20) };
     let arguments =
         Arguments { exe: b"/reader".to_vec(), args: vec![b"reader".to_vec()], env: Vec::new(), random: None };
     let fleet = Fleet::new(1, None, config, &Program { elf, arguments }).unwrap();

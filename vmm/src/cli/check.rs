@@ -290,10 +290,10 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
     use super::*;
     use crate::guest::{Arguments, ExitStatus};
-    use crate::vm::{Program, Tracking, VmConfig, WindowFill};
+    use crate::vm::{Program, VmConfig};
     use shadow_mmu::addr::{Gfn, Pfn};
-    use shadow_mmu::frame::FreedFrames;
-    use shadow_mmu::shadow::{FaultAroundPolicy, Spte};
+
+    use shadow_mmu::shadow::Spte;
     use shadow_mmu::table::index;
     use std::fs;
     use std::sync::atomic::Ordering;
@@ -306,17 +306,7 @@ mod tests {
             println!("skipped: no {}", kvm_device.display());
             return None;
         }
-        let config = VmConfig {
-            kvm_device,
-            memory: 64 << 20,
-            pool: None,
-            fault_around: FaultAroundPolicy::Adaptive,
-            freed: FreedFrames::Keep,
-            window: WindowFill::Ahead,
-            listeners: Vec::new(),
-            tracking: Tracking::default(),
-            faults: Default::default(),
-        };
+        let config = VmConfig::new(kvm_device, 64 << 20);
         let words = ["threads", "--seconds", "3600"];
         let arguments = Arguments {
             exe: b"/threads".to_vec(),

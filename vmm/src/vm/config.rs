@@ -59,6 +59,21 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// A machine on this device with `memory` bytes of its own, and nothing special about it.
+    pub fn new(kvm_device: PathBuf, memory: u64) -> Self {
+        Self {
+            kvm_device,
+            memory,
+            pool: None,
+            fault_around: FaultAroundPolicy::default(),
+            freed: FreedFrames::default(),
+            window: WindowFill::default(),
+            listeners: Vec::new(),
+            tracking: Tracking::default(),
+            faults: Faults::default(),
+        }
+    }
+
     /// The same for the guest with this number.
     #[must_use]
     pub fn numbered(mut self, number: usize) -> Self {

@@ -9,14 +9,11 @@ use super::phases::{Sample, ScanPace, Side};
 use super::program::Program;
 use crate::bench::access_tracking::TOLD;
 use crate::ksm::{Ksmd, Pace};
-use crate::vm::{VmConfig, WindowFill};
+use crate::vm::VmConfig;
 use anyhow::{Context, Result};
 use shadow_mmu::addr::PAGE_SIZE;
-use shadow_mmu::frame::FreedFrames;
-use shadow_mmu::inject::Faults;
 use shadow_mmu::ksm::{Domain, Ksm, KsmSettings, KsmStats};
 use shadow_mmu::mm::{MergeAny, Mm};
-use shadow_mmu::shadow::FaultAroundPolicy;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,18 +40,9 @@ impl UmbraSide {
     /// What keeps umbra from running a guest.
     pub(super) fn start(words: &[String], pages: u64, settings: KsmSettings) -> Result<Self> {
         let bytes = pages.saturating_mul(PAGE_SIZE);
-        let config = VmConfig {
-            kvm_device: crate::cli::kvm_device(),
-            // Room for what the program notes of its pages, tables, and the reserve that pages ahead of need stay clear of.
-            memory: (bytes + bytes / 4).saturating_add(32 << 20),
-            pool: None,
-            fault_around: FaultAroundPolicy::Adaptive,
-            freed: FreedFrames::Keep,
-            window: WindowFill::Ahead,
-            listeners: Vec::new(),
-            tracking: TOLD,
-            faults: Faults::default(),
-        };
+        // Room for what the program notes of its pages, tables, and the reserve that pages ahead of need stay clear of.
+        let memory = (bytes + bytes / 4).saturating_add(32 << 20);
+        let config = VmConfig { tracking: TOLD, ..VmConfig::new(crate::cli::kvm_device(), memory) };
         let program = Program::guest(config, words, pages)?;
         let machine = program.told().expect_machine()?;
         let mm = Arc::clone(machine.mm());

@@ -5,8 +5,6 @@ use super::super::linux;
 use crate::vm::{Tracking, VmConfig, WindowFill};
 use anyhow::{Result, bail};
 use shadow_mmu::addr::PAGE_SIZE;
-use shadow_mmu::frame::FreedFrames;
-use shadow_mmu::inject::Faults;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::time::Duration;
 
@@ -72,17 +70,8 @@ impl Work {
     ) -> VmConfig {
         let bytes = self.total_pages().saturating_mul(PAGE_SIZE);
         let threads = u64::from(self.threads) << 20;
-        VmConfig {
-            kvm_device: crate::cli::kvm_device(),
-            memory: (bytes + bytes / 4 + threads).saturating_add(32 << 20),
-            fault_around,
-            pool: None,
-            freed: FreedFrames::Keep,
-            window,
-            listeners: Vec::new(),
-            tracking,
-            faults: Faults::default(),
-        }
+        let memory = (bytes + bytes / 4 + threads).saturating_add(32 << 20);
+        VmConfig { fault_around, window, tracking, ..VmConfig::new(crate::cli::kvm_device(), memory) }
     }
 
     /// The command line behind the program's name.
