@@ -17,13 +17,14 @@ struct Guest {
     pie: bool,
 }
 
-const GUESTS: [Guest; 8] = [
+const GUESTS: [Guest; 9] = [
     Guest { name: "hello", source: "hello.rs", pie: false },
     Guest { name: "hello-pie", source: "hello.rs", pie: true },
     Guest { name: "touch", source: "touch.rs", pie: false },
     Guest { name: "threads", source: "threads.rs", pie: false },
     Guest { name: "memstress", source: "memstress.rs", pie: false },
     Guest { name: "mix", source: "mix.rs", pie: false },
+    Guest { name: "race", source: "race.rs", pie: false },
     Guest { name: "torture", source: "torture.rs", pie: false },
     Guest { name: "watcher", source: "watcher.rs", pie: false },
 ];

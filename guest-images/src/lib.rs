@@ -5,7 +5,8 @@
 //! built from `src/guests` by the build script with nothing but `rustc` and the system's linker. So each also runs natively,
 //! and the native run is the oracle: what a guest prints on stdout and its exit status depend on its arguments alone (but for
 //! `touch --time`, and for answers of `memstress`: its times, the address that `where` tells, how many accesses there
-//! were before `stop`, and the times of `mix`), never on addresses, times, scheduling or what it runs on.
+//! were before `stop`, and the times of `mix`; and for whether `race` loses updates), never on addresses, times, scheduling or what
+//! it runs on.
 //!
 //! | image | what it is for |
 //! | --- | --- |
@@ -15,6 +16,7 @@
 //! | `memstress` | threads that touch memory on command, so that what ages and tracks it can be checked and measured |
 //! | `watcher` | mappings of umbra's own that are shown to a guest (`umbra run --adopt-demo`) |
 //! | `mix` | memory of which so much is equal and so much is not, to see what page sharing makes of it |
+//! | `race` | a planted bug: updates of a counter that are lost, if threads are interrupted at the wrong moment |
 //! | `torture` | random memory system calls, each result and each byte read compared with a model |
 //!
 //! ```
@@ -81,7 +83,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 8] = [
+static IMAGES: [Image; 9] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -123,6 +125,12 @@ static IMAGES: [Image; 8] = [
         summary: "holds pages of which some are equal, rewrites them on command, and knows what must be in them",
         usage: usage::MIX,
         elf: elf!("mix"),
+    },
+    Image {
+        name: "race",
+        summary: "loses updates of a counter now and then, so that a search has something to find",
+        usage: usage::RACE,
+        elf: elf!("race"),
     },
     Image {
         name: "watcher",

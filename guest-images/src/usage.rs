@@ -14,6 +14,9 @@ pub(crate) const TOUCH: &str = "touch [--pages N] [--order asc|desc|random|strid
 pub(crate) const THREADS: &str =
     "threads [--writers W] [--rounds R | --seconds S] [--pages N] [--seed S] [--stats]";
 
+/// `race`.
+pub(crate) const RACE: &str = "race exits|steps|spin [--threads N] [--iterations N] [--every N]";
+
 /// `torture`.
 pub(crate) const TORTURE: &str = "torture SEED[..LAST] [--ops N] [--pages N] [--trace]";
 

@@ -127,6 +127,23 @@ fn torture_prints_what_the_seed_decides() {
     );
 }
 
+/// Alone a thread loses nothing; among others it may, and then says so.
+#[test]
+fn race_loses_updates_only_to_others() {
+    for mode in ["exits", "steps"] {
+        prints(&format!("race {mode} --threads 1 --every 1"), "race: 50 updates, none lost\n");
+        let run = guest(&format!("race {mode} --threads 4 --iterations 1000 --every 2"));
+        match run.status.code() {
+            Some(0) => assert_eq!(text(&run.stdout), "race: 4000 updates, none lost\n"),
+            code => {
+                assert_eq!((code, text(&run.stdout)), (Some(1), ""));
+                assert!(text(&run.stderr).ends_with(" of 4000 updates are lost\n"), "{}", text(&run.stderr));
+            }
+        }
+    }
+    prints("race spin --threads 3", "race: 3 threads have spun\n");
+}
+
 /// What the guest of `umbra run --adopt-demo` sees of umbra's mappings is what a program sees of its own.
 #[test]
 fn watcher_sees_each_change() {

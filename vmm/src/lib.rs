@@ -11,6 +11,7 @@
 //! | [`aging`], [`dirty_rate`] | which pages the guest uses, and which it writes |
 //! | [`stalls`] | what it waited for |
 //! | [`inject`] | breaking things on purpose |
+//! | [`deterministic`] | the same run again, from a seed |
 //! | [`trace`] | notifier events, to be read |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
 //! | [`crash`] | the report on umbra's own failures, in a file |
@@ -21,6 +22,7 @@ pub mod bench;
 mod causes;
 pub mod cli;
 pub mod crash;
+pub mod deterministic;
 pub mod dirty_rate;
 pub mod engine;
 pub mod fleet;

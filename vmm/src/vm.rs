@@ -17,7 +17,7 @@ mod rings;
 pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 
 use crate::crash;
-use crate::engine::kvm::{Effort, KvmVm};
+use crate::engine::kvm::{Effort, KvmVm, TimeStamps};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
 use crate::inject::NotifierFaults;
@@ -123,6 +123,9 @@ impl Machine {
         mm.register(Arc::clone(&recorder) as _)?;
         if config.faults.are_armed() {
             mm.register(Arc::new(NotifierFaults::new(config.faults.clone())))?;
+        }
+        if let Some(deterministic) = &config.deterministic {
+            mm.register(Arc::clone(deterministic.trace()) as _)?;
         }
         for listener in &config.listeners {
             mm.register(Arc::clone(listener))?;
@@ -278,12 +281,18 @@ impl Machine {
         }
         let mut vcpu = self.kvm.create_vcpu(self.shadow.root())?;
         *vcpu.regs_mut() = regs;
+        if self.config.deterministic.is_some() {
+            vcpu.set_time_stamps(TimeStamps::Trapped);
+        }
         if let Some(xsave) = xsave {
             vcpu.set_xsave(&xsave)?;
         }
         let machine = Arc::clone(&self);
-        let mut faults = VcpuFaults::new(&machine, thread.tid())?;
+        let faults = VcpuFaults::new(&machine, thread.tid())?;
+        let leaving = thread.leaving();
         let handle = std::thread::Builder::new().name(format!("vcpu {}", thread.tid())).spawn(move || {
+            // Dropped in the opposite order: the seat goes when all that others may find is where it belongs.
+            let (_leaving, mut vcpu, mut faults) = (leaving, vcpu, faults);
             set_guest_thread(thread.tid());
             if let Err(error) = thread.run(&mut vcpu, &mut faults) {
                 lock(&machine.lost).get_or_insert(error);
@@ -351,13 +360,19 @@ impl Vm {
     /// As those of [`new`](Self::new).
     pub fn with_files(config: VmConfig, program: Program, files: Files) -> Result<(Self, Regs)> {
         let machine = Machine::new(config)?;
-        let entry = guest::load(&machine.mm, program.elf, &program.arguments)?;
+        let deterministic = machine.config.deterministic.clone();
+        let mut arguments = program.arguments;
+        if let Some(deterministic) = &deterministic {
+            arguments.random.get_or_insert_with(|| deterministic.at_random());
+        }
+        let entry = guest::load(&machine.mm, program.elf, &arguments)?;
         let process = Process::new(Setup {
             mm: Arc::clone(&machine.mm),
             files,
             host: Arc::new(MachineHost(Arc::clone(&machine))),
-            exe: program.arguments.exe,
+            exe: arguments.exe,
             max_threads: machine.kvm.max_vcpus().min(max_threads(machine.config.memory)),
+            deterministic,
         })?;
         Ok((Self { machine, process }, entry))
     }

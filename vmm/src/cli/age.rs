@@ -90,7 +90,7 @@ impl AgeArgs {
     }
 }
 
-/// The aging of one guest, on the event loop.
+/// The aging of one guest.
 #[derive(Debug)]
 pub(super) struct Aging {
     ager: Ager,
@@ -118,8 +118,8 @@ impl Aging {
 
     /// Draws the heat map, if one is wanted; what the passes cost. A picture that cannot be written is no reason to hide how
     /// the guest ended, so it is only told.
-    pub(super) fn finish(self) -> AgingCost {
-        if let (Some(picture), Some(map)) = (self.picture, self.ager.map())
+    pub(super) fn finish(&mut self) -> AgingCost {
+        if let (Some(picture), Some(map)) = (self.picture.take(), self.ager.map())
             && let Err(error) = draw(map, self.every).and_then(|svg| picture.write(svg.as_bytes()))
         {
             // It may be stderr that is gone.

@@ -9,6 +9,7 @@ use super::{Format, parse};
 use crate::aging::AgingCost;
 use crate::causes::one_line;
 use crate::crash;
+use crate::deterministic::Summary;
 use crate::guest::ExitStatus;
 use crate::ksm::report::SharingStats;
 use crate::report::{Stats, death_report, exit_code, signal_name};
@@ -59,6 +60,11 @@ impl GuestsArgs {
         })
     }
 
+    /// An option for several guests, if one is given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        self.guests.map(|_| "--guests")
+    }
+
     /// Bytes that the guests share, where the command line says so.
     pub(super) fn pool(&self) -> Option<u64> {
         self.pool
@@ -100,6 +106,7 @@ struct OneStats<'a> {
     ksm: Option<SharingStats>,
     #[serde(skip_serializing_if = "Option::is_none")]
     audit: Option<AuditStats>,
+    deterministic: Option<Summary>,
 }
 
 /// How the guests ended.
@@ -151,20 +158,25 @@ impl Endings {
         text
     }
 
-    /// What the guests cost, what they saved by sharing pages, and what auditing them cost; one line in JSON.
+    /// What the guests cost, what they saved by sharing pages, what auditing them cost, and what is told of deterministic mode; one
+    /// line in JSON.
     pub(super) fn stats(
         &self,
         format: Format,
         ksm: Option<SharingStats>,
         audit: Option<AuditStats>,
+        deterministic: Option<Summary>,
     ) -> Result<String> {
         let ended = || self.ended.iter().enumerate().filter_map(|(n, ended)| Some((n, ended.as_ref()?)));
         let audited = audit.map_or_else(String::new, |audit| format!("\n{}", audit.text()));
-        let shared = ksm.map_or_else(String::new, |ksm| format!("\n{}", ksm.text())) + &audited;
+        let mut shared = ksm.map_or_else(String::new, |ksm| format!("\n{}", ksm.text())) + &audited;
+        if let Some(summary) = &deterministic {
+            shared = format!("{shared}\n{}", summary.text());
+        }
         match (&self.ended[..], format) {
             ([Some(only)], Format::Text) => Ok(only.stats.text() + &shared),
             ([Some(only)], Format::Json) => {
-                Ok(serde_json::to_string(&OneStats { stats: &only.stats, ksm, audit })?)
+                Ok(serde_json::to_string(&OneStats { stats: &only.stats, ksm, audit, deterministic })?)
             }
             (_, Format::Text) => {
                 let text = |(guest, Ended { exit_status, stats }): (usize, &Ended)| {

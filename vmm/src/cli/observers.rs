@@ -5,7 +5,8 @@
 //! Aging and the dirty log are of one guest, and of a fleet with more the command line has not asked for them: what is
 //! observed is guest 0. Of several guests it is told how each of them ended.
 //!
-//! Everything in here is on the event loop's thread; only the writing of reports is not ([`Reports`]).
+//! Everything in here is on the event loop's thread; only the writing of reports is not ([`Reports`]), and in deterministic mode
+//! aging, which is a job of the baton's.
 
 use super::Format;
 use super::age::{AgeArgs, Aging};
@@ -14,18 +15,20 @@ use super::ksm::{KsmArgs, Shared, Sharing};
 use super::replacement::Replacement;
 use super::reports::Reports;
 use crate::aging::AgingCost;
+use crate::deterministic::Deterministic;
 use crate::fleet::Fleet;
 use crate::reactor::{Event, Reactor, Sources};
 use crate::vm::Vm;
 use anyhow::{Context, Result};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What tells of guests.
 #[derive(Debug)]
 pub(super) struct Observers {
     /// The guest that is observed, if one is.
     observed: Option<Arc<Vm>>,
-    aging: Option<Aging>,
+    /// Locked for a pass or a report.
+    aging: Option<Arc<Mutex<Aging>>>,
     dirty: Option<Dirty>,
     sharing: Option<Sharing>,
     /// Where something is to be told.
@@ -46,12 +49,13 @@ impl Observers {
     pub(super) fn listen(
         sources: Sources,
         fleet: &Fleet,
+        deterministic: Option<&Deterministic>,
         age: &AgeArgs,
         dirty: &DirtyArgs,
         ksm: &KsmArgs,
     ) -> Result<Sources> {
         let sources = sources
-            .with_ticks(Event::Age, age.interval())?
+            .with_ticks(Event::Age, age.interval().filter(|_| deterministic.is_none()))?
             .with_ticks(Event::CollectDirty, dirty.interval())?
             .with_ticks(Event::LookAtSharing, ksm.interval())?
             .with_ring_full(first(fleet)?.machine().dirty_ring_full()?);
@@ -61,6 +65,7 @@ impl Observers {
     /// For the guests of `fleet`, which are about to start.
     pub(super) fn start(
         fleet: &Fleet,
+        deterministic: Option<&Deterministic>,
         age: &AgeArgs,
         picture: Option<Replacement>,
         dirty: &DirtyArgs,
@@ -71,6 +76,11 @@ impl Observers {
         let reports = tells.then(Reports::to_stderr).transpose()?;
         let vm = first(fleet)?;
         let (aging, dirty) = (age.start(vm.machine(), picture), dirty.start(vm.machine())?);
+        let aging = aging.map(|aging| Arc::new(Mutex::new(aging)));
+        if let (Some(deterministic), Some(aging), Some(every)) = (deterministic, &aging, age.interval()) {
+            let aging = Arc::clone(aging);
+            deterministic.baton().every(every, move || lock(&aging).pass());
+        }
         let observed = (aging.is_some() || dirty.is_some()).then_some(vm);
         Ok(Self { observed, aging, dirty, sharing, reports })
     }
@@ -92,7 +102,7 @@ impl Observers {
         let machine = vm.machine();
         let report = match event {
             Event::Age => {
-                self.aging.iter_mut().for_each(Aging::pass);
+                self.aging.iter().for_each(|aging| lock(aging).pass());
                 None
             }
             Event::RingFull => {
@@ -102,7 +112,7 @@ impl Observers {
             Event::CollectDirty => {
                 self.dirty.as_mut().and_then(|dirty| Some((dirty.format(), dirty.tick(machine)?)))
             }
-            Event::Signal(libc::SIGUSR1) => self.aging.as_ref().and_then(Aging::report),
+            Event::Signal(libc::SIGUSR1) => self.aging.as_ref().and_then(|aging| lock(aging).report()),
             Event::Signal(_) | Event::TimeLimit | Event::Exited(_) | Event::LookAtSharing => None,
         };
         if let (Some((format, report)), Some(reports)) = (report, &mut self.reports) {
@@ -121,19 +131,23 @@ impl Observers {
     /// # Errors
     /// What sharing came to cannot be told.
     pub(super) fn finish(self, fleet: &Fleet, reactor: &Reactor) -> Result<Observed> {
-        let Self { observed, mut aging, dirty, sharing, reports } = self;
-        if let Some(aging) = &mut aging {
-            aging.last_pass(reactor.skipped(Event::Age));
+        let Self { observed, aging, dirty, sharing, reports } = self;
+        if let Some(aging) = &aging {
+            lock(aging).last_pass(reactor.skipped(Event::Age));
         }
         let dirty = dirty.zip(observed);
         let mut last = dirty.map_or_else(Vec::new, |(dirty, vm)| dirty.finish(vm.machine()));
-        last.extend(aging.as_ref().and_then(Aging::report).map(|(_, report)| report));
+        last.extend(aging.as_ref().and_then(|aging| lock(aging).report()).map(|(_, report)| report));
         if let Some(reports) = reports {
             reports.finish(last);
         }
         let shared = sharing.map(|sharing| sharing.finish(fleet)).transpose()?;
-        Ok(Observed { aging: aging.map(Aging::finish), shared })
+        Ok(Observed { aging: aging.map(|aging| lock(&aging).finish()), shared })
     }
+}
+
+fn lock(aging: &Mutex<Aging>) -> MutexGuard<'_, Aging> {
+    aging.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn first(fleet: &Fleet) -> Result<Arc<Vm>> {

@@ -2,10 +2,12 @@
 //! `umbra run`.
 
 use super::check::{Checker, Vigilance};
+use super::deterministic::{self, DeterministicArgs, Stdin};
 use super::guests::{Endings, GuestsArgs};
 use super::observers::Observers;
 use super::replacement::Replacement;
 use super::{Format, adopt_demo, age, dirty, ksm, kvm_device, parse, trace};
+use crate::deterministic::Deterministic;
 use crate::fleet::Fleet;
 use crate::guest::Arguments;
 use crate::reactor::{Event, Reactor, Sources, block_report_signal, block_signals, unblock_signals};
@@ -52,6 +54,8 @@ pub(super) struct RunArgs {
     ksm: ksm::KsmArgs,
     #[command(flatten)]
     trace: trace::TraceArgs,
+    #[command(flatten)]
+    deterministic: DeterministicArgs,
     /// Set NAME to VALUE for the guest, or pass on umbra's own NAME. The guest's environment is empty otherwise.
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse::environment)]
     env: Vec<String>,
@@ -103,7 +107,6 @@ enum WindowArg {
 
 /// Runs it, and whatever comes of that, finishes the trace.
 pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
-    let began = Instant::now();
     // Whatever follows the program is the program's; so clap takes an option it does not know for the program.
     if let Some(option) = args.program.first().filter(|word| word.as_bytes().starts_with(b"-")) {
         eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
@@ -114,10 +117,33 @@ pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
     let count = args.guests.count();
     let pool = args.guests.pool().unwrap_or(args.memory.saturating_mul(count as u64));
     let program = args.program.first().map(OsString::as_os_str);
-    if let Some(refusal) = refusal.or_else(|| args.ksm.refusal(count, pool, program)) {
+    let besides = deterministic::Besides {
+        several: args.guests.given(),
+        dirty: args.dirty.given(),
+        trace: args.trace.given(),
+        advisor: args.ksm.has_advisor(),
+    };
+    let refusal = refusal.or_else(|| args.ksm.refusal(count, pool, program));
+    if let Some(refusal) = refusal.or_else(|| args.deterministic.refusal(&besides)) {
         eprintln!("umbra: {refusal}");
         return Ok(ExitCode::from(2));
     }
+    let words = args.program.len();
+    if let Some(seeds) = args.deterministic.seeds() {
+        let run = |deterministic| run_once(&args, Some(deterministic), faults);
+        return args.deterministic.search(seeds, words, run).map(ExitCode::from);
+    }
+    let deterministic = args.deterministic.one()?;
+    let status = run_once(&args, deterministic.clone(), faults)?;
+    if let Some(deterministic) = deterministic.filter(|it| status != 0 && !it.ended_from_outside()) {
+        deterministic::tell_replay(deterministic.seed(), words, Stdin::Own);
+    }
+    Ok(ExitCode::from(status))
+}
+
+/// Runs the program once; the exit status.
+fn run_once(args: &RunArgs, deterministic: Option<Arc<Deterministic>>, faults: &Faults) -> Result<u8> {
+    let began = Instant::now();
     // While signals still end umbra, for it may wait.
     let output = args.trace.open()?;
     let pictures = Pictures { heat_map: args.age.open()?, sharing: args.ksm.open()? };
@@ -128,7 +154,8 @@ pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
     }
     let tracer = output.map(trace::Output::start).transpose()?;
     // The end of the address space is the trace's last event, so the VM lives in there.
-    let result = run_traced(args, tracer.as_ref().map(Tracer::listener), pictures, faults, began);
+    let result =
+        run_traced(args, deterministic, tracer.as_ref().map(Tracer::listener), pictures, faults, began);
     // What is left may wait for a reader; also where no reactor ran.
     unblock_signals()?;
     trace::finish(tracer);
@@ -143,12 +170,13 @@ struct Pictures {
 }
 
 fn run_traced(
-    args: RunArgs,
+    args: &RunArgs,
+    deterministic: Option<Arc<Deterministic>>,
     listener: Option<Arc<dyn MmuNotifier>>,
     pictures: Pictures,
     faults: &Faults,
     began: Instant,
-) -> Result<ExitCode> {
+) -> Result<u8> {
     let config = VmConfig {
         kvm_device: kvm_device(),
         memory: args.memory,
@@ -170,30 +198,36 @@ fn run_traced(
             ring_entries: args.dirty.ring_entries(),
         },
         faults: faults.clone(),
+        deterministic: deterministic.clone(),
     };
+    let deterministic = deterministic.as_deref();
     if args.adopt_demo {
         return adopt_demo::run(config, args.timeout);
     }
-    let program = program(args.program, args.env)?;
+    let program = program(&args.program, &args.env)?;
     let fleet = Fleet::new(args.guests.count(), args.guests.pool(), config, &program)?;
     let mut endings = Endings::new(fleet.count(), began, args.report_dir.clone());
     let sources = Sources::new(fleet.exited()?)?.with_limit(args.timeout)?;
-    let sources = Observers::listen(sources, &fleet, &args.age, &args.dirty, &args.ksm)?;
+    let sources = Observers::listen(sources, &fleet, deterministic, &args.age, &args.dirty, &args.ksm)?;
     let mut reactor = Reactor::new(sources)?;
-    let sharing = args.ksm.start(&fleet, began, pictures.sharing)?;
+    let sharing = args.ksm.start(&fleet, deterministic, began, pictures.sharing)?;
     let vigilance = args.audit.map(Vigilance::Audit).or(args.check.then_some(Vigilance::Check));
     let checker = vigilance.map(|vigilance| {
         let shared = sharing.as_ref().map(ksm::Sharing::ksm);
         Checker::new(&fleet, shared, vigilance, args.report_dir.clone())
     });
-    let mut observers = Observers::start(&fleet, &args.age, pictures.heat_map, &args.dirty, sharing)?;
+    let mut observers =
+        Observers::start(&fleet, deterministic, &args.age, pictures.heat_map, &args.dirty, sharing)?;
     std::thread::scope(|scope| -> Result<()> {
         if let Some(checker) = &checker {
             scope.spawn(|| checker.run());
         }
         let ended = fleet.start().and_then(|()| {
             reactor.run(|event| match event {
-                Event::Signal(signal) if signal != libc::SIGUSR1 => fleet.kill(signal),
+                Event::Signal(signal) if signal != libc::SIGUSR1 => {
+                    deterministic.iter().for_each(|it| it.note_end_from_outside());
+                    fleet.kill(signal);
+                }
                 Event::TimeLimit => fleet.kill(libc::SIGKILL),
                 // The last one is told of below, when umbra may wait for who reads it.
                 Event::Exited(number) => {
@@ -232,16 +266,18 @@ fn run_traced(
     }
     if let Some(format) = args.stats {
         let audit = checker.as_ref().and_then(Checker::stats);
-        eprintln!("{}", endings.stats(format, observed.shared.map(|shared| shared.stats), audit)?);
+        let shared = observed.shared.map(|shared| shared.stats);
+        let told = deterministic.map(Deterministic::summary);
+        eprintln!("{}", endings.stats(format, shared, audit, told)?);
     }
     if let Some(checker) = checker {
         checker.finish()?;
     }
-    Ok(ExitCode::from(endings.exit_status()))
+    Ok(endings.exit_status())
 }
 
 /// The program that the command line names, with its arguments.
-fn program(words: Vec<OsString>, env: Vec<String>) -> Result<Program> {
+fn program(words: &[OsString], env: &[String]) -> Result<Program> {
     let name = words.first().cloned().context("no program is named")?;
     let path = Path::new(&name);
     let image = name.to_str().filter(|name| !name.contains('/')).and_then(guest_images::find);
@@ -263,8 +299,8 @@ fn program(words: Vec<OsString>, env: Vec<String>) -> Result<Program> {
     };
     let arguments = Arguments {
         exe,
-        args: words.into_iter().map(OsString::into_vec).collect(),
-        env: env.into_iter().map(String::into_bytes).collect(),
+        args: words.iter().map(|word| word.as_bytes().to_vec()).collect(),
+        env: env.iter().map(|variable| variable.as_bytes().to_vec()).collect(),
         random: None,
     };
     Ok(Program { elf, arguments })

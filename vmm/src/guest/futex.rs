@@ -143,10 +143,10 @@ pub(super) fn futex(t: &mut Thread, args: &[u64; 6]) -> SysResult {
             let absolute = command == libc::FUTEX_WAIT_BITSET;
             let deadline = match time {
                 None => None,
-                Some(time) if !absolute => time::deadline_after(time),
+                Some(time) if !absolute => time::deadline_after(t, time),
                 Some(time) => {
                     let clock = if realtime { libc::CLOCK_REALTIME } else { libc::CLOCK_MONOTONIC };
-                    time::deadline_at(clock, time)?
+                    time::deadline_at(t, clock, time)?
                 }
             };
             let bitset = if absolute { value3 } else { MATCH_ANY };

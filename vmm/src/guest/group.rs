@@ -305,7 +305,7 @@ mod tests {
     }
     fn group(tids: &[i32]) -> (Group, Vec<Arc<Waker>>) {
         let mut group = Group::default();
-        let wakers: Vec<_> = tids.iter().map(|_| Arc::new(Waker::new().unwrap())).collect();
+        let wakers: Vec<_> = tids.iter().map(|_| Arc::new(Waker::new(None).unwrap())).collect();
         for (&tid, waker) in tids.iter().zip(&wakers) {
             group.join(tid, Arc::clone(waker), SigSet::EMPTY, 8).unwrap();
         }
@@ -376,7 +376,7 @@ mod tests {
         assert!(group.end(ExitStatus::Exited(3)));
         assert!(!group.end(ExitStatus::Signaled(9)));
         assert!(wakers.iter().all(|waker| waker.has_attention()));
-        let waker = Arc::new(Waker::new().unwrap());
+        let waker = Arc::new(Waker::new(None).unwrap());
         assert_eq!(group.join(3, waker, SigSet::EMPTY, 8), Err(Errno::EAGAIN));
         assert_eq!(group.leave(1, 0), None);
         assert_eq!(group.leave(2, 0), Some(ExitStatus::Exited(3)));

@@ -112,7 +112,7 @@ pub(super) fn setrlimit(t: &mut Thread, resource: u32, new: u64) -> SysResult {
 }
 
 pub(super) fn getrusage(t: &mut Thread, who: i32, into: u64) -> SysResult {
-    t.process.user().write(into, &host::rusage(who)?)?;
+    t.process.user().write(into, &t.process.clock().rusage(who)?)?;
     Ok(0)
 }
 
@@ -129,7 +129,7 @@ pub(super) fn uname(t: &mut Thread, into: u64) -> SysResult {
 
 /// `struct sysinfo`: the machine's memory is the frame pool.
 pub(super) fn sysinfo(t: &mut Thread, into: u64) -> SysResult {
-    let (uptime, _) = host::clock(libc::CLOCK_BOOTTIME, ClockQuery::Time)?;
+    let (uptime, _) = t.process.clock().query(libc::CLOCK_BOOTTIME, ClockQuery::Time)?;
     let pool = t.process.mm().pool().stats();
     let mut record = Record::<112>::zeroed();
     record.put_i64(0, uptime);
@@ -155,7 +155,7 @@ pub(super) fn getrandom(t: &mut Thread, into: u64, len: u64, flags: u32) -> SysR
     while done < len {
         let mut bytes = [0; CHUNK];
         let wanted = (len - done).min(CHUNK as u64) as usize;
-        let got = match host::random(&mut bytes[..wanted], flags) {
+        let got = match t.process.random(&mut bytes[..wanted], flags) {
             Ok(got) => got,
             Err(errno) if done == 0 => return Err(errno),
             Err(_) => break,
@@ -222,7 +222,7 @@ pub(super) fn arch_prctl(t: &mut Thread, vcpu: &mut dyn Vcpu, option: i32, argum
 
 /// The CPUs that umbra may run on; a guest may not choose among them.
 pub(super) fn sched_getaffinity(t: &mut Thread, tid: i32, len: u32, into: u64) -> SysResult {
-    let mask = host::affinity()?;
+    let mask = t.process.affinity()?;
     let enough = mask.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     if !len.is_multiple_of(8) || (len as usize) < enough {
         return Err(Errno::EINVAL);
@@ -244,7 +244,7 @@ pub(super) fn sched_setaffinity(t: &mut Thread, tid: i32, len: u32, from: u64) -
 }
 
 pub(super) fn getcpu(t: &mut Thread, cpu_to: u64, node_to: u64) -> SysResult {
-    let (cpu, node) = host::cpu()?;
+    let (cpu, node) = t.process.cpu()?;
     for (to, value) in [(cpu_to, cpu), (node_to, node)] {
         if to != 0 {
             t.process.user().write_u32(to, value)?;

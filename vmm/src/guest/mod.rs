@@ -16,6 +16,7 @@
 //! Everything that a guest passes in is a claim: pointers go through `uaccess`, lengths are bounded before anything is
 //! allocated, and there is no argument that panics, hangs or leaks a descriptor of the host's.
 
+mod clock;
 mod clone;
 mod elf;
 mod errno;
@@ -33,14 +34,17 @@ mod restart;
 mod robust;
 mod signal;
 mod stack;
+mod step;
 mod syscall;
 #[cfg(test)]
 mod testing;
 mod thread;
 mod time;
+mod time_stamp;
 mod uaccess;
 mod waker;
 
+pub use clock::Clock;
 pub use elf::ElfError;
 pub use errno::Errno;
 pub use files::Files;

@@ -17,7 +17,7 @@ const POLLFD: u64 = 8;
 pub(super) fn poll(t: &mut Thread, fds: u64, count: u32, milliseconds: i32) -> SysResult {
     let deadline = u64::try_from(milliseconds)
         .ok()
-        .and_then(|milliseconds| Instant::now().checked_add(Duration::from_millis(milliseconds)));
+        .and_then(|milliseconds| t.process.clock().now().checked_add(Duration::from_millis(milliseconds)));
     poll_until(t, fds, count, deadline)
 }
 
@@ -36,7 +36,7 @@ pub(super) fn poll_until(t: &mut Thread, fds: u64, count: u32, deadline: Option<
 pub(super) fn ppoll(t: &mut Thread, fds: u64, count: u32, time: u64, mask: u64, size: u64) -> SysResult {
     let limit = read_time(t, time)?;
     temporary_mask(t, mask, size)?;
-    let deadline = limit.and_then(time::deadline_after);
+    let deadline = limit.and_then(|limit| time::deadline_after(t, limit));
     let result = poll_guest(t, fds, count, deadline);
     finish(t, time, deadline, result)
 }
@@ -49,7 +49,7 @@ fn read_time(t: &Thread, at: u64) -> Result<Option<Timespec>, Errno> {
 /// (`poll_select_finish`).
 fn finish(t: &Thread, time: u64, deadline: Option<Instant>, result: SysResult) -> SysResult {
     if time != 0 && deadline.is_some() {
-        let _ = t.process.user().write(time, &time::left(deadline).record().0);
+        let _ = t.process.user().write(time, &time::left(t, deadline).record().0);
     }
     result.map_err(|errno| if errno == Errno::EINTR { Errno::RESTART_NO_HANDLER } else { errno })
 }
@@ -99,7 +99,7 @@ fn poll_files(t: &Thread, wanted: &[Wanted], deadline: Option<Instant>) -> Resul
         }
     }
     let ready_now = revents.contains(&libc::POLLNVAL);
-    let deadline = if ready_now { Some(Instant::now()) } else { deadline };
+    let deadline = if ready_now { Some(t.process.clock().now()) } else { deadline };
     match t.poll(&mut polled, deadline) {
         Err(Errno::EINTR) if ready_now => {}
         result => {
@@ -126,10 +126,10 @@ pub(super) fn select(t: &mut Thread, count: i32, sets: [u64; 3], time: u64) -> S
             Some(Timespec(time.unwrap_or(Duration::MAX)))
         }
     };
-    let deadline = limit.and_then(time::deadline_after);
+    let deadline = limit.and_then(|limit| time::deadline_after(t, limit));
     let result = select_guest(t, count, sets, deadline);
     if time != 0 && deadline.is_some() {
-        let left = time::left(deadline).0;
+        let left = time::left(t, deadline).0;
         let mut record = Record::<16>::zeroed();
         record.put_u64(0, left.as_secs()).put_u64(8, left.subsec_micros().into());
         let _ = t.process.user().write(time, &record.0);
@@ -148,7 +148,7 @@ pub(super) fn pselect6(t: &mut Thread, count: i32, sets: [u64; 3], time: u64, ma
     };
     let limit = read_time(t, time)?;
     temporary_mask(t, mask, size)?;
-    let deadline = limit.and_then(time::deadline_after);
+    let deadline = limit.and_then(|limit| time::deadline_after(t, limit));
     let result = select_guest(t, count, sets, deadline);
     finish(t, time, deadline, result)
 }

@@ -11,6 +11,7 @@
 //!
 //! Guest memory is reached (and Mm's locks are taken) with the futex table's lock or with none.
 
+use super::clock::Clock;
 use super::errno::Errno;
 use super::files::Files;
 use super::futex::Futexes;
@@ -22,6 +23,7 @@ use super::syscall::UnknownCalls;
 use super::thread::Thread;
 use super::uaccess::UserMemory;
 use super::waker::Waker;
+use crate::deterministic::{Deterministic, PID};
 use crate::engine::{EngineError, Regs};
 use shadow_mmu::addr::{Access, Gpa, HvaRange};
 use shadow_mmu::mm::Mm;
@@ -90,12 +92,15 @@ pub struct Setup {
     pub exe: Vec<u8>,
     /// Threads it may have at once.
     pub max_threads: usize,
+    /// What decides everything that a run may differ in from the next, where something does.
+    pub deterministic: Option<Arc<Deterministic>>,
 }
 
 /// A process of the guest.
 #[derive(Debug)]
 pub struct Process {
     setup: Setup,
+    clock: Clock,
     user: UserMemory,
     pid: i32,
     next_tid: AtomicI32,
@@ -107,16 +112,24 @@ pub struct Process {
 }
 
 impl Process {
-    /// A process without threads. Its pid is that of umbra itself.
+    /// A process without threads. Its pid is that of umbra itself; in deterministic mode [`PID`].
     ///
     /// # Errors
     /// The address space was released.
     pub fn new(setup: Setup) -> Result<Arc<Self>, Misuse> {
-        let pid = host::identity(libc::SYS_getpid) as i32;
+        let pid = match setup.deterministic {
+            Some(_) => PID,
+            None => host::identity(libc::SYS_getpid) as i32,
+        };
+        let clock = setup
+            .deterministic
+            .as_ref()
+            .map_or(Clock::Host, |deterministic| Clock::Virtual(Arc::clone(deterministic.baton().clock())));
         Ok(Arc::new(Self {
             user: UserMemory::new(&setup.mm)?,
             limits: Limits::new(setup.files.capacity(), setup.max_threads),
             setup,
+            clock,
             pid,
             next_tid: AtomicI32::new(pid),
             group: Mutex::default(),
@@ -136,7 +149,6 @@ impl Process {
 
     /// Adds a thread to the group. It is a member until its [`Thread`] is dropped.
     pub(super) fn new_thread(self: &Arc<Self>, mask: SigSet, name: [u8; 16]) -> Result<Thread, Errno> {
-        let waker = Arc::new(Waker::new().map_err(|_| Errno::EAGAIN)?);
         let tid = loop {
             let tid = self.next_tid.fetch_add(1, Ordering::Relaxed);
             // A futex word has 30 bits for a tid; once around, numbers in use are skipped.
@@ -148,6 +160,8 @@ impl Process {
                 break tid;
             }
         };
+        let seat = self.setup.deterministic.as_ref().map(|deterministic| deterministic.baton().seat(tid));
+        let waker = Arc::new(Waker::new(seat).map_err(|_| Errno::EAGAIN)?);
         self.group().join(tid, Arc::clone(&waker), mask, self.setup.max_threads)?;
         Ok(Thread::new(Arc::clone(self), tid, waker, name))
     }
@@ -179,6 +193,9 @@ impl Process {
         if let Some(status) = last
             && self.status.set(status).is_ok()
         {
+            if let Some(deterministic) = self.deterministic() {
+                deterministic.trace().0.finish();
+            }
             self.setup.host.exited();
         }
     }
@@ -210,11 +227,50 @@ impl Process {
     pub(super) fn unknown_calls(&self) -> &UnknownCalls {
         &self.unknown_calls
     }
+    /// The time that it lives in.
+    pub(super) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+    /// What decides everything that a run may differ in from the next, where something does.
+    pub(super) fn deterministic(&self) -> Option<&Arc<Deterministic>> {
+        self.setup.deterministic.as_ref()
+    }
     pub(super) fn uid(&self) -> u32 {
         host::identity(libc::SYS_getuid) as u32
     }
     pub(super) fn process_group(&self) -> i32 {
-        host::identity(libc::SYS_getpgrp) as i32
+        self.identity(libc::SYS_getpgrp) as i32
+    }
+    /// A system call without arguments that cannot fail; umbra's own numbers, but for those of processes in deterministic mode.
+    pub(super) fn identity(&self, call: i64) -> u64 {
+        const PARENT: u64 = 1;
+        match call {
+            libc::SYS_getppid if self.deterministic().is_some() => PARENT,
+            libc::SYS_getpgrp if self.deterministic().is_some() => self.pid as u64,
+            _ => host::identity(call),
+        }
+    }
+    /// The session.
+    pub(super) fn session(&self) -> Result<u64, Errno> {
+        if self.deterministic().is_some() { Ok(self.pid as u64) } else { host::session() }
+    }
+    /// The CPUs that it may run on, as the kernel's bit mask.
+    pub(super) fn affinity(&self) -> Result<Vec<u8>, Errno> {
+        if self.deterministic().is_some() { Ok(vec![1, 0, 0, 0, 0, 0, 0, 0]) } else { host::affinity() }
+    }
+    /// The CPU and the NUMA node that the calling thread runs on.
+    pub(super) fn cpu(&self) -> Result<(u32, u32), Errno> {
+        if self.deterministic().is_some() { Ok((0, 0)) } else { host::cpu() }
+    }
+    /// Random bytes; returns how many.
+    pub(super) fn random(&self, into: &mut [u8], flags: u32) -> Result<usize, Errno> {
+        match self.deterministic() {
+            Some(deterministic) => {
+                deterministic.fill_random(into);
+                Ok(into.len())
+            }
+            None => host::random(into, flags),
+        }
     }
 }
 

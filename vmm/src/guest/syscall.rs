@@ -117,7 +117,7 @@ fn call(t: &mut Thread, number: i64, args: &[u64; 6]) -> SysResult {
         libc::SYS_get_robust_list => robust::get_robust_list(t, int_a, b, c),
         libc::SYS_gettid => Ok(t.tid as u64),
         libc::SYS_sched_yield => {
-            host::sched_yield();
+            t.sched_yield();
             Ok(0)
         }
         libc::SYS_sched_getaffinity => info::sched_getaffinity(t, int_a, b as u32, c),
@@ -150,9 +150,9 @@ fn call(t: &mut Thread, number: i64, args: &[u64; 6]) -> SysResult {
         // Who and where am I.
         libc::SYS_getpid => Ok(t.process.pid() as u64),
         libc::SYS_getppid | libc::SYS_getpgrp | libc::SYS_getuid | libc::SYS_geteuid | libc::SYS_getgid
-        | libc::SYS_getegid => Ok(host::identity(number)),
-        libc::SYS_getpgid => info::own(t, int_a).map(|()| host::identity(libc::SYS_getpgrp)),
-        libc::SYS_getsid => info::own(t, int_a).and_then(|()| host::session()),
+        | libc::SYS_getegid => Ok(t.process.identity(number)),
+        libc::SYS_getpgid => info::own(t, int_a).map(|()| t.process.identity(libc::SYS_getpgrp)),
+        libc::SYS_getsid => info::own(t, int_a).and_then(|()| t.process.session()),
         libc::SYS_setpgid => info::setpgid(t, int_a, int_b),
         libc::SYS_getresuid => info::three_ids(t, host::identity(libc::SYS_getuid), [a, b, c]),
         libc::SYS_getresgid => info::three_ids(t, host::identity(libc::SYS_getgid), [a, b, c]),

@@ -4,6 +4,7 @@
 //! Everything but the vCPU is real: address space, files (pipes), threads, signals.
 
 use super::*;
+use crate::deterministic::{Deterministic, Quantum};
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
 use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
@@ -191,7 +192,11 @@ impl FakeHost {
             FakeVcpu { regs, xsave, commands: commands_in, entries: entries_out, kick, owes_entry: false };
         let mm = self.mm.lock().clone().expect("set by the fixture");
         let mut faults = FakeFaults { mm, hold: Arc::clone(&self.hold) };
-        let run = move || thread.run(&mut vcpu, &mut faults).expect("a fake vCPU does not fail");
+        let leaving = thread.leaving();
+        let run = move || {
+            let _leaving = leaving;
+            thread.run(&mut vcpu, &mut faults).expect("a fake vCPU does not fail");
+        };
         self.joins.lock().push(std::thread::spawn(run));
         Remote { tid, commands, entries }
     }
@@ -287,8 +292,19 @@ impl Fixture {
         Self::with_stdin(stdin, Some(to_stdin.into()))
     }
 
+    /// One whose time, randomness and order come from `seed`.
+    pub(super) fn deterministic(seed: u64) -> Self {
+        let (stdin, to_stdin) = pipe();
+        let mode = Deterministic::new(seed, Quantum::Exits(4), None).unwrap();
+        Self::made(stdin, Some(to_stdin.into()), Some(mode))
+    }
+
     /// `stdin` is what the guest reads; `other_end` is kept for the test.
     pub(super) fn with_stdin(stdin: OwnedFd, other_end: Option<File>) -> Self {
+        Self::made(stdin, other_end, None)
+    }
+
+    fn made(stdin: OwnedFd, other_end: Option<File>, deterministic: Option<Arc<Deterministic>>) -> Self {
         let (from_stdout, stdout) = pipe();
         let (from_stderr, stderr) = pipe();
         let pool = Arc::new(FramePool::new(16 << 20, FreedFrames::Poison).unwrap());
@@ -301,6 +317,7 @@ impl Fixture {
             host: Arc::clone(&host) as Arc<dyn Host>,
             exe: b"/bin/fake".to_vec(),
             max_threads: 8,
+            deterministic,
         })
         .unwrap();
         let mut xsave = vec![0; 4096];

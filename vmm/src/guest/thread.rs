@@ -14,6 +14,7 @@ use super::signal::{AltStack, SigInfo, SigSet, Signal, Trap};
 use super::syscall;
 use super::waker::{Parked, Waker};
 use super::{Fault, FaultHandler, HostFault};
+use crate::deterministic::Leaving;
 use crate::engine::{EngineError, Exit, Vcpu};
 use shadow_mmu::addr::{Access, Gpa, Pfn};
 use std::sync::Arc;
@@ -22,6 +23,8 @@ use std::time::Instant;
 const SEGV_MAPERR: i32 = 1;
 const SEGV_ACCERR: i32 = 2;
 const BUS_ADRERR: i32 = 2;
+/// The vector of a general-protection exception.
+const GENERAL_PROTECTION: u8 = 13;
 /// The vector of a page fault.
 const PAGE_FAULT: u8 = 14;
 
@@ -72,12 +75,20 @@ impl Thread {
         self.tid
     }
 
+    /// What must be dropped when everything else of the thread is gone: its seat in deterministic mode.
+    pub fn leaving(&self) -> Option<Leaving> {
+        self.waker.seat().map(|seat| Leaving(Arc::clone(seat)))
+    }
+
     /// Runs the thread on `vcpu`, whose registers are set, until the thread or the process ends.
     ///
     /// # Errors
     /// [`EngineError`]: the vCPU is lost. The process has been ended by SIGKILL then.
     pub fn run(mut self, vcpu: &mut dyn Vcpu, faults: &mut dyn FaultHandler) -> Result<(), EngineError> {
         self.waker.attach(vcpu.kicker());
+        if let Some(seat) = self.waker.seat() {
+            seat.begin();
+        }
         let result = self.until_it_ends(vcpu, faults);
         // From here on the thread makes system calls only on its own behalf; nobody needs its vCPU any more.
         self.waker.detach();
@@ -96,17 +107,25 @@ impl Thread {
         faults: &mut dyn FaultHandler,
     ) -> Result<(), EngineError> {
         loop {
+            if let Some(seat) = self.waker.seat() {
+                seat.turn();
+            }
             let mut flow = self.settle(vcpu)?;
             if flow == Flow::Enter && self.wait_if_held_back(faults) {
                 // A signal may have come meanwhile.
                 continue;
             }
             if flow == Flow::Enter {
-                flow = match vcpu.run()? {
+                flow = match self.enter(vcpu)? {
                     Exit::Kicked => Flow::Enter,
                     Exit::Syscall => syscall::handle(self, vcpu)?,
                     Exit::PageFault { addr, access } => self.page_fault(vcpu, faults, addr, access)?,
                     Exit::HostFault { pfn } => self.host_fault(vcpu, faults, pfn)?,
+                    Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 }
+                        if self.answer_time_stamp(vcpu) =>
+                    {
+                        Flow::Enter
+                    }
                     Exit::Exception { vector, error_code } => self.exception(vcpu, vector, error_code)?,
                 };
             }

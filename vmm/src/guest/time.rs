@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Clocks and sleeping. The clocks are the host's.
+//! Clocks and sleeping. The clocks are those of the process ([`Clock`](super::clock::Clock)).
 //!
 //! A deadline is an [`Instant`], that is CLOCK_MONOTONIC; `None` stands for one that is too far away to be reached. A
 //! deadline on CLOCK_REALTIME is translated when the wait begins: setting the clock during the wait does not move it.
 
 use super::errno::{Errno, SysResult};
-use super::host::{self, ClockQuery};
+use super::host::ClockQuery;
 use super::restart::Restart;
 use super::thread::Thread;
 use super::uaccess::{Record, UserMemory};
@@ -44,21 +44,22 @@ fn record(first: i64, second: i64) -> Record<16> {
 }
 
 /// The deadline `time` from now.
-pub(super) fn deadline_after(time: Timespec) -> Option<Instant> {
-    Instant::now().checked_add(time.0)
+pub(super) fn deadline_after(t: &Thread, time: Timespec) -> Option<Instant> {
+    t.process.clock().now().checked_add(time.0)
 }
 
 /// The deadline at `time` on `clock`.
-pub(super) fn deadline_at(clock: i32, time: Timespec) -> Result<Option<Instant>, Errno> {
-    let (seconds, nanoseconds) = host::clock(clock, ClockQuery::Time)?;
+pub(super) fn deadline_at(t: &Thread, clock: i32, time: Timespec) -> Result<Option<Instant>, Errno> {
+    let (seconds, nanoseconds) = t.process.clock().query(clock, ClockQuery::Time)?;
     // A clock before its epoch is as good as one at it: every deadline is ahead.
     let now = Duration::new(u64::try_from(seconds).unwrap_or(0), nanoseconds as u32);
-    Ok(deadline_after(Timespec(time.0.saturating_sub(now))))
+    Ok(deadline_after(t, Timespec(time.0.saturating_sub(now))))
 }
 
 /// What is left until `deadline`, as the calls report it.
-pub(super) fn left(deadline: Option<Instant>) -> Timespec {
-    Timespec(deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now())))
+pub(super) fn left(t: &Thread, deadline: Option<Instant>) -> Timespec {
+    let now = t.process.clock().now();
+    Timespec(deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(now)))
 }
 
 /// The clocks that exist without a device or another process: REALTIME to TAI.
@@ -68,7 +69,7 @@ fn check_clock(clock: i32) -> Result<(), Errno> {
 
 pub(super) fn clock_query(t: &Thread, clock: i32, into: u64, query: ClockQuery) -> SysResult {
     check_clock(clock)?;
-    let (seconds, nanoseconds) = host::clock(clock, query)?;
+    let (seconds, nanoseconds) = t.process.clock().query(clock, query)?;
     if into != 0 || query == ClockQuery::Time {
         t.process.user().write(into, &record(seconds, nanoseconds).0)?;
     }
@@ -77,7 +78,7 @@ pub(super) fn clock_query(t: &Thread, clock: i32, into: u64, query: ClockQuery) 
 
 pub(super) fn gettimeofday(t: &Thread, time: u64, zone: u64) -> SysResult {
     if time != 0 {
-        let (seconds, nanoseconds) = host::clock(libc::CLOCK_REALTIME, ClockQuery::Time)?;
+        let (seconds, nanoseconds) = t.process.clock().query(libc::CLOCK_REALTIME, ClockQuery::Time)?;
         t.process.user().write(time, &record(seconds, nanoseconds / 1000).0)?;
     }
     if zone != 0 {
@@ -87,7 +88,7 @@ pub(super) fn gettimeofday(t: &Thread, time: u64, zone: u64) -> SysResult {
 }
 
 pub(super) fn time(t: &Thread, into: u64) -> SysResult {
-    let (seconds, _) = host::clock(libc::CLOCK_REALTIME_COARSE, ClockQuery::Time)?;
+    let (seconds, _) = t.process.clock().query(libc::CLOCK_REALTIME_COARSE, ClockQuery::Time)?;
     if into != 0 {
         t.process.user().write_u64(into, seconds as u64)?;
     }
@@ -95,7 +96,7 @@ pub(super) fn time(t: &Thread, into: u64) -> SysResult {
 }
 
 pub(super) fn times(t: &Thread, into: u64) -> SysResult {
-    let (tms, ticks) = host::times()?;
+    let (tms, ticks) = t.process.clock().times()?;
     if into != 0 {
         t.process.user().write(into, &tms)?;
     }
@@ -113,7 +114,7 @@ pub(super) struct Sleep {
 
 pub(super) fn nanosleep(t: &mut Thread, time: u64, left_to: u64) -> SysResult {
     let time = Timespec::read(t.process.user(), time)?;
-    sleep(t, Sleep { deadline: deadline_after(time), left_to, absolute: false })
+    sleep(t, Sleep { deadline: deadline_after(t, time), left_to, absolute: false })
 }
 
 pub(super) fn clock_nanosleep(t: &mut Thread, clock: i32, flags: i32, time: u64, left_to: u64) -> SysResult {
@@ -125,7 +126,7 @@ pub(super) fn clock_nanosleep(t: &mut Thread, clock: i32, flags: i32, time: u64,
     }
     let time = Timespec::read(t.process.user(), time)?;
     let absolute = flags & libc::TIMER_ABSTIME != 0;
-    let deadline = if absolute { deadline_at(clock, time)? } else { deadline_after(time) };
+    let deadline = if absolute { deadline_at(t, clock, time)? } else { deadline_after(t, time) };
     sleep(t, Sleep { deadline, left_to, absolute })
 }
 
@@ -137,7 +138,7 @@ pub(super) fn sleep(t: &mut Thread, sleep: Sleep) -> SysResult {
     if sleep.absolute {
         return Err(Errno::RESTART_NO_HANDLER);
     }
-    let left = left(sleep.deadline);
+    let left = left(t, sleep.deadline);
     if left.0.is_zero() {
         return Ok(0);
     }
@@ -151,6 +152,7 @@ pub(super) fn sleep(t: &mut Thread, sleep: Sleep) -> SysResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::host;
     use crate::guest::testing::Fixture;
 
     fn errno(errno: Errno) -> i64 {

@@ -13,9 +13,13 @@
 //! `attention` is `TIF_SIGPENDING`: a signal may be deliverable, or the process ends. It is set and cleared with the
 //! group's lock held, so it is never cleared for a reason that came up meanwhile. The lock in here is a leaf lock; it
 //! orders "look at the flag, then wait" against "set the flag, then wake".
+//!
+//! In deterministic mode a thread has a [`Seat`] and waits there instead, in both cases: it passes the baton on, and what wakes
+//! it makes it one of those that may get it next. The seat's lock is below the one in here.
 
 use super::errno::Errno;
 use super::host;
+use crate::deterministic::Seat;
 use crate::engine::Kick;
 use shadow_mmu::sync::{Arc, Condvar, Mutex};
 use std::os::fd::AsRawFd;
@@ -41,6 +45,8 @@ pub(super) struct Waker {
     event: EventFd,
     state: Mutex<State>,
     asleep: Condvar,
+    /// Where the thread waits in deterministic mode.
+    seat: Option<Arc<Seat>>,
 }
 
 #[derive(Debug, Default)]
@@ -52,24 +58,38 @@ struct State {
 }
 
 impl Waker {
+    /// For a thread with this seat, if it has one.
+    ///
     /// # Errors
     /// The host's, where it has no descriptor left.
-    pub(super) fn new() -> Result<Self, Errno> {
+    pub(super) fn new(seat: Option<Seat>) -> Result<Self, Errno> {
         Ok(Self {
             attention: AtomicBool::new(false),
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             state: Mutex::default(),
             asleep: Condvar::new(),
+            seat: seat.map(Arc::new),
         })
+    }
+
+    /// The thread's place in the order of deterministic mode.
+    pub(super) fn seat(&self) -> Option<&Arc<Seat>> {
+        self.seat.as_ref()
     }
 
     /// From here on `kick` is how to get the thread out of the guest.
     pub(super) fn attach(&self, kick: Arc<dyn Kick>) {
+        if let Some(seat) = &self.seat {
+            seat.attach(Some(Arc::clone(&kick)));
+        }
         self.state.lock().kick = Some(kick);
     }
 
     /// The thread will not enter the guest again. Under the lock: once this has returned, nobody is about to kick.
     pub(super) fn detach(&self) {
+        if let Some(seat) = &self.seat {
+            seat.attach(None);
+        }
         self.state.lock().kick = None;
     }
 
@@ -90,6 +110,9 @@ impl Waker {
         if let Some(kick) = &state.kick {
             kick.kick();
         }
+        if let Some(seat) = &self.seat {
+            seat.wake();
+        }
     }
 
     /// Says whether there is something to look at. With the group's lock held, by the thread itself: it waits nowhere.
@@ -101,11 +124,17 @@ impl Waker {
     pub(super) fn notify(&self) {
         let _ordered_after_the_look = self.state.lock();
         self.asleep.notify_all();
+        if let Some(seat) = &self.seat {
+            seat.wake();
+        }
     }
 
     /// Sleeps until `done`, which must become true before a call of [`notify`](Self::notify); until an interruption; or
     /// until `deadline`, `None` for never.
     pub(super) fn park(&self, deadline: Option<Instant>, done: impl Fn() -> bool) -> Parked {
+        if let Some(seat) = &self.seat {
+            return self.park_at(seat, deadline, done);
+        }
         let mut state = self.state.lock();
         loop {
             if done() {
@@ -127,12 +156,35 @@ impl Waker {
         }
     }
 
+    fn park_at(&self, seat: &Seat, deadline: Option<Instant>, done: impl Fn() -> bool) -> Parked {
+        loop {
+            seat.prepare_to_wait();
+            if done() {
+                return Parked::Done;
+            }
+            if self.has_attention() {
+                return Parked::Interrupted;
+            }
+            if deadline.is_some_and(|deadline| deadline <= seat.now()) {
+                return Parked::TimedOut;
+            }
+            seat.sleep(deadline);
+        }
+    }
+
     /// The host's `poll` of `fds` until one is ready, `deadline` is reached (`None`: never), or an interruption.
     /// Returns how many are ready; what is ready is reported even to a thread that is wanted elsewhere.
     ///
     /// # Errors
     /// `EINTR`: nothing is ready, and the thread is wanted elsewhere. Otherwise the host's.
     pub(super) fn poll(&self, fds: &mut [libc::pollfd], deadline: Option<Instant>) -> Result<usize, Errno> {
+        // Room in what umbra's reader has not read yet is waited for with the baton in hand: the order in which guest threads run must not
+        // depend on how fast somebody reads their output.
+        let only_writes =
+            deadline.is_none() && !fds.is_empty() && fds.iter().all(|fd| fd.events == libc::POLLOUT);
+        if let Some(seat) = self.seat.as_ref().filter(|_| !only_writes) {
+            return self.poll_at(seat, fds, deadline);
+        }
         let mut with_event = fds.to_vec();
         with_event.push(libc::pollfd { fd: self.event.as_raw_fd(), events: libc::POLLIN, revents: 0 });
         loop {
@@ -166,6 +218,29 @@ impl Waker {
             }
         }
     }
+
+    fn poll_at(
+        &self,
+        seat: &Seat,
+        fds: &mut [libc::pollfd],
+        deadline: Option<Instant>,
+    ) -> Result<usize, Errno> {
+        loop {
+            seat.prepare_to_wait();
+            let at_once = Some(Instant::now());
+            match host::poll(fds, at_once) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                result => return result,
+            }
+            if self.has_attention() {
+                return Err(Errno::EINTR);
+            }
+            if deadline.is_some_and(|deadline| deadline <= seat.now()) {
+                return Ok(0);
+            }
+            seat.poll(fds, deadline);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -178,7 +253,7 @@ mod tests {
 
     #[test]
     fn an_interruption_before_the_wait_is_not_lost() {
-        let waker = Waker::new().unwrap();
+        let waker = Waker::new(None).unwrap();
         waker.interrupt();
         assert_eq!(waker.park(None, || false), Parked::Interrupted);
         assert_eq!(waker.poll(&mut [], None), Err(Errno::EINTR));
@@ -190,7 +265,7 @@ mod tests {
     #[test]
     fn an_interruption_reaches_a_sleeper_and_a_poller() {
         for round in 0..100 {
-            let waker = Waker::new().unwrap();
+            let waker = Waker::new(None).unwrap();
             thread::scope(|scope| {
                 let sleeper = scope.spawn(|| match round % 2 {
                     0 => assert_eq!(waker.park(None, || false), Parked::Interrupted),
@@ -207,7 +282,7 @@ mod tests {
 
     #[test]
     fn what_is_ready_is_reported_even_under_attention() {
-        let waker = Waker::new().unwrap();
+        let waker = Waker::new(None).unwrap();
         let ready = EventFd::new(0).unwrap();
         ready.write(1).unwrap();
         waker.interrupt();

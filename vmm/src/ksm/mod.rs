@@ -56,7 +56,8 @@ impl Pace {
     /// The pause where nobody says otherwise: the kernel's `sleep_millisecs`.
     pub const PAUSE: Duration = Duration::from_millis(20);
 
-    fn interval(self) -> Duration {
+    /// The pause.
+    pub fn interval(self) -> Duration {
         match self {
             Self::Fixed { interval, .. } | Self::Advisor { interval, .. } => interval,
         }
@@ -172,6 +173,40 @@ impl Ksmd {
 impl Drop for Ksmd {
     fn drop(&mut self) {
         self.join();
+    }
+}
+
+/// Scanning without a thread of its own: whoever has the time calls it, at the pace's interval, and says what time it is. Only
+/// for a fixed pace: the advisor goes by what a pass costs, and looks at as few pages as it may here.
+#[derive(Debug)]
+pub struct Turns {
+    ksm: Arc<Ksm>,
+    pages: u64,
+    /// Before this there is no new pass.
+    rests_until: Option<Instant>,
+    began: Option<Instant>,
+}
+
+impl Turns {
+    /// Nothing scanned yet.
+    pub fn new(ksm: Arc<Ksm>, pace: Pace) -> Self {
+        let pages = match pace {
+            Pace::Fixed { pages, .. } => pages,
+            Pace::Advisor { settings, .. } => settings.min_pages_to_scan,
+        };
+        Self { ksm, pages, rests_until: None, began: None }
+    }
+
+    /// It is `now`, and the interval has passed. Not inside a pair or an op.
+    pub fn turn(&mut self, now: Instant) {
+        if self.rests_until.is_some_and(|until| now < until) {
+            return;
+        }
+        let began = *self.began.get_or_insert(now);
+        if self.ksm.scan(self.pages).pass == PassEnd::Reached {
+            self.rests_until = Some(began + SHORTEST_PASS);
+            self.began = None;
+        }
     }
 }
 

@@ -36,7 +36,7 @@ pub fn set_guest_thread(tid: i32) {
 }
 
 /// The guest's thread that this thread runs; `None` on a thread of umbra's own.
-pub(super) fn guest_thread() -> Option<i32> {
+pub(crate) fn guest_thread() -> Option<i32> {
     GUEST_THREAD.get()
 }
 

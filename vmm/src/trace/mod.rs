@@ -14,6 +14,7 @@ pub mod observe;
 pub mod pairs;
 pub mod tracer;
 
+pub(crate) use event::guest_thread;
 pub use event::{Op, TraceEvent, set_guest_thread, start_clock};
 pub use observe::{Observe, Observer};
 pub use pairs::Pairs;

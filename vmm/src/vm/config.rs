@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a machine is to be like, and the flush strategy that comes of it.
 
+use crate::deterministic::Deterministic;
 use crate::engine::kvm::KvmVm;
 use crate::inject::points::FLUSH;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
@@ -56,6 +57,8 @@ pub struct VmConfig {
     pub tracking: Tracking,
     /// What may be made to go wrong.
     pub faults: Faults,
+    /// What decides everything that a run may differ in from the next, where something does. For one machine.
+    pub deterministic: Option<Arc<Deterministic>>,
 }
 
 impl VmConfig {
@@ -71,6 +74,7 @@ impl VmConfig {
             listeners: Vec::new(),
             tracking: Tracking::default(),
             faults: Faults::default(),
+            deterministic: None,
         }
     }
 

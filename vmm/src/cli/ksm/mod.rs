@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The options of `umbra run` for page sharing, what they start, and what is told of it.
 //!
-//! The scanner has its own thread ([`Ksmd`]); everything in here is on the event loop's. A tick reads counters that need no lock;
+//! The scanner has its own thread ([`Ksmd`]), in deterministic mode it is a job of the baton's; everything in here is on the event loop's. A tick reads counters that need no lock;
 //! only where more is saved than ever before, once a second at most, and when a guest ends, a whole report is taken, which waits
 //! for the scan that is under way. That is why `scan=` has a bound.
 //!
@@ -15,12 +15,13 @@ pub(super) use words::join;
 
 use super::Format;
 use super::replacement::Replacement;
+use crate::deterministic::Deterministic;
 use crate::fleet::Fleet;
 use crate::ksm::guest::GuestSharing;
 use crate::ksm::history::{History, Sample};
 use crate::ksm::report::{Besides, SharingReport, SharingStats};
 use crate::ksm::svg::draw;
-use crate::ksm::{Ksmd, mib};
+use crate::ksm::{Ksmd, Pace, Turns, mib};
 use anyhow::{Context, Result};
 use clap::Args;
 use domains::{DomainArg, Domains};
@@ -104,6 +105,11 @@ impl KsmArgs {
         picture.map(Replacement::prepare).transpose()
     }
 
+    /// Whether the pace is one that goes by the time that a pass takes.
+    pub(super) fn has_advisor(&self) -> bool {
+        self.ksm.is_some_and(|arg| matches!(arg.pace, Pace::Advisor { .. }))
+    }
+
     /// How often to look at what is saved; `None` without sharing.
     pub(super) fn interval(&self) -> Option<Duration> {
         self.ksm.map(|_| TICK)
@@ -113,6 +119,7 @@ impl KsmArgs {
     pub(super) fn start(
         &self,
         fleet: &Fleet,
+        deterministic: Option<&Deterministic>,
         began: Instant,
         picture: Option<Replacement>,
     ) -> Result<Option<Sharing>> {
@@ -122,7 +129,8 @@ impl KsmArgs {
             eprintln!("umbra: {warning}");
         }
         let reserve = arg.reserve.unwrap_or(fleet.pool().frame_count() / RESERVE_SHARE);
-        let ksm = Ksm::new(Arc::clone(fleet.pool()), KsmSettings { reserve, ..arg.settings })?;
+        let seed = deterministic.map(Deterministic::sharing_seed).or(arg.settings.seed);
+        let ksm = Ksm::new(Arc::clone(fleet.pool()), KsmSettings { reserve, seed, ..arg.settings })?;
         let mut members = Vec::new();
         for (number, vm) in fleet.left() {
             if arg.merge == Merge::All {
@@ -130,7 +138,15 @@ impl KsmArgs {
             }
             members.push((vm.machine().share(&ksm, domains.of(number))?, number));
         }
-        let ksmd = Ksmd::start(Arc::clone(&ksm), arg.pace)?;
+        let ksmd = match deterministic {
+            None => Some(Ksmd::start(Arc::clone(&ksm), arg.pace)?),
+            Some(deterministic) => {
+                let baton = deterministic.baton();
+                let (clock, mut turns) = (Arc::clone(baton.clock()), Turns::new(Arc::clone(&ksm), arg.pace));
+                baton.every(arg.pace.interval(), move || turns.turn(clock.now()));
+                None
+            }
+        };
         Ok(Some(Sharing {
             report: self.ksm_report.clone(),
             picture,
@@ -170,7 +186,8 @@ pub(super) struct Sharing {
     history: History,
     best: Option<Best>,
     reserve_told: bool,
-    ksmd: Ksmd,
+    /// `None` in deterministic mode, where the threads of the guest scan.
+    ksmd: Option<Ksmd>,
     ksm: Arc<Ksm>,
 }
 
@@ -248,7 +265,7 @@ impl Sharing {
     pub(super) fn finish(mut self, fleet: &Fleet) -> Result<Shared> {
         self.history.add_last(Self::sample(self.began, fleet));
         let end = self.take_report();
-        let cpu = self.ksmd.stop();
+        let cpu = self.ksmd.map_or(Duration::ZERO, Ksmd::stop);
         let pool = fleet.pool().stats();
         let besides = Besides {
             metadata_bytes: self.ksm.metadata_bytes(),

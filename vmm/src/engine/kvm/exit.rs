@@ -5,6 +5,7 @@
 //! (a shutdown, a failed entry, MMIO, an error that KVM blames on itself) is the end of the vCPU, with all that is known.
 
 use super::raw_vcpu::RawVcpu;
+use super::vcpu::TimeStamps;
 use crate::engine::EngineError;
 use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_sregs};
@@ -54,7 +55,7 @@ pub(super) fn facts(raw: &mut RawVcpu) -> String {
 }
 
 /// KVM_RUN, once.
-pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults) -> Outcome {
+pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults, time_stamps: TimeStamps) -> Outcome {
     let injected = match (faults.fail(&SYNC_REGS), faults.hit(&VCPU_RUN)) {
         (Some(errno), _) | (None, Effect::Fail(errno)) => Some(errno),
         (None, Effect::Exit(reason)) => {
@@ -68,7 +69,11 @@ pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults) -> Outcome {
         }
         _ => None,
     };
-    let what = match injected.map_or_else(|| raw.fd.run(), |errno| Err(kvm_ioctls::Error::new(errno))) {
+    let came_back = match injected {
+        Some(errno) => Err(kvm_ioctls::Error::new(errno)),
+        None => time_stamps.around(|| raw.fd.run()),
+    };
+    let what = match came_back {
         Ok(VcpuExit::IoOut(port, _)) => return Outcome::Port(port),
         Ok(VcpuExit::Intr) => return Outcome::Interrupted,
         Ok(VcpuExit::InternalError) => return internal_error(raw),

@@ -50,7 +50,7 @@ pub use error::SetupError;
 pub use flush::FlushMethod;
 pub use host::{Backend, Capability, HostFacts, host_facts};
 pub use probe::{Change, Effort, FlushReport, FlushRow};
-pub use vcpu::KvmVcpu;
+pub use vcpu::{KvmVcpu, TimeStamps};
 
 use flush::{Flusher, KvmTlb};
 use fpu::FpuLayout;

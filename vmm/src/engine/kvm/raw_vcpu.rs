@@ -30,6 +30,8 @@ const FMASK: u64 = 0x0025_7fd5;
 
 /// PE, MP, ET, NE, WP, AM, PG.
 const CR0: u64 = 0x8005_0033;
+/// `rdtsc` and `rdtscp` are for ring 0 only.
+pub(super) const CR4_TSD: u64 = 1 << 2;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;

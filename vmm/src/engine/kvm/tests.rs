@@ -336,3 +336,21 @@ fn many_vcpus_run_at_once_and_their_frames_come_back() {
     let stats = pool.stats();
     assert_eq!(stats.free + mine, stats.frames, "the engine returned every frame");
 }
+
+#[test]
+fn rdtsc_is_trapped_where_that_is_asked_for() {
+    // rdtsc; rdtscp; syscall
+    let Some(guest) = Guest::new(&[0x0f, 0x31, 0x0f, 0x01, 0xf9, 0x0f, 0x05]) else { return };
+    let mut vcpu = guest.vcpu();
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall, "untrapped by default");
+    start(&mut vcpu);
+    vcpu.set_time_stamps(super::TimeStamps::Trapped);
+    assert_eq!((vcpu.run().unwrap(), vcpu.regs().rip), (exception(13, 0), CODE));
+    vcpu.regs_mut().rip = CODE + 2;
+    assert_eq!((vcpu.run().unwrap(), vcpu.regs().rip), (exception(13, 0), CODE + 2));
+    // This thread's own clock is back.
+    let _ = Instant::now();
+    vcpu.regs_mut().rip = CODE;
+    vcpu.set_time_stamps(super::TimeStamps::OfTheCpu);
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+}

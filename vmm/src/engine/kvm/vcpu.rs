@@ -39,7 +39,7 @@ use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, lost, sw
 use super::kick::{Kicker, Requests};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
 use super::opcode::software_interrupt;
-use super::raw_vcpu::RawVcpu;
+use super::raw_vcpu::{CR4_TSD, RawVcpu};
 use super::shortage::Shortage;
 use super::snapshot::snapshot;
 use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
@@ -150,13 +150,52 @@ pub struct KvmVcpu {
     regs: Regs,
     /// KVM_RUNs in a row for which the host had no memory.
     shortage: Shortage,
+    time_stamps: TimeStamps,
+}
+
+/// What `rdtsc` and `rdtscp` do in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimeStamps {
+    /// They read the CPU's counter.
+    #[default]
+    OfTheCpu,
+    /// They are general-protection exceptions.
+    ///
+    /// The guest's CR4.TSD asks for that. Where the guest runs under the CR4 of who runs KVM (nested PVM, Linux 6.18) that has
+    /// no effect, but the thread's own setting has (`prctl(PR_SET_TSC)`); so both are used.
+    Trapped,
+}
+
+impl TimeStamps {
+    /// Calls `enter` with the thread's own `rdtsc` as the guest's is to be. `enter` reads no clock: reading one is `rdtsc` too.
+    pub(super) fn around<T>(self, enter: impl FnOnce() -> T) -> T {
+        if self == Self::OfTheCpu {
+            return enter();
+        }
+        own_time_stamps(libc::PR_TSC_SIGSEGV);
+        let result = enter();
+        own_time_stamps(libc::PR_TSC_ENABLE);
+        result
+    }
+}
+
+/// Sets what `rdtsc` does in this thread.
+fn own_time_stamps(setting: libc::c_int) {
+    // SAFETY: takes a number and changes nothing but this thread's `rdtsc`; where the host has no such setting, nothing.
+    unsafe { libc::prctl(libc::PR_SET_TSC, setting) };
 }
 
 impl KvmVcpu {
     pub(super) fn new(raw: RawVcpu, vm: Arc<KvmVm>, root: Pfn) -> Self {
         let lease = raw.state.begin_lease();
         let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.faults() });
-        Self { raw: Some(raw), vm, root, kicker, regs: Regs::default(), shortage: Shortage::default() }
+        let (regs, shortage, time_stamps) = Default::default();
+        Self { raw: Some(raw), vm, root, kicker, regs, shortage, time_stamps }
+    }
+
+    /// Says what `rdtsc` is to do from the next entry on.
+    pub fn set_time_stamps(&mut self, time_stamps: TimeStamps) {
+        self.time_stamps = time_stamps;
     }
 
     /// The table that this vCPU walks.
@@ -173,7 +212,10 @@ impl KvmVcpu {
     fn drive(&mut self) -> Result<Exit, EngineError> {
         let raw =
             self.raw.as_mut().ok_or_else(|| lost("KVM_RUN", io::Error::other("the vCPU failed before")))?;
-        let sregs = raw.ring3(self.root.offset(), self.regs.fs_base, self.regs.gs_base);
+        let mut sregs = raw.ring3(self.root.offset(), self.regs.fs_base, self.regs.gs_base);
+        if self.time_stamps == TimeStamps::Trapped {
+            sregs.cr4 |= CR4_TSD;
+        }
         let sync = raw.fd.sync_regs_mut();
         sync.regs = to_kvm(&self.regs);
         sync.sregs = sregs;
@@ -199,7 +241,7 @@ impl KvmVcpu {
                 raw.state.take(Requests::KICK);
                 return Ok(Exit::Kicked);
             }
-            let outcome = enter(raw, &self.kicker.faults);
+            let outcome = enter(raw, &self.kicker.faults, self.time_stamps);
             raw.state.leave();
             let outcome = match outcome {
                 Outcome::NoMemory(error) => {

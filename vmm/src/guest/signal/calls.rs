@@ -121,7 +121,7 @@ pub(in crate::guest) fn rt_sigtimedwait(
     let set = SigSet::mask(t.process.user().read_u64(set)?);
     let deadline = match time {
         0 => None,
-        at => time::deadline_after(Timespec::read(t.process.user(), at)?),
+        at => time::deadline_after(t, Timespec::read(t.process.user(), at)?),
     };
     let take = |t: &Thread| t.process.group().take(t.tid, set);
     let mut taken = take(t);

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The baton without a VM: host threads that take turns.
+
+#![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+
+use super::*;
+use crate::engine::Kick;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const EXIT: Exit = Exit::Syscall;
+
+/// What a thread does from its first turn on.
+type Body = Box<dyn FnOnce(&Seat) + Send>;
+
+fn mode(seed: u64) -> Arc<Deterministic> {
+    Deterministic::new(seed, Quantum::Exits(4), None).unwrap()
+}
+
+/// Runs each of `bodies` on a thread of its own, as a VM does: seats first, in order. Host threads start late and in any order.
+fn run(deterministic: &Arc<Deterministic>, bodies: Vec<Body>) {
+    let seats: Vec<_> =
+        (0..bodies.len()).map(|n| Arc::new(deterministic.baton().seat(PID + n as i32))).collect();
+    // The first claims the baton; as in a VM, the others are there by then only as seats.
+    thread::scope(|scope| {
+        for (number, (seat, body)) in seats.into_iter().zip(bodies).enumerate().rev() {
+            let leaving = Leaving(Arc::clone(&seat));
+            scope.spawn(move || {
+                let _leaving = leaving;
+                thread::sleep(Duration::from_millis(number as u64 % 3));
+                seat.begin();
+                body(&seat);
+            });
+        }
+    });
+}
+
+/// The order in which four threads get to make their exits.
+fn order(seed: u64) -> (Vec<i32>, Summary) {
+    let (deterministic, order) = (mode(seed), Arc::<Mutex<Vec<i32>>>::default());
+    let body = |_| -> Body {
+        let (deterministic, order) = (Arc::clone(&deterministic), Arc::clone(&order));
+        Box::new(move |seat| {
+            for number in 0..40 {
+                seat.turn();
+                order.lock().push(seat.tid());
+                deterministic.exit(seat, &EXIT, &Regs::default());
+                if number % 7 == 0 {
+                    seat.prepare_to_wait();
+                    seat.sleep(Some(seat.now() + Duration::from_micros(100)));
+                }
+            }
+        })
+    };
+    run(&deterministic, (0..4).map(body).collect());
+    let order = order.lock().clone();
+    (order, deterministic.summary())
+}
+
+#[test]
+fn the_same_seed_gives_the_same_order_and_another_one_another() {
+    let mut orders = Vec::new();
+    for seed in 0..5 {
+        let first = order(seed);
+        assert_eq!(first.0.len(), 160);
+        for _ in 0..5 {
+            assert_eq!(order(seed), first, "seed {seed}");
+        }
+        assert!(!orders.contains(&first.0), "seed {seed} is no other");
+        orders.push(first.0);
+    }
+}
+
+#[test]
+fn one_thread_runs_at_a_time() {
+    let (deterministic, inside) = (mode(1), Arc::new(AtomicU32::new(0)));
+    let body = |_| -> Body {
+        let (deterministic, inside) = (Arc::clone(&deterministic), Arc::clone(&inside));
+        Box::new(move |seat| {
+            for _ in 0..200 {
+                seat.turn();
+                assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                thread::yield_now();
+                inside.fetch_sub(1, Ordering::SeqCst);
+                deterministic.exit(seat, &EXIT, &Regs::default());
+            }
+        })
+    };
+    run(&deterministic, (0..4).map(body).collect());
+    assert!(deterministic.summary().switches > 100);
+}
+
+#[test]
+fn time_jumps_to_the_earliest_deadline_where_nobody_can_run() {
+    let deterministic = mode(2);
+    let clock = Arc::clone(deterministic.baton().clock());
+    let hour = Duration::from_secs(3600);
+    let woken = Arc::<Mutex<Vec<u64>>>::default();
+    let body = |hours: u32| -> Body {
+        let woken = Arc::clone(&woken);
+        Box::new(move |seat| {
+            let deadline = seat.now() + hours * hour;
+            seat.prepare_to_wait();
+            seat.sleep(Some(deadline));
+            assert_eq!(seat.now(), deadline);
+            woken.lock().push(hours.into());
+        })
+    };
+    run(&deterministic, [3, 1, 2].map(body).into());
+    assert_eq!(*woken.lock(), [1, 2, 3]);
+    assert_eq!(clock.elapsed(), 3 * hour);
+}
+
+#[test]
+fn what_wakes_a_thread_before_it_waits_is_not_lost() {
+    let deterministic = mode(3);
+    let seat = deterministic.baton().seat(PID);
+    seat.begin();
+    seat.prepare_to_wait();
+    seat.wake();
+    seat.sleep(None);
+}
+
+#[test]
+fn an_order_from_outside_reaches_a_vm_in_which_nobody_can_run() {
+    for poll in [false, true] {
+        let deterministic = mode(4);
+        let seat = Arc::new(deterministic.baton().seat(PID));
+        let (never, _other_end) = std::io::pipe().unwrap();
+        thread::scope(|scope| {
+            let waiter = Arc::clone(&seat);
+            let (asleep, told) = channel();
+            scope.spawn(move || {
+                waiter.begin();
+                waiter.prepare_to_wait();
+                asleep.send(()).unwrap();
+                let fd = std::os::fd::AsRawFd::as_raw_fd(&never);
+                match poll {
+                    true => waiter.poll(&[libc::pollfd { fd, events: libc::POLLIN, revents: 0 }], None),
+                    false => waiter.sleep(None),
+                }
+            });
+            told.recv().unwrap();
+            thread::sleep(Duration::from_millis(10));
+            seat.wake();
+        });
+    }
+}
+
+#[test]
+fn files_of_the_host_are_really_waited_for() {
+    let deterministic = mode(5);
+    let seat = deterministic.baton().seat(PID);
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            std::io::Write::write_all(&mut writer, b"x").unwrap();
+            thread::sleep(Duration::from_millis(20));
+        });
+        let began = Instant::now();
+        seat.begin();
+        seat.prepare_to_wait();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&reader);
+        seat.poll(&[libc::pollfd { fd, events: libc::POLLIN, revents: 0 }], None);
+        assert!(began.elapsed() >= Duration::from_millis(20));
+        assert_eq!(deterministic.baton().clock().elapsed(), Duration::ZERO, "virtual time stood still");
+    });
+}
+
+#[test]
+fn jobs_are_done_in_virtual_time_by_who_has_the_baton() {
+    let times = |seed| {
+        let deterministic = mode(seed);
+        let (clock, times) =
+            (Arc::clone(deterministic.baton().clock()), Arc::<Mutex<Vec<Duration>>>::default());
+        let (theirs, me) = (Arc::clone(&times), thread::current().id());
+        deterministic.baton().every(Duration::from_millis(10), move || {
+            assert_eq!(thread::current().id(), me);
+            theirs.lock().push(clock.elapsed());
+        });
+        let seat = deterministic.baton().seat(PID);
+        seat.begin();
+        for _ in 0..1000 {
+            seat.turn();
+            deterministic.exit(&seat, &EXIT, &Regs::default());
+        }
+        let before = times.lock().len();
+        assert!((3..=11).contains(&before), "{before} in about 50 ms");
+        seat.prepare_to_wait();
+        seat.sleep(Some(seat.now() + Duration::from_secs(1)));
+        let times = times.lock().clone();
+        assert!((60..=210).contains(&(times.len() - before)), "{} in 1 s", times.len() - before);
+        times
+    };
+    assert_eq!(times(6), times(6));
+    assert_ne!(times(6), times(7), "the seed jitters the interval");
+}
+
+#[derive(Debug, Default)]
+struct Flag(AtomicU64);
+
+impl Kick for Flag {
+    fn kick(&self) {
+        self.0.store(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_thread_that_never_leaves_the_guest_is_interrupted_once_others_could_run() {
+    let deterministic = mode(8);
+    let ran = Arc::new(AtomicU32::new(0));
+    let spins = || -> Body {
+        let ran = Arc::clone(&ran);
+        Box::new(move |seat| {
+            let kick = Arc::<Flag>::default();
+            seat.attach(Some(Arc::clone(&kick) as _));
+            seat.turn();
+            if ran.fetch_add(1, Ordering::SeqCst) == 0 {
+                seat.cross_into_guest_or_back();
+                while kick.0.load(Ordering::SeqCst) == 0 {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                seat.cross_into_guest_or_back();
+                seat.turn();
+                assert_eq!(ran.load(Ordering::SeqCst), 2, "the other ran meanwhile");
+            }
+        })
+    };
+    run(&deterministic, vec![spins(), spins()]);
+    let summary = deterministic.summary();
+    assert!(!summary.exact && summary.text().ends_with("not exact"));
+    assert!(order(8).1.exact);
+}
+
+#[test]
+fn a_thread_that_is_alone_may_stay_in_the_guest() {
+    let deterministic = mode(9);
+    let seat = deterministic.baton().seat(PID);
+    seat.attach(Some(Arc::<Flag>::default() as _));
+    seat.begin();
+    assert_eq!(deterministic.baton().force(), None);
+    let other = deterministic.baton().seat(PID + 1);
+    assert_eq!(deterministic.baton().force(), Some(PID));
+    drop(other);
+}
+
+#[test]
+fn a_seat_whose_thread_never_came_to_be_is_given_up() {
+    let deterministic = mode(10);
+    let seat = deterministic.baton().seat(PID);
+    seat.begin();
+    drop(deterministic.baton().seat(PID + 1));
+    for _ in 0..100 {
+        seat.turn();
+        deterministic.exit(&seat, &EXIT, &Regs::default());
+    }
+    assert_eq!(deterministic.summary().switches, 1);
+}
+
+#[test]
+fn only_threads_that_others_wait_for_are_single_stepped() {
+    let deterministic = Deterministic::new(11, Quantum::Steps(10), None).unwrap();
+    let seat = deterministic.baton().seat(PID);
+    seat.begin();
+    assert!(!seat.single_steps());
+    let other = deterministic.baton().seat(PID + 1);
+    assert!(seat.single_steps());
+    drop(other);
+    assert!(!seat.single_steps());
+    let exits = mode(11);
+    let (first, _second) = (exits.baton().seat(PID), exits.baton().seat(PID + 1));
+    assert!(!first.single_steps());
+}
+
+#[test]
+fn streams_of_a_seed_are_independent_of_each_other() {
+    let deterministic = mode(12);
+    let (at_random, sharing) = (deterministic.at_random(), deterministic.sharing_seed());
+    let mut bytes = [0; 16];
+    deterministic.fill_random(&mut bytes);
+    assert_ne!(bytes, at_random);
+    assert_eq!((deterministic.at_random(), deterministic.sharing_seed()), (at_random, sharing));
+    let (mut same, mut other) = ([0; 16], [0; 16]);
+    mode(12).fill_random(&mut same);
+    mode(13).fill_random(&mut other);
+    assert_eq!(same, bytes);
+    assert_ne!(other, bytes);
+}
