@@ -72,12 +72,46 @@ fn links_between_documents_lead_somewhere() {
     }
 }
 
+/// Everything that Rust sources say.
+fn sources() -> String {
+    with_extensions(&["rs"]).iter().map(|path| fs::read_to_string(path).unwrap()).collect()
+}
+
+/// The words in backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+fn is_test(sources: &str, name: &str) -> bool {
+    ["", "    "].iter().any(|indent| sources.contains(&format!("#[test]\n{indent}fn {name}()")))
+}
+
+/// Every point has a line in the table of docs/fault-injection.md, with tests that exist; and the table has no other.
+#[test]
+fn every_fault_point_has_its_line_and_its_tests() {
+    let text = fs::read_to_string(root().join("docs/fault-injection.md")).unwrap();
+    let table = text.split_once("| point | models | umbra promises | tests |\n").unwrap().1;
+    let sources = sources();
+    let mut listed = Vec::new();
+    for row in table.lines().skip(1).map_while(|line| line.strip_prefix("| ")?.strip_suffix(" |")) {
+        let cells: Vec<&str> = row.split(" | ").collect();
+        let [point, models, promise, tests] = cells[..] else { panic!("not four cells: {row}") };
+        assert!(models.len() > 10 && promise.len() > 10, "{point} lacks its model or its promise");
+        assert!(quoted(tests).count() > 0, "{point} has no test");
+        for test in quoted(tests) {
+            assert!(is_test(&sources, test), "docs/fault-injection.md names {test}, which is no test");
+        }
+        listed.push(quoted(point).next().unwrap());
+    }
+    let points: Vec<&str> = vmm::inject::points::all().map(|point| point.name).collect();
+    assert_eq!(listed, points);
+}
+
 /// The last column of each table whose last heading is "tests" names tests that exist; and every race is in the table.
 #[test]
 fn the_contract_is_tied_to_tests_that_exist() {
     let text = fs::read_to_string(root().join("docs/contract.md")).unwrap();
-    let sources: String =
-        with_extensions(&["rs"]).iter().map(|path| fs::read_to_string(path).unwrap()).collect();
+    let sources = sources();
     let mut in_table = false;
     let mut named = 0;
     for line in text.lines() {
@@ -90,10 +124,8 @@ fn the_contract_is_tied_to_tests_that_exist() {
         if !in_table {
             continue;
         }
-        for test in last.split('`').skip(1).step_by(2) {
-            let is_there = sources.contains(&format!("#[test]\nfn {test}()"))
-                || sources.contains(&format!("#[test]\n    fn {test}()"));
-            assert!(is_there, "docs/contract.md names {test}, which is no test");
+        for test in quoted(last) {
+            assert!(is_test(&sources, test), "docs/contract.md names {test}, which is no test");
             named += 1;
         }
     }

@@ -29,7 +29,7 @@ bitflags! {
         const STALL = 1 << 1;
         /// A bit of the data is flipped.
         const CORRUPT = 1 << 2;
-        /// What is done at once is done in parts.
+        /// What is done at once is done in parts, and in another order where there is none.
         const SPLIT = 1 << 3;
         /// The vCPU comes out with an exit that no guest can cause.
         const EXIT = 1 << 4;
@@ -117,7 +117,7 @@ pub enum MemoryFault {
     Slow(Duration),
 }
 
-/// What a hit comes to. Waiting is over already.
+/// What a hit comes to. Waiting is over already, but for [`Late`](Self::Late).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Effect {
     /// Nothing: go on.
@@ -129,6 +129,8 @@ pub enum Effect {
     Corrupt(u64),
     /// Do it in parts.
     Split,
+    /// Be late by this: where a delay is one of a deadline, and the thread must stay where others can wake it.
+    Late(Duration),
     /// The vCPU comes out with this exit reason of KVM's.
     Exit(u32),
     /// This happens to the page that the hit is about.
@@ -334,14 +336,16 @@ pub static MERGE_REPLACE: Point = Point {
 /// An event of a watched mapping was read.
 pub static UFFD_EVENT: Point = Point {
     name: "uffd-event",
-    place: "the watch over adopted memory is about to act on an event of userfaultfd",
-    models: "a watch that gets no CPU: the kernel's events come late, or those of several threads in another order",
+    place: "the watch over adopted memory is about to read events of userfaultfd, and then to act on each that it has read",
+    models: "a watch that gets no CPU: the kernel's events come late; split: in parts, and those that were read together in \
+             another order where they are about different addresses, as several threads may send them",
     promise: "who changes the mapping waits; the guest reaches no page that is gone when that call returns",
     errors: &[],
     effects: Effects::WAIT.union(Effects::SPLIT),
     outcome: Outcome::Unseen,
     scope: Scope::Vm,
-    addressed: Addressed::Guest,
+    // Events are about addresses of the host.
+    addressed: Addressed::No,
 };
 
 /// Every point of this crate.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Page sharing, as the library's caller sees it: what is merged and what is not, that nobody can tell by the bytes, and what a
 //! pass over memory costs. `selftests` has the kernel's tests by name; `races` forces interleavings; `dirty` is about what the
-//! CPU's D saves; `policy` about settings; `mapping` about what happens to merged pages; `oracle` runs everything at once.
+//! CPU's D saves; `policy` about settings; `inject` about a scan that is held or gives up; `mapping` about what happens to merged pages; `oracle` runs everything at once.
 // What a test does not expect may end it.
 #![cfg(feature = "mmu-notifier")]
 #![allow(clippy::unwrap_used)]
@@ -9,6 +9,9 @@
 mod common;
 #[path = "ksm/dirty.rs"]
 mod dirty;
+#[cfg(feature = "inject")]
+#[path = "ksm/inject.rs"]
+mod inject;
 #[path = "ksm/mapping.rs"]
 mod mapping;
 #[path = "ksm/oracle.rs"]

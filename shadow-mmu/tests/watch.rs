@@ -7,6 +7,9 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
+#[cfg(feature = "inject")]
+#[path = "watch/late.rs"]
+mod late;
 #[path = "watch/mapping.rs"]
 mod mapping;
 #[path = "watch/races.rs"]
@@ -33,7 +36,10 @@ enum Reader {
 
 /// A machine with a watch, unless the host has no such thing.
 fn watched_by(reader: Reader, forks: Forks) -> Option<(Machine, Arc<Watch>)> {
-    let machine = Machine::new(256);
+    watch(Machine::new(256), reader, forks)
+}
+
+fn watch(machine: Machine, reader: Reader, forks: Forks) -> Option<(Machine, Arc<Watch>)> {
     let engine = machine.tlb.host.clone();
     let made = match reader {
         Reader::Thread => Watch::with_thread(&machine.mm, engine, forks),
@@ -153,6 +159,12 @@ const CHANGES: [Change; 9] = [
 
 #[test]
 fn a_change_by_the_host_has_reached_the_guest_when_the_call_returns() {
+    every_change_has_reached_the_guest_when_the_call_returns(watched);
+}
+
+fn every_change_has_reached_the_guest_when_the_call_returns(
+    watched: impl Fn() -> Option<(Machine, Arc<Watch>)>,
+) {
     for (kind, make) in mapping::KINDS {
         for change in &CHANGES {
             let what = format!("{kind}, {}", change.name);

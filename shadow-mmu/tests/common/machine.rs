@@ -4,6 +4,7 @@
 use super::{ALL_GFNS, Hook, SoftTlb, Vcpu, pages};
 use shadow_mmu::addr::{Access, Gfn, Gpa, Hva, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
+use shadow_mmu::inject::Faults;
 use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, MmError, Pte};
 use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Memslot, ShadowError, ShadowMmu, SlotAccess, Spte, Tlb};
 use std::sync::Arc;
@@ -32,6 +33,14 @@ impl Machine {
     /// is as bad as it can be.
     pub(crate) fn with_ad_bits(frames: u64, ad: AdBits) -> Self {
         Self::over(Mm::new(Self::pool(frames)).unwrap(), ad).unwrap().with_slot()
+    }
+
+    /// A machine whose pool and space have fault points that `faults` decides over.
+    pub(crate) fn with_faults(frames: u64, faults: Faults) -> Self {
+        super::limit_run_time();
+        let pool = FramePool::with_faults(pages(frames), FreedFrames::Poison, faults.clone()).unwrap();
+        let mm = Mm::with_faults(Arc::new(pool), faults).unwrap();
+        Self::over(mm, AdBits::AfterFlush).unwrap().with_slot()
     }
 
     fn pool(frames: u64) -> Arc<FramePool> {

@@ -16,7 +16,9 @@ use super::waker::{Parked, Waker};
 use super::{Fault, FaultHandler, HostFault};
 use crate::deterministic::Leaving;
 use crate::engine::{EngineError, Exit, Vcpu};
+use crate::inject::points::TIMER;
 use shadow_mmu::addr::{Access, Gpa, Pfn};
+use shadow_mmu::inject::Effect;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -235,6 +237,7 @@ impl Thread {
     /// Waits until `done` (which is announced through [`Waker::notify`]), for a signal that is really to be taken, or
     /// until `deadline`; `None` for ever.
     pub(super) fn sleep(&self, deadline: Option<Instant>, done: impl Fn() -> bool) -> Parked {
+        let deadline = self.maybe_late(deadline);
         loop {
             match self.waker.park(deadline, &done) {
                 // Perhaps another thread took the signal meanwhile.
@@ -249,11 +252,25 @@ impl Thread {
     /// # Errors
     /// `EINTR`: a signal is to be taken. Otherwise the host's.
     pub(super) fn poll(&self, fds: &mut [libc::pollfd], deadline: Option<Instant>) -> Result<usize, Errno> {
+        let deadline = self.maybe_late(deadline);
         loop {
             match self.waker.poll(fds, deadline) {
                 Err(Errno::EINTR) if !self.is_wanted() => {}
                 result => return result,
             }
+        }
+    }
+
+    /// The deadline of a wait that begins now, or a later one where timers are injected into. One that is reached already is no
+    /// timer's: whoever asks what is ready does not wait.
+    fn maybe_late(&self, deadline: Option<Instant>) -> Option<Instant> {
+        let faults = self.process.mm().faults();
+        if !faults.are_armed() || deadline.is_none_or(|deadline| deadline <= Instant::now()) {
+            return deadline;
+        }
+        match faults.hit(&TIMER) {
+            Effect::Late(delay) => deadline.and_then(|deadline| deadline.checked_add(delay)),
+            _ => deadline,
         }
     }
 

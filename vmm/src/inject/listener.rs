@@ -56,7 +56,7 @@ mod tests {
     use super::*;
     use shadow_mmu::addr::{Access, Hva};
     use shadow_mmu::frame::{FramePool, FreedFrames};
-    use shadow_mmu::mm::{Backing, MapFlags, Mm};
+    use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, Reaped};
     use std::sync::Arc;
 
     #[test]
@@ -75,5 +75,22 @@ mod tests {
         assert!(mm.notifiers().invalidate_nonblock(range, Event::Clear).is_err());
         assert_eq!(registry.account().hits["notifier-start"], 2);
         assert_eq!(registry.account().hits["notifier-end"], 1);
+    }
+
+    #[test]
+    fn a_reaper_that_is_refused_leaves_the_page_and_gets_it_at_its_next_go() {
+        let plan = "[[fault]]\npoint='notifier-start'\nevent='unmap'\nnth=1\nerror='EAGAIN'".parse().unwrap();
+        let registry = Registry::new(&plan);
+        let pool = Arc::new(FramePool::new(1 << 20, FreedFrames::Keep).unwrap());
+        let mm = Mm::new(Arc::clone(&pool)).unwrap();
+        mm.register(Arc::new(NotifierFaults::new(Faults::new(Arc::clone(&registry) as _)))).unwrap();
+        let rights = Access::READ | Access::WRITE;
+        let at = mm.mmap(Hva(0), 0x1000, rights, MapFlags::PRIVATE, Backing::Anonymous).unwrap();
+        mm.fault(&FaultRequest::one_page(at, rights)).unwrap();
+        let free = pool.free_frames();
+        assert_eq!(mm.reap(), Some(Reaped { freed: 0, skipped: 1 }));
+        assert_eq!(pool.free_frames(), free);
+        assert_eq!(mm.reap(), Some(Reaped { freed: 1, skipped: 0 }));
+        assert_eq!(registry.account().rules[0].fired, 1);
     }
 }

@@ -131,9 +131,15 @@ impl Injector for Registry {
     fn hit(&self, hit: &Hit) -> Effect {
         self.count(hit);
         let mut effect = Effect::Go;
+        let mut late = Duration::ZERO;
         for (rule, random) in self.firing(hit) {
             log::debug!("injected at {:x?}, machine {}: {}", hit.at, hit.vm, rule.headline());
             let this = match &rule.effect {
+                // Signals must go on to end the wait: so it is the deadline that moves.
+                What::Delay(delay) if *hit.point == points::TIMER => {
+                    late += *delay;
+                    continue;
+                }
                 What::Delay(delay) => {
                     std::thread::sleep(*delay);
                     continue;
@@ -160,7 +166,10 @@ impl Injector for Registry {
                 effect = this;
             }
         }
-        effect
+        match effect {
+            Effect::Go if !late.is_zero() => Effect::Late(late),
+            effect => effect,
+        }
     }
 }
 
@@ -213,6 +222,16 @@ mod tests {
         let began = Instant::now();
         Faults::new(Arc::clone(&registry) as _).hit(&shadow_mmu::inject::PUNCH);
         assert!(began.elapsed() >= Duration::from_millis(5));
+    }
+
+    #[test]
+    fn a_late_timer_is_a_later_deadline_and_no_wait() {
+        let registry =
+            registry("[[fault]]\npoint='timer'\ndelay='10s'\n[[fault]]\npoint='timer'\ndelay='5s'");
+        let began = Instant::now();
+        let effect = Faults::new(Arc::clone(&registry) as _).hit(&points::TIMER);
+        assert_eq!(effect, Effect::Late(Duration::from_secs(15)));
+        assert!(began.elapsed() < Duration::from_secs(5), "it waited itself");
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | `mod` | the watch: when events are read, who reads them, the end |
 //! | `adopt` | taking a mapping in: checks, alias, slot, VMA |
 //! | `apply` | from an event to changes of VMAs, ptes and slots |
+//! | `late` | events that come late or in another order because somebody wants them to |
 //! | `slots` | frame numbers beyond the pool's, and the engine's memslots behind them |
 //! | `maps` | what /proc/self/maps knows of a range |
 //! | [`uffd`] | userfaultfd(2) |
@@ -91,6 +92,7 @@
 
 mod adopt;
 mod apply;
+mod late;
 mod maps;
 mod slots;
 pub mod uffd;
@@ -100,6 +102,7 @@ pub use slots::{HostSlot, HostSlots};
 
 use super::{Backing, Map, Mm};
 use crate::addr::{HvaRange, PAGE_SIZE};
+use crate::inject::UFFD_EVENT;
 use crate::notifier::Event;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, thread};
@@ -344,6 +347,7 @@ impl Watcher {
         if !readable(&mut [pollfd(self.uffd.fd().as_raw_fd())], 0)? {
             return Ok(0);
         }
+        self.mm.faults.hit(&UFFD_EVENT);
         let mut map = self.mm.map.write();
         let mut state = self.state.lock();
         let views = Self::views(&map).into_iter();
@@ -362,7 +366,7 @@ impl Watcher {
             }
         }
         let count = events.len();
-        for event in events {
+        for event in late::disturbed(&self.mm.faults, events) {
             self.apply(&mut map, &mut state, event);
         }
         self.prune(&map, &mut state);

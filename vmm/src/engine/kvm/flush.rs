@@ -44,14 +44,16 @@
 use super::KvmVm;
 use super::kick::{Requests, RunState};
 use super::window::{Run, Window};
-use crate::inject::points::WINDOW_MADVISE;
+use crate::inject::points::{KICK, WINDOW_MADVISE};
 use kvm_bindings::kvm_userspace_memory_region;
 use serde::Serialize;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
+use shadow_mmu::inject::Faults;
 use shadow_mmu::shadow::{AdBits, Tlb, Zapped};
 use shadow_mmu::sync::{Arc, Condvar, Mutex};
 use std::fmt;
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::MmapRegion;
@@ -149,6 +151,8 @@ pub(super) struct Flusher {
     /// Flushers that want all vCPUs outside.
     holders: Mutex<usize>,
     released: Condvar,
+    /// Empty until [`KvmVm::arm`]: what the probes find is to be true.
+    pub(super) faults: OnceLock<Faults>,
 }
 
 impl Flusher {
@@ -165,6 +169,7 @@ impl Flusher {
             states: Mutex::new(Vec::new()),
             holders: Mutex::new(0),
             released: Condvar::new(),
+            faults: OnceLock::new(),
         })
     }
 
@@ -200,7 +205,12 @@ impl Flusher {
     /// Requests something of every vCPU and waits until none is in the guest without having served it.
     fn request_of_all(&self, request: Requests) {
         let states = self.states.lock().clone();
-        states.iter().for_each(|state| state.request(request, None));
+        for state in &states {
+            if let Some(faults) = self.faults.get() {
+                faults.hit(&KICK);
+            }
+            state.request(request, None);
+        }
         for state in &states {
             wait_until(|| state.is_out(request));
         }

@@ -92,8 +92,6 @@ pub struct KvmVm {
     adopted: AdoptedSlots,
     monitor: Monitor,
     facts: HostFacts,
-    /// Empty until [`arm`](Self::arm): what the probes find is to be true.
-    faults: OnceLock<Faults>,
 }
 
 impl KvmVm {
@@ -143,21 +141,20 @@ impl KvmVm {
             adopted: AdoptedSlots::default(),
             monitor,
             facts,
-            faults: OnceLock::new(),
         }))
     }
 
     /// From now on `faults` decides over the VM's fault points, and over those of vCPUs that are leased from now on. Once.
     pub fn arm(&self, faults: Faults) {
-        let _ = self.faults.set(faults);
+        let _ = self.flusher.faults.set(faults);
     }
 
     fn fail(&self, point: &'static Point) -> Option<i32> {
-        self.faults.get()?.fail(point)
+        self.flusher.faults.get()?.fail(point)
     }
 
     fn faults(&self) -> Faults {
-        self.faults.get().cloned().unwrap_or_default()
+        self.flusher.faults.get().cloned().unwrap_or_default()
     }
 
     /// The place and the raw value of the entry that belongs into the upper half of every root table that a vCPU of this
