@@ -17,7 +17,7 @@ struct Guest {
     pie: bool,
 }
 
-const GUESTS: [Guest; 9] = [
+const GUESTS: [Guest; 10] = [
     Guest { name: "hello", source: "hello.rs", pie: false },
     Guest { name: "hello-pie", source: "hello.rs", pie: true },
     Guest { name: "touch", source: "touch.rs", pie: false },
@@ -26,6 +26,7 @@ const GUESTS: [Guest; 9] = [
     Guest { name: "mix", source: "mix.rs", pie: false },
     Guest { name: "race", source: "race.rs", pie: false },
     Guest { name: "torture", source: "torture.rs", pie: false },
+    Guest { name: "victim", source: "victim.rs", pie: false },
     Guest { name: "watcher", source: "watcher.rs", pie: false },
 ];
 

@@ -4,9 +4,9 @@
 //! They are the guests that umbra ships. Each is an ordinary Linux program of a few kilobytes, `no_std`, without a C library,
 //! built from `src/guests` by the build script with nothing but `rustc` and the system's linker. So each also runs natively,
 //! and the native run is the oracle: what a guest prints on stdout and its exit status depend on its arguments alone (but for
-//! `touch --time`, and for answers of `memstress`: its times, the address that `where` tells, how many accesses there
-//! were before `stop`, and the times of `mix`; and for whether `race` loses updates), never on addresses, times, scheduling or what
-//! it runs on.
+//! `touch --time`, `victim --where`, and for answers of `memstress`: its times, the address that `where` tells, how many accesses
+//! there were before `stop`, and the times of `mix`; and for whether `race` loses updates), never on addresses, times, scheduling
+//! or what it runs on.
 //!
 //! | image | what it is for |
 //! | --- | --- |
@@ -14,6 +14,7 @@
 //! | `touch` | faults in a chosen order, to measure what one costs |
 //! | `threads` | the race for a stale translation, or a freed frame that is still within reach |
 //! | `memstress` | threads that touch memory on command, so that what ages and tracks it can be checked and measured |
+//! | `victim` | memory that fails while it is used: each signal, error and wrong byte is told (`umbra inject`) |
 //! | `watcher` | mappings of umbra's own that are shown to a guest (`umbra run --adopt-demo`) |
 //! | `mix` | memory of which so much is equal and so much is not, to see what page sharing makes of it |
 //! | `race` | a planted bug: updates of a counter that are lost, if threads are interrupted at the wrong moment |
@@ -83,7 +84,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 9] = [
+static IMAGES: [Image; 10] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -131,6 +132,12 @@ static IMAGES: [Image; 9] = [
         summary: "loses updates of a counter now and then, so that a search has something to find",
         usage: usage::RACE,
         elf: elf!("race"),
+    },
+    Image {
+        name: "victim",
+        summary: "holds pages whose content it knows, and says what becomes of them",
+        usage: usage::VICTIM,
+        elf: elf!("victim"),
     },
     Image {
         name: "watcher",

@@ -24,6 +24,10 @@ pub(crate) const TORTURE: &str = "torture SEED[..LAST] [--ops N] [--pages N] [--
 pub(crate) const MEMSTRESS: &str = "memstress [--threads N] [--pages N] [--overlap] [--write-percent PCT] \
                                     [--random] [--seed S] [--spin N] < COMMANDS";
 
+/// `victim`.
+pub(crate) const VICTIM: &str = "victim [--pages N] [--rounds R | --until fault|back] [--pause MS] [--grow N] \
+                                 [--heap] [--where]";
+
 /// `watcher`.
 pub(crate) const WATCHER: &str = "watcher [--board HEX]";
 

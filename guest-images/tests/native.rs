@@ -65,6 +65,16 @@ fn touch_prints_what_the_arguments_decide() {
     );
 }
 
+#[test]
+fn victim_has_nothing_to_say_of_healthy_memory() {
+    prints("victim", "victim: 64 pages hold what they must\n");
+    prints("victim --pages 1 --heap --rounds 5 --pause 1 --grow 3", "victim: 1 pages hold what they must\n");
+    let run = guest("victim --pages 2 --where");
+    let (first, rest) = text(&run.stdout).split_once('\n').unwrap();
+    assert!(first.starts_with("victim: pages from 0x"), "{first}");
+    assert_eq!((rest, run.status.code()), ("victim: 2 pages hold what they must\n", Some(0)));
+}
+
 /// With every page written, --verify sees a page that an order left out: it would hold zero.
 #[test]
 fn every_order_of_touch_reaches_every_page() {
@@ -365,6 +375,9 @@ fn a_wrong_command_line_ends_with_status_2_and_one_line() {
         "threads --writers 0",
         "threads --writers 65",
         "threads x",
+        "victim x",
+        "victim --until never",
+        "victim --pages 4097",
         "torture",
         "torture 1 2",
         "torture 5..2",

@@ -13,6 +13,7 @@
 //! A point may be hit with locks held; its injector may sleep there, for as long as it was told to, and must take no lock of this
 //! crate and wait for nobody without a limit.
 
+use crate::addr::HvaRange;
 #[cfg(feature = "inject")]
 use crate::sync::Arc;
 use bitflags::bitflags;
@@ -113,8 +114,43 @@ pub enum MemoryFault {
     Revoke,
     /// One bit of it is flipped, chosen by this number, and nobody says so.
     Flip(u64),
-    /// It is far away: each time that it is fetched anew costs so much time.
+    /// It is far away: this fetch of it costs so much time.
     Slow(Duration),
+    /// So many thousandths of the pool's frames are somebody else's now.
+    Pressure(u32),
+}
+
+/// Which memory of the guest something happens to, as far as the plan says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Where {
+    /// Anywhere.
+    Anywhere,
+    /// These addresses.
+    At(HvaRange),
+    /// A kind of mapping that the machine knows by this name.
+    Region(&'static str),
+}
+
+/// Something that may happen to memory of a machine in the course of the run: for who prepares for it.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryRule {
+    /// At hits of this point.
+    pub point: &'static Point,
+    /// What.
+    pub fault: MemoryFault,
+    /// To which memory.
+    pub at: Where,
+    /// Over after so much of the run.
+    pub hold: Option<Duration>,
+}
+
+/// Something that happens to memory now.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryEvent {
+    /// By which rule.
+    pub rule: MemoryRule,
+    /// What is left to chance is chosen by this number.
+    pub random: u64,
 }
 
 /// What a hit comes to. Waiting is over already, but for [`Late`](Self::Late).
@@ -133,8 +169,6 @@ pub enum Effect {
     Late(Duration),
     /// The vCPU comes out with this exit reason of KVM's.
     Exit(u32),
-    /// This happens to the page that the hit is about.
-    Memory(MemoryFault),
 }
 
 /// A hit: a thread is about to do what a point is about.
@@ -154,6 +188,28 @@ pub struct Hit {
 pub trait Injector: Debug + Send + Sync {
     /// Decides, and waits if that is what is to happen.
     fn hit(&self, hit: &Hit) -> Effect;
+
+    /// The same for a point with [`Effects::MEMORY`]: all that happens to memory at this hit, in the order of the plan.
+    fn hit_memory(&self, hit: &Hit) -> Vec<MemoryEvent> {
+        self.hit(hit);
+        Vec::new()
+    }
+
+    /// What may happen to memory of machine `vm`.
+    fn memory_rules(&self, vm: u32) -> Vec<MemoryRule> {
+        let _ = vm;
+        Vec::new()
+    }
+
+    /// Keeps a line about what came of something that it decided, for its report.
+    fn note(&self, vm: u32, line: &str) {
+        let _ = (vm, line);
+    }
+
+    /// Whether it wants to be told that time passes, by hits of a point for that.
+    fn counts_time(&self) -> bool {
+        false
+    }
 }
 
 /// One machine's way to its injector, if it has one.
@@ -212,6 +268,49 @@ impl Faults {
         }
         let _ = (point, at, what);
         Effect::Go
+    }
+
+    /// A thread comes to `point`, which has [`Effects::MEMORY`]: what happens to memory.
+    #[inline]
+    pub fn hit_memory(
+        &self,
+        point: &'static Point,
+        at: Option<u64>,
+        what: Option<&'static str>,
+    ) -> Vec<MemoryEvent> {
+        #[cfg(feature = "inject")]
+        if let Some((injector, vm)) = &self.armed {
+            return injector.hit_memory(&Hit { point, vm: *vm, at, what });
+        }
+        let _ = (point, at, what);
+        Vec::new()
+    }
+
+    /// What may happen to memory of this machine.
+    pub fn memory_rules(&self) -> Vec<MemoryRule> {
+        #[cfg(feature = "inject")]
+        if let Some((injector, vm)) = &self.armed {
+            return injector.memory_rules(*vm);
+        }
+        Vec::new()
+    }
+
+    /// Keeps a line for the report of what was injected.
+    pub fn note(&self, line: &str) {
+        #[cfg(feature = "inject")]
+        if let Some((injector, vm)) = &self.armed {
+            injector.note(*vm, line);
+        }
+        let _ = line;
+    }
+
+    /// Whether somebody wants to be told that time passes.
+    pub fn counts_time(&self) -> bool {
+        #[cfg(feature = "inject")]
+        if let Some((injector, _)) = &self.armed {
+            return injector.counts_time();
+        }
+        false
     }
 
     /// The error number that `point` fails with, if it does.

@@ -10,7 +10,7 @@ use crate::vm::{Frames, Machine};
 use serde::Serialize;
 use shadow_mmu::addr::{Gpa, Hva, PAGE_SIZE};
 use shadow_mmu::frame::PoolStats;
-use shadow_mmu::mm::{Backing, Vma};
+use shadow_mmu::mm::{Backing, Trap, Vma};
 use shadow_mmu::shadow::Spte;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -172,12 +172,20 @@ pub fn death_report(death: &Death, who: &str, machine: &Machine) -> String {
 
 fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -> std::fmt::Result {
     let vmas = machine.mm().vmas();
+    let trap = death.address.and_then(|address| machine.mm().trapped(Hva(address.0)));
     writeln!(
         out,
         "umbra: {who} died of {}{}",
         signal_name(death.signal),
-        reason(death, &vmas, machine.frames(), machine.pool().stats())
+        reason(death, trap, &vmas, machine.frames(), machine.pool().stats())
     )?;
+    if let Some(trap) = trap {
+        writeln!(out, "  the plan did that: {}", trap_text(trap))?;
+    }
+    let pressed = machine.pressed_frames();
+    if (death.signal, death.code) == (libc::SIGKILL, 0x80) && pressed > 0 {
+        writeln!(out, "  the plan did that: {pressed} frames are taken (memory = \"pressure\")")?;
+    }
     let regs = &death.regs;
     let vector = death.vector.map_or_else(String::new, |vector| format!(" (exception {vector})"));
     match (death.address, death.access) {
@@ -238,16 +246,26 @@ pub(crate) fn write_events(out: &mut String, machine: &Machine) -> std::fmt::Res
 }
 
 /// Why, with a look at what is mapped now, and at which frames are left.
-fn reason(death: &Death, vmas: &[Vma], frames: Frames, pool: PoolStats) -> String {
+fn reason(death: &Death, trap: Option<Trap>, vmas: &[Vma], frames: Frames, pool: PoolStats) -> String {
     let why = match (death.signal, death.code) {
         (libc::SIGSEGV, 1) => ": nothing is mapped there (SEGV_MAPERR)",
         (libc::SIGSEGV, 2) => ": the mapping does not allow it (SEGV_ACCERR)",
+        (libc::SIGBUS, 2) if trap == Some(Trap::Bus) => ": the page cannot be had (BUS_ADRERR)",
         (libc::SIGBUS, 2) => unreachable_page(death, vmas),
+        (libc::SIGBUS, 4) => ": the page has failed, and its content is lost (BUS_MCEERR_AR)",
         // SI_KERNEL: umbra's own doing; a guest that kills itself has another code.
         (libc::SIGKILL, 0x80) => return out_of_memory(frames, pool),
         _ => "",
     };
     why.to_owned()
+}
+
+fn trap_text(trap: Trap) -> &'static str {
+    match trap {
+        Trap::Bus => "it made the page unreachable (memory = \"sigbus\")",
+        Trap::Poison => "it poisoned the page (memory = \"poison\")",
+        Trap::Revoke => "it revoked the page (memory = \"revoke\")",
+    }
 }
 
 fn out_of_memory(frames: Frames, pool: PoolStats) -> String {
@@ -368,7 +386,7 @@ mod tests {
                 tid: 1,
                 vector: Some(14),
             };
-            reason(&death, &vmas, Frames::Own, FULL)
+            reason(&death, None, &vmas, Frames::Own, FULL)
         };
         assert!(said(Some(0x1008)).contains("beyond the end of its file"), "{}", said(Some(0x1008)));
         assert!(said(Some(0x2000)).contains("this page of adopted memory"), "{}", said(Some(0x2000)));

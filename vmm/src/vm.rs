@@ -12,6 +12,7 @@
 
 mod config;
 mod faults;
+mod memory_faults;
 mod rings;
 
 pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
@@ -28,6 +29,7 @@ use crate::trace::{Observer, set_guest_thread};
 use anyhow::{Context, Result};
 use config::ConfiguredTlb;
 use faults::VcpuFaults;
+use memory_faults::{MemoryFaults, Ticker};
 use rings::Rings;
 use shadow_mmu::addr::{Gfn, Hva, HvaRange, PAGE_SIZE};
 use shadow_mmu::frame::FramePool;
@@ -74,6 +76,8 @@ pub struct Machine {
     told_unreachable: Once,
     /// Over mappings of this process that the guest sees, from the first on.
     watch: Mutex<Option<Arc<Watch>>>,
+    /// What a plan does to its memory.
+    memory_faults: MemoryFaults,
     /// Keeps the window's handler while the machine runs.
     _handler: Option<crate::bench::WindowHandler>,
 }
@@ -94,6 +98,8 @@ pub struct MachineAudit {
 pub struct Vm {
     machine: Arc<Machine>,
     process: Arc<Process>,
+    /// Makes time pass, where a plan needs it.
+    ticker: Mutex<Option<Ticker>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -151,6 +157,7 @@ impl Machine {
         };
         let ring = |entries| Rings::new(entries, pool.frame_count());
         let rings = config.tracking.ring_entries.map(ring).transpose()?;
+        let memory_faults = MemoryFaults::new(config.faults.memory_rules());
         Ok(Arc::new(Self {
             config,
             pool,
@@ -168,6 +175,7 @@ impl Machine {
             stalls: Mutex::default(),
             told_unreachable: Once::new(),
             watch: Mutex::default(),
+            memory_faults,
             _handler: handler,
         }))
     }
@@ -275,6 +283,16 @@ impl Machine {
         self.shadow.audit(&self.mm)
     }
 
+    /// Ten milliseconds of the guest's run are over: does what the plan, if there is one, has for that. For whoever makes time pass.
+    pub fn tick(&self) {
+        self.memory_faults.tick(self);
+    }
+
+    /// Frames that a plan has taken now (`memory = "pressure"`).
+    pub fn pressed_frames(&self) -> usize {
+        self.memory_faults.pressed_frames()
+    }
+
     fn spawn(self: Arc<Self>, thread: Thread, regs: Regs, xsave: Option<Vec<u8>>) -> Result<()> {
         if let Some(errno) = self.config.faults.fail(&THREAD_START) {
             return Err(std::io::Error::from_raw_os_error(errno)).context("cannot start a thread");
@@ -374,7 +392,7 @@ impl Vm {
             max_threads: machine.kvm.max_vcpus().min(max_threads(machine.config.memory)),
             deterministic,
         })?;
-        Ok((Self { machine, process }, entry))
+        Ok((Self { machine, process, ticker: Mutex::default() }, entry))
     }
 
     /// Starts the first thread.
@@ -386,7 +404,13 @@ impl Vm {
             .process
             .main_thread()
             .map_err(|error| anyhow::anyhow!("cannot make the guest's first thread: {error}"))?;
-        Arc::clone(&self.machine).spawn(thread, entry, None)
+        Arc::clone(&self.machine).spawn(thread, entry, None)?;
+        if self.machine.config.faults.counts_time() {
+            let ticker =
+                Ticker::start(&self.machine).context("cannot start the thread that makes time pass")?;
+            *lock(&self.ticker) = Some(ticker);
+        }
+        Ok(())
     }
 
     /// Readable when the guest has ended.
@@ -418,6 +442,7 @@ impl Vm {
                 anyhow::bail!("a vCPU thread panicked: this is a bug of umbra's");
             }
         }
+        drop(lock(&self.ticker).take());
         if let Some(error) = lock(&self.machine.lost).take() {
             return Err(error).context("KVM lost a vCPU");
         }

@@ -2,7 +2,7 @@
 //! madvise, mincore and msync.
 
 use super::map::{page_ceil, user_range};
-use super::{Backing, Map, Mm, MmError, Vma, VmaFlags};
+use super::{Backing, Map, Mm, MmError, Trap, Vma, VmaFlags};
 use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE};
 use crate::notifier::Event;
 use crate::sync::{Arc, Weak};
@@ -114,6 +114,7 @@ impl Mm {
                         super::FaultError::NoMapping | super::FaultError::OutOfMemory => MmError::NoMemory,
                         super::FaultError::NoAccess => MmError::Invalid,
                         super::FaultError::BusError => MmError::Fault,
+                        super::FaultError::Poisoned => MmError::Poisoned,
                     })?;
                 }
                 Ok(())
@@ -156,13 +157,26 @@ impl Mm {
 
     fn discard(&self, range: HvaRange, advice: Advice) -> Result<(), MmError> {
         let map = self.map.read();
+        // Poison goes with the page. None is set while the lock is held, and few spaces have any.
+        let mut poisoned = Vec::new();
+        let mut result = Ok(());
         for vma in map.vmas.overlapping(range) {
             if advice == Advice::Free && (vma.is_shared() || vma.object_page(vma.range.start).is_some()) {
-                return Err(MmError::Invalid);
+                result = Err(MmError::Invalid);
+                break;
             }
-            self.zap(vma.range.intersect(range), Event::Clear);
+            let part = vma.range.intersect(range);
+            self.zap(part, Event::Clear);
+            if map.is_poisoned(part) {
+                poisoned.push(part);
+            }
         }
-        self.whole(&map, range)
+        let result = result.and_then(|()| self.whole(&map, range));
+        drop(map);
+        for part in poisoned {
+            self.untrap(part, Trap::Poison);
+        }
+        result
     }
 
     /// MADV_REMOVE: a hole in shared memory. Every mapping of the object in this space and its family loses the pages first,

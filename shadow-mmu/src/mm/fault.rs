@@ -65,6 +65,9 @@ pub enum FaultError {
     /// The mapping reaches beyond its object (SIGBUS, `BUS_ADRERR`).
     #[error("the mapping reaches beyond the end of its file")]
     BusError,
+    /// The page has failed, and its content is lost (SIGBUS, `BUS_MCEERR_AR`).
+    #[error("the page is poisoned")]
+    Poisoned,
     /// No frame is free, or the space was [reaped](Mm::reap) (SIGKILL, as from the OOM killer).
     #[error("out of memory")]
     OutOfMemory,
@@ -179,8 +182,11 @@ impl Mm {
         if !vma.allows(request.access) {
             return Err(FaultError::NoAccess);
         }
+        if let Some(trap) = map.trap(hva) {
+            return Err(trap.into());
+        }
         self.refuse_reaped(vma)?;
-        let mut around = request.around.intersect(vma.range);
+        let mut around = map.traps.clear_around(request.around.intersect(vma.range), hva);
         if !around.contains(hva) || vma.flags.contains(VmaFlags::RANDOM) {
             around = HvaRange::page(hva);
         }

@@ -47,7 +47,10 @@ impl Map {
 
     fn forked(&self) -> Self {
         let mut child = Self { brk_start: self.brk_start, brk: self.brk, ..Self::default() };
-        self.inherited().for_each(|vma| child.vmas.insert(vma.clone()));
+        for vma in self.inherited() {
+            child.vmas.insert(vma.clone());
+            child.traps.inherit(&self.traps, vma.range);
+        }
         child
     }
 }

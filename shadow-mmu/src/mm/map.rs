@@ -152,6 +152,7 @@ impl Mm {
         if map.vmas.remove(range).is_empty() {
             return;
         }
+        map.traps.take(range, |_| true);
         self.zap(range, event);
         self.free_empty_tables(range);
     }
@@ -241,7 +242,8 @@ impl Mm {
         Ok(())
     }
 
-    fn first_present(&self, range: HvaRange) -> Option<Hva> {
+    /// The first page of `range` that has a pte.
+    pub(super) fn first_present(&self, range: HvaRange) -> Option<Hva> {
         let mut first = None;
         self.for_each_leaf(range, |base, leaf, mut entries| {
             if first.is_none() {
@@ -259,6 +261,11 @@ impl Mm {
         let start = Hva(page_ceil(start.0).unwrap_or(start.0));
         map.brk_start = start;
         map.brk = start;
+    }
+
+    /// Where the heap starts; 0 before that was said.
+    pub fn brk_start(&self) -> Hva {
+        self.map.read().brk_start
     }
 
     /// Moves the end of the heap to `to` and returns where it is afterwards, which is where it was if that cannot be done.

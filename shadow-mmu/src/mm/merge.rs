@@ -304,7 +304,8 @@ impl Mm {
         let map = self.map.read();
         for target in &mut *run {
             let vma = map.vmas.find(Hva(target.page * PAGE_SIZE));
-            if self.is_reaped() || !vma.is_some_and(|vma| self.may_merge(vma)) {
+            let trapped = map.trap(Hva(target.page * PAGE_SIZE)).is_some();
+            if trapped || self.is_reaped() || !vma.is_some_and(|vma| self.may_merge(vma)) {
                 target.outcome = Outcome::NotMergeable;
             }
         }

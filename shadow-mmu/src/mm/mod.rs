@@ -20,6 +20,7 @@
 //! | [`generations`](PageAge) | how long each page has been idle |
 //! | [`audit`](MmAudit) | what must be true of ptes, checked |
 //! | `fork` | children |
+//! | [`trap`](Trap) | pages at which every access is refused: poisoned, revoked |
 //! | [`reap`](Reaped) | the memory of a guest that is told to die |
 //! | [`object`](Object) | page cache and shared memory |
 //!
@@ -49,6 +50,7 @@ mod object;
 mod pte;
 mod reap;
 mod remap;
+mod trap;
 pub mod vma;
 pub mod watch;
 mod write_logs;
@@ -66,6 +68,7 @@ pub(crate) use pte::Known;
 pub use pte::Pte;
 pub use reap::Reaped;
 pub use remap::RemapFlags;
+pub use trap::Trap;
 pub use vma::{Backing, Vma, VmaFlags};
 #[cfg(feature = "mmu-notifier")]
 pub(crate) use write_logs::WriteLogging;
@@ -103,6 +106,9 @@ pub enum MmError {
     /// The range is not one mapping (`EFAULT`).
     #[error("bad address")]
     Fault,
+    /// A page of it has failed (`EHWPOISON`).
+    #[error("memory page has hardware error")]
+    Poisoned,
     /// The mapping can never have these rights (`EACCES`).
     #[error("permission denied")]
     Access,
@@ -119,6 +125,7 @@ impl MmError {
             Self::Invalid => libc::EINVAL,
             Self::Exists => libc::EEXIST,
             Self::Fault => libc::EFAULT,
+            Self::Poisoned => libc::EHWPOISON,
             Self::Access => libc::EACCES,
             Self::NotPermitted => libc::EPERM,
         }
@@ -150,10 +157,11 @@ pub(crate) fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
-/// VMAs and the break: what the mmap lock guards.
+/// VMAs, traps and the break: what the mmap lock guards.
 #[derive(Debug, Default)]
 pub(crate) struct Map {
     pub(crate) vmas: VmaSet,
+    traps: trap::Traps,
     brk_start: Hva,
     brk: Hva,
 }
@@ -387,6 +395,7 @@ impl Mm {
         let everything = HvaRange { start: Hva(0), end: Hva(TASK_SIZE) };
         self.zap(everything, crate::notifier::Event::Release);
         map.vmas.remove(everything);
+        map.traps = trap::Traps::default();
         self.free_empty_tables(everything);
     }
 }

@@ -165,6 +165,7 @@ impl Mm {
                 self.free_empty_tables(target);
                 return Err(MmError::NoMemory);
             }
+            map.traps.move_to(source, target.start);
             if !flags.contains(RemapFlags::DONTUNMAP) {
                 map.vmas.remove(source);
                 self.free_empty_tables(source);

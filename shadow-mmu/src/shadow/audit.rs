@@ -100,6 +100,9 @@ impl ShadowMmu {
                     breaks(13, format!("nothing is mapped at {hva}"));
                     continue;
                 };
+                if let Some(trap) = map.trap(hva) {
+                    breaks(14, format!("present, but every access of {hva} is refused: {trap:?}"));
+                }
                 let pte = mm.pte_unlocked(hva);
                 if !pte.is_present() || pte.pfn() != spte.pfn() {
                     breaks(13, format!("the primary has {pte:?} at {hva}"));

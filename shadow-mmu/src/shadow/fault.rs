@@ -99,7 +99,7 @@ impl ShadowMmu {
                 }
             }
             // A retry is the same fault, so it is counted as one.
-            let mut asked = *request.get_or_insert_with(|| vcpu.around.request(slot.hva_of(gfn), access));
+            let mut asked = *request.get_or_insert_with(|| vcpu.request(slot.hva_of(gfn), access));
             asked.hva = slot.hva_of(gfn);
             asked.around = asked.around.intersect(slot.hvas());
             let pinned = match self.mm.fault(&asked) {
@@ -204,7 +204,8 @@ impl ShadowMmu {
     pub fn would_allow(&self, gpa: Gpa, access: Access) -> bool {
         let slots = self.slots();
         let Some(slot) = slots.find(gpa.gfn()) else { return false };
-        self.mm.vma(slot.hva_of(gpa.gfn())).is_some_and(|vma| vma.allows(access))
+        let hva = slot.hva_of(gpa.gfn());
+        self.mm.trapped(hva).is_none() && self.mm.vma(hva).is_some_and(|vma| vma.allows(access))
     }
 }
 

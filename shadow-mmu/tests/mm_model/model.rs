@@ -4,7 +4,7 @@
 use super::common::{READ, RW, TestFile};
 use super::script::{FILE_PAGES, HEAP, What, Where, hva, page_of};
 use shadow_mmu::addr::{Access, PAGE_SIZE};
-use shadow_mmu::mm::{Advice, FaultError, MMAP_BASE, MmError, RemapFlags};
+use shadow_mmu::mm::{Advice, FaultError, MMAP_BASE, MmError, RemapFlags, Trap};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -28,6 +28,7 @@ pub(super) struct Page {
     pub(super) mergeable: bool,
     /// Accessed since it was last aged: it may be young. What was not, must not be.
     pub(super) touched: bool,
+    pub(super) trap: Option<Trap>,
     pub(super) content: Content,
 }
 
@@ -39,7 +40,7 @@ impl Page {
             Content::File(index, _) => Content::File(index + n, None),
             Content::Shared(object, index) => Content::Shared(object, index + n),
         };
-        Self { content, touched: false, ..self.clone() }
+        Self { content, touched: false, trap: None, ..self.clone() }
     }
     fn continues_as(&self, next: &Self) -> bool {
         self.fresh(1) == next.fresh(0)
@@ -101,6 +102,7 @@ impl Model {
         let page = self.pages.get(&at).ok_or(FaultError::NoMapping)?;
         match page.content {
             _ if !page.allows(access) => Err(FaultError::NoAccess),
+            _ if page.trap.is_some() => Err(page.trap.unwrap().into()),
             Content::File(index, None) if index >= FILE_PAGES => Err(FaultError::BusError),
             Content::Shared(object, index) if index >= self.objects.borrow()[object].0 => {
                 Err(FaultError::BusError)
@@ -157,6 +159,7 @@ impl Model {
             dont_fork: false,
             mergeable: false,
             touched: false,
+            trap: None,
             content,
         };
         self.pages.extend((0..len).map(|n| (at + n, first.fresh(n))));
@@ -164,6 +167,22 @@ impl Model {
     }
     pub(super) fn unmap(&mut self, at: u64, len: u64) {
         self.pages.retain(|page, _| !(at..at + len).contains(page));
+    }
+    /// Sets a trap; poison takes the content away. Returns at how many pages.
+    pub(super) fn trap(&mut self, range: Range<u64>, trap: Trap) -> u64 {
+        let mut pages = 0;
+        for (_, page) in self.pages.range_mut(range) {
+            if trap == Trap::Poison {
+                *page = page.fresh(0);
+            }
+            page.trap = Some(trap);
+            pages += 1;
+        }
+        pages
+    }
+    pub(super) fn untrap(&mut self, range: Range<u64>, trap: Trap) -> u64 {
+        let trapped = self.pages.range_mut(range).filter(|(_, page)| page.trap == Some(trap));
+        trapped.map(|(_, page)| page.trap = None).count() as u64
     }
     /// Changes pages one by one up to the first hole, which is an error.
     pub(super) fn each(
@@ -244,7 +263,8 @@ impl Model {
             let page = self.pages[&at].clone();
             match (advice, &page.content) {
                 (Advice::Free, Content::Anonymous(_)) | (Advice::DontNeed, _) => {
-                    self.pages.insert(at, page.fresh(0));
+                    let trap = page.trap.filter(|trap| *trap != Trap::Poison);
+                    self.pages.insert(at, Page { trap, ..page.fresh(0) });
                 }
                 (Advice::Remove, Content::Shared(object, index)) => {
                     self.objects.borrow_mut()[*object].1.remove(index);
@@ -258,6 +278,7 @@ impl Model {
                     let access = if advice == Advice::PopulateRead { READ } else { RW };
                     self.access(at, access).map_err(|error| match error {
                         FaultError::BusError => MmError::Fault,
+                        FaultError::Poisoned => MmError::Poisoned,
                         _ => MmError::Invalid,
                     })?;
                 }
@@ -290,6 +311,7 @@ impl Model {
             dont_fork: false,
             mergeable: false,
             touched: false,
+            trap: None,
             content,
         };
         self.pages.extend((old..new).map(|at| (at, page.clone())));

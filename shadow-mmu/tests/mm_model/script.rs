@@ -4,7 +4,7 @@
 use super::common::{NONE, READ, RW, RX, pages};
 use proptest::prelude::*;
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
-use shadow_mmu::mm::{Advice, MMAP_BASE, MapFlags, RemapFlags};
+use shadow_mmu::mm::{Advice, MMAP_BASE, MapFlags, RemapFlags, Trap};
 
 /// First page of the arena; it lies across the ends of a leaf table and of the table above it.
 pub(super) const ARENA: u64 = (0x20_0000_0000 >> 12) - 24;
@@ -99,6 +99,10 @@ pub(super) enum Op {
     /// Every merge of every space is taken back.
     Unmerge,
     Age(Spot, Age),
+    /// Every access is refused.
+    Trap(Spot, u64, Trap),
+    /// Traps of this kind are lifted.
+    Untrap(Spot, u64, Trap),
     /// A child, if there are not too many spaces. The script goes on in the parent.
     Fork(Child),
     /// The script goes on in that space.
@@ -176,6 +180,7 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         1 => Just(Age::ClearFlushPmd),
         1 => Just(Age::ClearPmd),
     ];
+    let trap = prop_oneof![Just(Trap::Bus), Just(Trap::Poison), Just(Trap::Revoke)];
     prop_oneof![
         8 => (place, len(), prot(), what, extra).prop_map(|(at, n, prot, what, extra)| Op::Map(at, n, prot, what, extra)),
         3 => (spot(), len()).prop_map(|(at, n)| Op::Unmap(at, n)),
@@ -195,6 +200,8 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         8 => prop_oneof![Just(3u64), Just(10_000)].prop_map(Op::Scan),
         1 => Just(Op::Unmerge),
         6 => (spot(), age).prop_map(|(at, age)| Op::Age(at, age)),
+        3 => (spot(), len(), trap.clone()).prop_map(|(at, n, trap)| Op::Trap(at, n, trap)),
+        3 => (spot(), len(), trap).prop_map(|(at, n, trap)| Op::Untrap(at, n, trap)),
         3 => prop_oneof![Just(Child::AsForked), Just(Child::HasRead)].prop_map(Op::Fork),
         3 => (0..SPACES).prop_map(Op::Switch),
         1 => prop_oneof![Just(Death::ByExit), Just(Death::ByReaper)].prop_map(Op::Die),

@@ -5,7 +5,7 @@ use super::common::{Machine, READ, RW, TestFile, Vcpu, pages};
 use super::listener::Listeners;
 use super::model::{Content, Model, Result};
 use super::script::{Age, Death, FILE_PAGES, HEAP, Op, What, Where, hva, page_of};
-use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
+use shadow_mmu::addr::{Access, Hva, HvaRange, PAGE_SIZE};
 use shadow_mmu::iommu::{self, GuestView};
 use shadow_mmu::mm::{Advice, Backing, FaultError, MapFlags, Mm, MmError, Object, VmaFlags};
 use shadow_mmu::shadow::FaultAroundPolicy;
@@ -190,6 +190,16 @@ impl Space {
                 mapped.into_iter().for_each(|at| self.write(at, value));
             }
             Op::Age(spot, age) => self.age(page_of(spot), age),
+            Op::Trap(spot, len, trap) => {
+                let at = page_of(spot);
+                let range = HvaRange::pages_from(hva(at), len);
+                assert_eq!(mm.trap(range, trap), self.model.trap(at..at + len, trap));
+            }
+            Op::Untrap(spot, len, trap) => {
+                let at = page_of(spot);
+                let range = HvaRange::pages_from(hva(at), len);
+                assert_eq!(mm.untrap(range, trap), self.model.untrap(at..at + len, trap));
+            }
             Op::Register => self.listeners.register(&mm),
             Op::Unregister(which) => self.listeners.unregister(&mm, which),
             Op::UnregisterNoRelease(which) => self.listeners.unregister_no_release(&mm, which),
@@ -333,6 +343,7 @@ impl Space {
             .collect();
         assert_eq!(shapes, expected, "the mappings differ from the model's");
         for (&at, page) in &self.model.pages {
+            assert_eq!(self.machine.mm.trapped(hva(at)), page.trap, "page {at:#x}");
             let (pte, vma) = self.machine.mm.lookup(hva(at)).unwrap();
             let mut frame = pte.is_present().then(|| pte.pfn());
             if frame.is_none()

@@ -110,7 +110,7 @@ pub mod atomic {
                 ) -> Result<$value, $value> {
                     self.compare_exchange(current, new, success, failure)
                 }
-                atomic!(@fetch $name, $value, fetch_and fetch_or);
+                atomic!(@fetch $name, $value, fetch_and fetch_or fetch_xor);
                 /// Changes it until nobody came in between.
                 pub fn fetch_update(
                     &self,

@@ -112,6 +112,7 @@ fn tell(account: &Account, report: Option<Format>) -> Result<()> {
     if report.is_some() {
         let hits: Vec<_> = account.hits.iter().map(|(point, hits)| format!("{point} {hits}")).collect();
         eprintln!("umbra: inject: hits: {}", hits.join(", "));
+        account.notes.iter().for_each(|note| eprintln!("umbra: inject: {note}"));
     }
     Ok(())
 }

@@ -70,6 +70,8 @@ pub enum Fault {
     NoAccess,
     /// The mapping's object ends before: SIGBUS, `BUS_ADRERR`.
     BusError,
+    /// The page has failed and its content is lost: SIGBUS, `BUS_MCEERR_AR`.
+    Poisoned,
     /// No frame is left: the guest dies of SIGKILL, as of the OOM killer.
     OutOfMemory,
 }

@@ -17,7 +17,7 @@ use super::{Fault, FaultHandler, HostFault};
 use crate::deterministic::Leaving;
 use crate::engine::{EngineError, Exit, Vcpu};
 use crate::inject::points::TIMER;
-use shadow_mmu::addr::{Access, Gpa, Pfn};
+use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
 use shadow_mmu::inject::Effect;
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,6 +27,7 @@ const SEGV_ACCERR: i32 = 2;
 const BUS_ADRERR: i32 = 2;
 /// The vector of a general-protection exception.
 const GENERAL_PROTECTION: u8 = 13;
+const BUS_MCEERR_AR: i32 = 4;
 /// The vector of a page fault.
 const PAGE_FAULT: u8 = 14;
 
@@ -161,6 +162,7 @@ impl Thread {
             Fault::NoMapping => self.refuse(vcpu, addr, access, (Signal::SEGV, SEGV_MAPERR)),
             Fault::NoAccess => self.refuse(vcpu, addr, access, (Signal::SEGV, SEGV_ACCERR)),
             Fault::BusError => self.refuse(vcpu, addr, access, (Signal::BUS, BUS_ADRERR)),
+            Fault::Poisoned => self.refuse(vcpu, addr, access, (Signal::BUS, BUS_MCEERR_AR)),
             Fault::OutOfMemory => {
                 let cause = Cause { vector: PAGE_FAULT, access: Some((addr, access)) };
                 self.out_of_memory(vcpu, Some(cause))
@@ -182,7 +184,10 @@ impl Thread {
             | 1 << 2
             | u64::from(access.contains(Access::EXEC)) << 4;
         let trap = Trap { vector: PAGE_FAULT.into(), error_code, cr2: addr.0 };
-        let info = SigInfo::fault(signal, code, addr.0);
+        let mut info = SigInfo::fault(signal, code, addr.0);
+        if (signal, code) == (Signal::BUS, BUS_MCEERR_AR) {
+            info = info.with_failed_bits(PAGE_SIZE.ilog2());
+        }
         let cause = Cause { vector: PAGE_FAULT, access: Some((addr, access)) };
         self.fault(vcpu, Forced { signal, info, trap, cause: Some(cause) })
     }

@@ -11,6 +11,7 @@
 //! | --- | --- |
 //! | `points` | the points of this crate; those of the library are in [`shadow_mmu::inject`] |
 //! | [`plan`](Plan) | the language: TOML, checked against the points |
+//! | [`regions`] | memory of a guest by name |
 //! | `words` | durations, sizes, error numbers and addresses as plans write them |
 //! | `rule` | when a rule fires |
 //! | [`registry`](Registry) | one run's rules, counters, and threads that are stalled |
@@ -29,6 +30,7 @@ mod plan;
 pub mod points;
 #[cfg(feature = "inject")]
 pub mod ready;
+pub mod regions;
 #[cfg(feature = "inject")]
 mod registry;
 #[cfg(feature = "inject")]

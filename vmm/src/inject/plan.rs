@@ -10,7 +10,7 @@
 //! point = "syscall"           # where; `umbra inject --list`
 //! call = "mmap"               # which: a system call, or an event of the notifier (event = "unmap")
 //! vm = 0                      # whose, where there are several guests
-//! at = "0x10000-0x20000"      # which page, where the point has an address
+//! at = "0x10000-0x20000"      # which page, where the point has an address; or "heap", "stack", "image", "mappings"
 //! nth = 5                     # when: the fifth hit; or every = 3; or probability = 0.1; every hit otherwise
 //! after = "100ms"             # not before: a time of the run, or a point that was hit
 //! times = 1                   # how often: 1 if nth is given, without end otherwise
@@ -19,7 +19,8 @@
 //!
 //! What happens: `error = "ENOMEM"`; `delay = "10ms"`; `stall = "notifier-end"`, until that point is hit or `at-most = "1s"` is over;
 //! `corrupt = true`; `split = true`; `exit = "shutdown"`; `memory = "sigbus"`, `"poison"`, `"revoke"`, `"flip"`, `"slow"` with
-//! `latency = "100us"`, `"pressure"` with `take = "25%"`; the last five may have `hold = "1s"`, after which it is over.
+//! `latency = "100us"`, `"pressure"` with `take = "25%"`; all but flip and slow may have `hold = "1s"`, after
+//! which it is over. With `at` by address, a `tick` does it to all of that range; otherwise to one page that is in memory, by chance.
 
 use super::points;
 use super::words;
@@ -128,7 +129,7 @@ pub enum Memory {
 pub struct Rule {
     /// Where.
     pub point: &'static Point,
-    /// Which system call or event of the notifier.
+    /// Which system call or event of the notifier; which of [`regions`](super::regions).
     pub what: Option<String>,
     /// Which machine; any if none is given.
     pub vm: Option<u32>,
@@ -294,7 +295,15 @@ fn rule(raw: RawRule) -> Result<Rule, String> {
             return Err("`event` is for the points `notifier-start` and `notifier-end` only".into());
         }
     };
-    let at = raw.at.as_deref().map(words::range).transpose()?;
+    let region = raw.at.as_deref().and_then(super::regions::named);
+    let at = match region {
+        Some(_) => None,
+        None => raw.at.as_deref().map(words::range).transpose()?,
+    };
+    if region.is_some() && ![&points::PAGE, &points::TICK].contains(&point) {
+        return Err("`at` by name is for the points `page` and `tick` only: give an address".into());
+    }
+    let what = region.map(str::to_owned).or(what);
     if at.is_some() && point.addressed == Addressed::No && point != &points::TICK {
         return Err(format!("hits of `{}` have no address: leave `at` out", point.name));
     }
@@ -322,7 +331,10 @@ fn rule(raw: RawRule) -> Result<Rule, String> {
         Some(name) => Some(After::Point(self::point(name)?)),
     };
     let effect = effect(&raw, point)?;
-    if matches!(effect, What::Memory(Memory::Pressure(_), _)) && at.is_some() {
+    if point == &points::TICK && raw.at.is_some() && !matches!(effect, What::Memory(..)) {
+        return Err("hits of `tick` have no address: `at` is for what happens to memory".into());
+    }
+    if matches!(effect, What::Memory(Memory::Pressure(_), _)) && raw.at.is_some() {
         return Err("pressure is on all of the memory: leave `at` out".into());
     }
     let times = raw.times.or(raw.nth.map(|_| 1));
@@ -344,7 +356,12 @@ fn effect(raw: &RawRule, point: &'static Point) -> Result<What, String> {
         ("at-most", raw.at_most.is_some(), raw.stall.is_some(), "stall"),
         ("latency", raw.latency.is_some(), raw.memory.as_deref() == Some("slow"), "memory = \"slow\""),
         ("take", raw.take.is_some(), raw.memory.as_deref() == Some("pressure"), "memory = \"pressure\""),
-        ("hold", raw.hold.is_some(), raw.memory.as_deref().is_some_and(|it| it != "flip"), "memory"),
+        (
+            "hold",
+            raw.hold.is_some(),
+            raw.memory.as_deref().is_some_and(|it| it != "flip" && it != "slow"),
+            "memory",
+        ),
     ];
     if let Some((name, .., with)) = belongs.iter().find(|(_, given, with, _)| *given && !with) {
         return Err(format!("`{name}` goes with `{with}`"));
@@ -396,6 +413,11 @@ fn memory(raw: &RawRule, point: &Point) -> Result<Memory, String> {
         "poison" => Memory::Poison,
         "revoke" => Memory::Revoke,
         "flip" => Memory::Flip,
+        "slow" if point == &points::TICK => {
+            return Err(
+                "memory is slow when it is accessed: use the point `page`, with `after` if need be".into()
+            );
+        }
         "slow" => Memory::Slow(wait(
             raw.latency.as_deref().ok_or("slow memory needs a `latency`, as in \"100us\"")?,
         )?),
@@ -436,9 +458,12 @@ impl Rule {
         let mut raw = RawRule { point: self.point.name.into(), vm: self.vm, ..RawRule::default() };
         match (&self.what, self.point == &points::SYSCALL) {
             (Some(call), true) => raw.call = Some(toml::Value::String(call.clone())),
+            (what, _) if [&points::PAGE, &points::TICK].contains(&self.point) => raw.at.clone_from(what),
             (event, _) => raw.event.clone_from(event),
         }
-        raw.at = self.at.map(words::range_text);
+        if let Some(range) = self.at {
+            raw.at = Some(words::range_text(range));
+        }
         match self.pick {
             Pick::All => {}
             Pick::From(nth) => raw.nth = Some(nth),

@@ -77,6 +77,11 @@ fn what_is_wrong_is_named_with_its_line_and_what_could_stand_there() {
         ("point='punch'\nvm=1\ndelay='1ms'", ["line 3", "the pool's", "leave `vm` out"]),
         ("point='page'\nmemory='flip'", ["line 3", "corrupts data", "allow-corruption = true"]),
         ("point='page'\nmemory='slow'", ["line 3", "needs a `latency`", ""]),
+        ("point='tick'\nmemory='slow'\nlatency='1ms'", ["line 3", "use the point `page`", ""]),
+        ("point='page'\nmemory='slow'\nlatency='1ms'\nhold='1s'", ["line 3", "`hold` goes with", ""]),
+        ("point='flush'\nat='heap'\ndelay='1ms'", ["line 3", "`at` by name", ""]),
+        ("point='page'\nat='attic'\nmemory='revoke'", ["line 3", "`attic` is no address", ""]),
+        ("point='tick'\nat='heap'\ndelay='1ms'", ["line 3", "have no address", ""]),
         ("point='page'\nmemory='pressure'\ntake='5%'", ["line 3", "use the point `tick`", ""]),
         ("point='page'\nmemory='sigbus'\ntake='5%'", ["line 3", "`take` goes with", "pressure"]),
         ("point='syscall'\ncall='mmapp'\nerror='EIO'", ["line 3", "no system call", "mmapp"]),
@@ -105,7 +110,15 @@ fn a_plan_that_is_written_is_the_plan_that_is_read() {
         times = 4
         memory = 'slow'
         latency = '150us'
+        [[fault]]
+        point = 'tick'
+        at = 'heap'
+        memory = 'revoke'
         hold = '2s'
+        [[fault]]
+        point = 'tick'
+        at = '0x1000-0x3000'
+        memory = 'sigbus'
         [[fault]]
         point = 'file-read'
         vm = 0

@@ -4,6 +4,7 @@
 //! A point without a promise is a bug: docs/fault-injection.md has a line for each, with the tests that hold it.
 
 use shadow_mmu::inject::{Addressed, Effects, Outcome, Point, Scope};
+use std::time::Duration;
 
 /// KVM_RUN.
 pub static VCPU_RUN: Point = Point {
@@ -120,6 +121,9 @@ pub static PAGE: Point = Point {
     scope: Scope::Vm,
     addressed: Addressed::Guest,
 };
+
+/// How much of the run a hit of `tick` stands for.
+pub const TICK_TIME: Duration = Duration::from_millis(10);
 
 /// Time passes while the guest runs.
 pub static TICK: Point = Point {

@@ -16,7 +16,22 @@ macro_rules! plans {
     };
 }
 
-const PLANS: &[ReadyPlan] = plans!["oom-at-5th"];
+const PLANS: &[ReadyPlan] = plans![
+    "oom-at-5th",
+    "oom-random",
+    "sigbus-page",
+    "poisoned-page",
+    "poisoned-later",
+    "revoked-page",
+    "slow-memory",
+    "bit-flip",
+    "memory-pressure",
+    "interrupted-calls",
+    "failing-read",
+    "slow-disk",
+    "thread-limit",
+    "busy-host",
+];
 
 impl ReadyPlan {
     /// Its first line: what it does.

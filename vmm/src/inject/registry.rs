@@ -5,18 +5,21 @@
 //! None while a rule is asked; counters are atomics. A stalled thread waits on a condition variable of its own lock, a leaf, for
 //! hits of the point that it is stalled until. Each wait has a limit, so that whatever locks the thread holds come back.
 
-use super::plan::{Memory, Plan, What};
-use super::points;
+use super::plan::{After, Memory, Plan, Rule, What};
 use super::rule::Watched;
+use super::{points, regions};
 use serde::Serialize;
-use shadow_mmu::inject::{Effect, Hit, Injector, MemoryFault, Point};
+use shadow_mmu::inject::{Effect, Hit, Injector, MemoryEvent, MemoryFault, MemoryRule, Point, Where};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How much of the run a hit of `tick` stands for.
-pub const TICK: Duration = Duration::from_millis(10);
+pub const TICK: Duration = points::TICK_TIME;
+
+/// Lines that are kept of what was done to memory.
+const NOTES: usize = 64;
 
 /// The rules of one run, and what became of them.
 #[derive(Debug)]
@@ -27,6 +30,11 @@ pub struct Registry {
     /// How often each point was hit that some thread may be stalled until.
     heard: Mutex<BTreeMap<&'static str, u64>>,
     changed: Condvar,
+    /// Ticks of each machine.
+    ticks: Mutex<BTreeMap<u32, u64>>,
+    /// The most that one has had.
+    run_for: AtomicU64,
+    notes: Mutex<Vec<String>>,
 }
 
 /// What became of a rule.
@@ -47,6 +55,9 @@ pub struct Account {
     pub rules: Vec<RuleAccount>,
     /// Hits of each point, those that were never hit left out.
     pub hits: BTreeMap<String, u64>,
+    /// What was done to memory, and where: the first of it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 impl Registry {
@@ -61,6 +72,9 @@ impl Registry {
         Arc::new(Self {
             heard: Mutex::new(heard.collect()),
             changed: Condvar::new(),
+            ticks: Mutex::default(),
+            run_for: AtomicU64::new(0),
+            notes: Mutex::default(),
             hits: points::all().map(|point| (point, AtomicU64::new(0))).collect(),
             rules,
         })
@@ -75,7 +89,8 @@ impl Registry {
         });
         let hits =
             self.hits.iter().map(|(point, hits)| (point.name.to_owned(), hits.load(Ordering::Relaxed)));
-        Account { rules: rules.collect(), hits: hits.filter(|(_, hits)| *hits > 0).collect() }
+        let notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Account { rules: rules.collect(), hits: hits.filter(|(_, hits)| *hits > 0).collect(), notes }
     }
 
     /// Whether some rule does something at `point`.
@@ -84,7 +99,7 @@ impl Registry {
     }
 
     /// The rules that do something at a hit, each with the number that its chances are made of. In the order of the plan.
-    pub(super) fn firing(&self, hit: &Hit) -> impl Iterator<Item = (&super::Rule, u64)> {
+    pub(super) fn firing(&self, hit: &Hit) -> impl Iterator<Item = (&Rule, u64)> {
         self.rules.iter().filter_map(|watched| Some((&watched.rule, watched.fires(hit)?)))
     }
 
@@ -95,16 +110,18 @@ impl Registry {
 
     /// Counts a hit, and tells rules and threads that wait for it.
     pub(super) fn count(&self, hit: &Hit) {
-        let mut run_for = Duration::ZERO;
-        for (point, hits) in &self.hits {
-            let so_far = match *point == hit.point {
-                true => hits.fetch_add(1, Ordering::Relaxed) + 1,
-                false => hits.load(Ordering::Relaxed),
-            };
-            if **point == points::TICK {
-                run_for = TICK.saturating_mul(so_far.try_into().unwrap_or(u32::MAX));
-            }
+        if let Some((_, hits)) = self.hits.iter().find(|(point, _)| *point == hit.point) {
+            hits.fetch_add(1, Ordering::Relaxed);
         }
+        if *hit.point == points::TICK {
+            // Guests that run side by side have the same time.
+            let mut of_vms = self.ticks.lock().unwrap_or_else(PoisonError::into_inner);
+            let ticks = of_vms.entry(hit.vm).or_insert(0);
+            *ticks += 1;
+            self.run_for.fetch_max(*ticks, Ordering::Relaxed);
+        }
+        let ticks = self.run_for.load(Ordering::Relaxed);
+        let run_for = TICK.saturating_mul(ticks.try_into().unwrap_or(u32::MAX));
         self.rules.iter().for_each(|watched| watched.hear(hit, run_for));
         let mut heard = self.heard();
         if let Some(hits) = heard.get_mut(hit.point.name) {
@@ -130,6 +147,62 @@ impl Registry {
 impl Injector for Registry {
     fn hit(&self, hit: &Hit) -> Effect {
         self.count(hit);
+        self.decide(hit, &mut Vec::new())
+    }
+
+    fn hit_memory(&self, hit: &Hit) -> Vec<MemoryEvent> {
+        let mut events = Vec::new();
+        self.count(hit);
+        self.decide(hit, &mut events);
+        events
+    }
+
+    fn memory_rules(&self, vm: u32) -> Vec<MemoryRule> {
+        let of_vm =
+            self.rules.iter().map(|watched| &watched.rule).filter(|rule| rule.vm.is_none_or(|of| of == vm));
+        of_vm.filter_map(|rule| memory_rule(rule, 0)).collect()
+    }
+
+    fn note(&self, vm: u32, line: &str) {
+        log::debug!("machine {vm}: {line}");
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        if notes.len() < NOTES {
+            notes.push(if vm == 0 { line.to_owned() } else { format!("machine {vm}: {line}") });
+        }
+    }
+
+    fn counts_time(&self) -> bool {
+        self.rules.iter().any(|Watched { rule, .. }| {
+            rule.point == &points::TICK
+                || matches!(rule.after, Some(After::Time(_)))
+                || matches!(rule.effect, What::Memory(_, Some(_)) | What::Memory(Memory::Slow(_), _))
+        })
+    }
+}
+
+/// What `rule` does to memory, if it does.
+fn memory_rule(rule: &Rule, random: u64) -> Option<MemoryRule> {
+    let What::Memory(memory, hold) = rule.effect else { return None };
+    let fault = match memory {
+        Memory::Sigbus => MemoryFault::Bus,
+        Memory::Poison => MemoryFault::Poison,
+        Memory::Revoke => MemoryFault::Revoke,
+        Memory::Flip => MemoryFault::Flip(random),
+        Memory::Slow(latency) => MemoryFault::Slow(latency),
+        Memory::Pressure(thousandths) => MemoryFault::Pressure(thousandths),
+    };
+    let region = rule.what.as_deref().and_then(regions::named);
+    let at = match (rule.at, region) {
+        (Some(range), _) => Where::At(range),
+        (None, Some(region)) => Where::Region(region),
+        (None, None) => Where::Anywhere,
+    };
+    Some(MemoryRule { point: rule.point, fault, at, hold })
+}
+
+impl Registry {
+    /// What a hit comes to, but for what happens to memory, which goes to `memory`. Waits.
+    fn decide(&self, hit: &Hit, memory: &mut Vec<MemoryEvent>) -> Effect {
         let mut effect = Effect::Go;
         let mut late = Duration::ZERO;
         for (rule, random) in self.firing(hit) {
@@ -152,15 +225,10 @@ impl Injector for Registry {
                 What::Corrupt => Effect::Corrupt(random),
                 What::Split => Effect::Split,
                 What::Exit(reason) => Effect::Exit(*reason),
-                What::Memory(memory, _) => match memory {
-                    Memory::Sigbus => Effect::Memory(MemoryFault::Bus),
-                    Memory::Poison => Effect::Memory(MemoryFault::Poison),
-                    Memory::Revoke => Effect::Memory(MemoryFault::Revoke),
-                    Memory::Flip => Effect::Memory(MemoryFault::Flip(random)),
-                    Memory::Slow(latency) => Effect::Memory(MemoryFault::Slow(*latency)),
-                    // With time only, where whoever makes time pass asks for the rules themselves.
-                    Memory::Pressure(_) => continue,
-                },
+                What::Memory(..) => {
+                    memory.extend(memory_rule(rule, random).map(|rule| MemoryEvent { rule, random }));
+                    continue;
+                }
             };
             if effect == Effect::Go {
                 effect = this;
@@ -232,6 +300,66 @@ mod tests {
         let effect = Faults::new(Arc::clone(&registry) as _).hit(&points::TIMER);
         assert_eq!(effect, Effect::Late(Duration::from_secs(15)));
         assert!(began.elapsed() < Duration::from_secs(5), "it waited itself");
+    }
+
+    #[test]
+    fn everything_that_happens_to_memory_at_a_hit_happens() {
+        let registry = registry(
+            "[[fault]]\npoint='page'\nat='heap'\nmemory='poison'\nhold='1s'
+             [[fault]]\npoint='page'\nat='0x1000-0x3000'\nmemory='slow'\nlatency='1ms'
+             [[fault]]\npoint='tick'\nvm=1\nat='stack'\nmemory='revoke'
+             [[fault]]\npoint='page'\ndelay='1us'",
+        );
+        let faults = Faults::new(Arc::clone(&registry) as _);
+        let at = |at: u64, region| -> Vec<_> {
+            let events = faults.hit_memory(&points::PAGE, Some(at), Some(region));
+            events.into_iter().map(|event| (event.rule.fault, event.rule.hold)).collect()
+        };
+        let (poison, slow) = (
+            (MemoryFault::Poison, Some(Duration::from_secs(1))),
+            (MemoryFault::Slow(Duration::from_millis(1)), None),
+        );
+        assert_eq!(at(0x2fff, "heap"), [poison, slow]);
+        assert_eq!(at(0x3000, "heap"), [poison]);
+        assert_eq!(at(0x1000, "stack"), [slow]);
+        assert_eq!(at(0, "image"), []);
+        assert!(faults.hit_memory(&points::TICK, None, None).is_empty(), "another machine's");
+        let other = faults.of_vm(1).hit_memory(&points::TICK, None, None);
+        assert_eq!(other.iter().map(|event| event.rule.at).collect::<Vec<_>>(), [Where::Region("stack")]);
+        assert_eq!((faults.memory_rules().len(), faults.of_vm(1).memory_rules().len()), (2, 3));
+        assert_eq!(registry.account().hits["page"], 4);
+    }
+
+    #[test]
+    fn who_needs_no_time_gets_no_ticks() {
+        let counts =
+            |rule: &str| registry(&format!("allow-corruption=true\n[[fault]]\n{rule}")).counts_time();
+        for rule in [
+            "point='tick'\nmemory='poison'",
+            "point='punch'\nafter='30ms'\nerror='EINTR'",
+            "point='page'\nmemory='revoke'\nhold='1s'",
+            "point='page'\nmemory='slow'\nlatency='1ms'",
+        ] {
+            assert!(counts(rule), "{rule}");
+        }
+        for rule in
+            ["point='page'\nmemory='revoke'", "point='page'\nmemory='flip'", "point='punch'\nerror='EINTR'"]
+        {
+            assert!(!counts(rule), "{rule}");
+        }
+    }
+
+    #[test]
+    fn machines_that_run_side_by_side_have_one_time() {
+        let registry = registry("[[fault]]\npoint='punch'\nafter='30ms'\nerror='EINTR'");
+        let faults = Faults::new(Arc::clone(&registry) as _);
+        for _ in 0..2 {
+            faults.hit(&points::TICK);
+            faults.of_vm(1).hit(&points::TICK);
+        }
+        assert_eq!(faults.fail(&shadow_mmu::inject::PUNCH), None);
+        faults.of_vm(1).hit(&points::TICK);
+        assert_eq!(faults.fail(&shadow_mmu::inject::PUNCH), Some(libc::EINTR));
     }
 
     #[test]

@@ -52,12 +52,15 @@ impl Watched {
     /// Whether this hit fires; with its number, which whatever is random about it is made of.
     pub(super) fn fires(&self, hit: &Hit) -> Option<u64> {
         let rule = &self.rule;
+        // A tick is about no address: there `at` says what it happens to.
+        let timed = rule.point == &super::points::TICK;
         let eligible = rule.point == hit.point
             && rule.vm.is_none_or(|vm| vm == hit.vm)
-            && rule
-                .at
-                .is_none_or(|range| hit.at.is_some_and(|at| (range.start.0..range.end.0).contains(&at)))
-            && rule.what.as_deref().is_none_or(|what| hit.what == Some(what))
+            && (timed
+                || rule
+                    .at
+                    .is_none_or(|range| hit.at.is_some_and(|at| (range.start.0..range.end.0).contains(&at))))
+            && (timed || rule.what.as_deref().is_none_or(|what| hit.what == Some(what)))
             && self.ready.load(Ordering::Acquire);
         if !eligible {
             return None;

@@ -4,12 +4,13 @@
 //! A [`VcpuFaults`] belongs to the vCPU's thread. It shares the machine with the others and locks none of it but what the
 //! shadow map itself locks; the machine's sum of [`Stalls`] is locked once, when the thread ends.
 
+use super::memory_faults::Flips;
 use super::rings::Member;
 use super::{Machine, lock};
 use crate::guest::{Fault, FaultHandler, HostFault};
 use crate::stalls::{StallCause, Stalls};
 use anyhow::Result;
-use shadow_mmu::addr::{Access, Gpa, Pfn};
+use shadow_mmu::addr::{Access, Gpa, Hva, Pfn};
 use shadow_mmu::mm::FaultError;
 use shadow_mmu::shadow::VcpuMmu;
 use std::os::fd::RawFd;
@@ -107,14 +108,25 @@ impl FaultHandler for VcpuFaults {
     fn fault(&mut self, addr: Gpa, access: Access) -> Fault {
         self.host_faults = 0;
         let began = Instant::now();
+        let hva = Hva(addr.0);
+        let mut flips = Flips::default();
+        if self.machine.config.faults.are_armed() {
+            let alone;
+            (alone, flips) = self.machine.memory_faults.page(&self.machine, hva);
+            self.mmu.keep_alone(alone);
+        }
         let result = self.machine.shadow.fault(&mut self.mmu, addr, access);
         let cause = result.as_ref().map_or(StallCause::Refused, StallCause::of);
         self.stalls.record(cause, began.elapsed());
         match result {
-            Ok(_) => Fault::Resolved,
+            Ok(_) => {
+                flips.finish(&self.machine, hva);
+                Fault::Resolved
+            }
             Err(FaultError::NoMapping) => Fault::NoMapping,
             Err(FaultError::NoAccess) => Fault::NoAccess,
             Err(FaultError::BusError) => Fault::BusError,
+            Err(FaultError::Poisoned) => Fault::Poisoned,
             Err(FaultError::OutOfMemory) => Fault::OutOfMemory,
         }
     }

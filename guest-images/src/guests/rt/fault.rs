@@ -19,6 +19,8 @@ pub const SIGSEGV: u32 = 11;
 pub const SEGV_MAPERR: u32 = 1;
 /// Something is mapped there, but not for this kind of access.
 pub const SEGV_ACCERR: u32 = 2;
+/// The memory has failed.
+pub const BUS_MCEERR_AR: u32 = 4;
 /// It is mapped, but lies behind the end of what is mapped.
 pub const BUS_ADRERR: u32 = 2;
 
@@ -59,7 +61,7 @@ global_asm!(
 /// What the probes return in rax and rdx.
 #[repr(C)]
 struct Raw {
-    /// Zero, or the signal in the upper half and its code in the lower.
+    /// Zero, or the signal in the upper half, and in the lower `si_addr_lsb` and the code, 16 bits each.
     cause: u64,
     address: usize,
 }
@@ -82,6 +84,8 @@ pub struct Fault {
     pub code: u32,
     /// `si_addr`.
     pub address: usize,
+    /// `si_addr_lsb`, where the code has one; otherwise 0.
+    pub lsb: u32,
 }
 
 impl Fault {
@@ -92,6 +96,7 @@ impl Fault {
             (SIGSEGV, SEGV_ACCERR) => "SIGSEGV ACCERR",
             (SIGSEGV, _) => "SIGSEGV with another code",
             (SIGBUS, BUS_ADRERR) => "SIGBUS ADRERR",
+            (SIGBUS, BUS_MCEERR_AR) => "SIGBUS MCEERR_AR",
             (SIGBUS, _) => "SIGBUS with another code",
             _ => "another signal",
         }
@@ -108,7 +113,12 @@ impl Raw {
     fn check(&self) -> Result<(), Fault> {
         match self.cause {
             0 => Ok(()),
-            cause => Err(Fault { signal: (cause >> 32) as u32, code: cause as u32, address: self.address }),
+            cause => Err(Fault {
+                signal: (cause >> 32) as u32,
+                code: u32::from(cause as u16),
+                address: self.address,
+                lsb: u32::from((cause >> 16) as u16),
+            }),
         }
     }
 }
@@ -158,6 +168,14 @@ struct SigInfo {
     code: u32,
     pad: u32,
     address: usize,
+    lsb: u16,
+}
+
+impl SigInfo {
+    /// `si_addr_lsb`, which only a failure of memory has.
+    fn lsb(&self) -> u16 {
+        if (self.signal, self.code) == (SIGBUS, BUS_MCEERR_AR) { self.lsb } else { 0 }
+    }
 }
 
 /// The beginning of `ucontext_t`: flags, link and signal stack, then the registers.
@@ -174,12 +192,13 @@ const RIP: usize = 16;
 extern "C" fn handle(signal: u32, info: &SigInfo, context: &mut UContext) {
     let at = context.registers[RIP] as usize;
     if at == &raw const rt_load_at as usize || at == &raw const rt_store_at as usize {
-        context.registers[RAX] = u64::from(signal) << 32 | u64::from(info.code);
+        context.registers[RAX] =
+            u64::from(signal) << 32 | u64::from(info.lsb()) << 16 | u64::from(info.code as u16);
         context.registers[RDX] = info.address as u64;
         context.registers[RIP] = &raw const rt_recover as u64;
         return;
     }
-    let fault = Fault { signal, code: info.code, address: info.address };
+    let fault = Fault { signal, code: info.code, address: info.address, lsb: info.lsb().into() };
     errln!("unexpected {fault}, instruction at {at:#x}");
     // With the default action restored the same instruction faults again and ends the process by the signal,
     // as it would have without this handler.

@@ -209,7 +209,7 @@ impl fmt::Display for Shown {
 
 /// The fault that an access to `address` earns for `cause`, a signal and its code.
 pub const fn fault_at(cause: (u32, u32), address: usize) -> Fault {
-    Fault { signal: cause.0, code: cause.1, address }
+    Fault { signal: cause.0, code: cause.1, address, lsb: 0 }
 }
 
 /// The page that holds an address, as a number from `start`.

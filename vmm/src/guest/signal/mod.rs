@@ -141,6 +141,11 @@ impl SigInfo {
         info.0.put_u64(16, addr);
         info
     }
+    /// The same, with how much failed there: `si_addr_lsb`, the lowest bit of the address that matters (`force_sig_mceerr`).
+    pub(super) fn with_failed_bits(mut self, lsb: u32) -> Self {
+        self.0.put_u16(24, lsb as u16);
+        self
+    }
     /// From the kernel, with nothing more to say.
     pub(super) fn kernel(signal: Signal) -> Self {
         Self::new(signal, SI_KERNEL)
