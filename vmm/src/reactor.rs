@@ -54,6 +54,19 @@ pub fn block_signals() -> Result<()> {
     mask_signals(libc::SIG_BLOCK).context("cannot block signals")
 }
 
+/// Whether one of them has come since they were blocked. It stays pending, so it ends umbra when they are unblocked.
+pub fn pending_signal() -> bool {
+    let mut pending = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: writes one set, of that type.
+    if unsafe { libc::sigpending(pending.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: sigpending has written it.
+    let pending = unsafe { pending.assume_init() };
+    // SAFETY: reads a live set.
+    SIGNALS.iter().any(|&signal| unsafe { libc::sigismember(&raw const pending, signal) } == 1)
+}
+
 /// Unblocks them in this thread: from now on each ends umbra, one that came meanwhile at once. May be done twice.
 ///
 /// # Errors

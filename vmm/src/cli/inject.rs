@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra inject`.
 
+use super::campaign::CampaignArgs;
 use super::{Cli, Command, Format, parse_words, run};
+use crate::inject::campaign::RunReport;
+use crate::inject::campaign::leaks::Census;
 use crate::inject::{Account, Plan, Registry, points, ready};
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use shadow_mmu::inject::{Effects, Faults, Point, Scope};
 use std::ffi::OsString;
 use std::io::Write;
@@ -20,25 +23,55 @@ use std::sync::Arc;
 #[derive(Debug, Args)]
 #[command(
     override_usage = "umbra inject PLAN.toml [--report[=FORMAT]] -- run [OPTIONS] <PROGRAM|IMAGE> [ARGS]...\n       \
+                      umbra inject --campaign N [--seed S] [OPTIONS]\n       \
                       umbra inject --list [--json]",
-    after_help = EXAMPLES
+    after_help = EXAMPLES,
+    group = ArgGroup::new("printed").args(["list", "campaign"])
 )]
 pub(super) struct InjectArgs {
     /// The plan: a file, or a ready plan by its name.
-    #[arg(value_name = "PLAN", required_unless_present = "list")]
+    #[arg(value_name = "PLAN", required_unless_present = "printed")]
     plan: Option<PathBuf>,
     /// List every fault point with what it models and what umbra promises, and the ready plans.
     #[arg(long, conflicts_with_all = ["plan", "command"])]
     list: bool,
-    /// Print the list as JSON.
-    #[arg(long, requires = "list")]
+    #[command(flatten)]
+    campaign: CampaignArgs,
+    /// Print the list, or what came of the campaign, as JSON.
+    #[arg(long, requires = "printed")]
     json: bool,
-    /// Say at the end what became of every rule, and how often each point was hit.
-    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
-    report: Option<Format>,
+    /// Say at the end what became of every rule, how often each point was hit, and what umbra still had when every guest was
+    /// gone. `json`: as one object {rules: [{rule, eligible, fired}], hits: {POINT: N}, leaks: [LINE]}; with a path, into that
+    /// file.
+    #[arg(
+        long,
+        value_name = "text|json[:PATH]",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "text",
+        value_parser = report
+    )]
+    report: Option<ReportArg>,
     /// `run` and its options, as without `umbra`.
-    #[arg(last = true, value_name = "COMMAND", required_unless_present = "list")]
+    #[arg(last = true, value_name = "COMMAND", required_unless_present = "printed")]
     command: Vec<OsString>,
+}
+
+/// `--report`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum ReportArg {
+    Text,
+    Json,
+    File(PathBuf),
+}
+
+fn report(text: &str) -> Result<ReportArg, String> {
+    match (text, text.strip_prefix("json:")) {
+        ("text", _) => Ok(ReportArg::Text),
+        ("json", _) => Ok(ReportArg::Json),
+        (_, Some(path)) if !path.is_empty() => Ok(ReportArg::File(path.into())),
+        _ => Err(format!("`{text}` is neither `text`, `json` nor `json:PATH`")),
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -46,6 +79,7 @@ Examples:
   umbra inject --list                                  every point, and the ready plans
   umbra inject oom-at-5th -- run ./my-static-program   a ready plan: the fifth mmap fails
   umbra inject plan.toml --report=json -- run --stats touch
+  umbra inject --campaign 200 --seed 1                 200 random plans; is umbra's promise kept?
 
 A plan:
   [[fault]]
@@ -58,8 +92,12 @@ docs/fault-injection.md has the whole language.";
 
 /// Does what the command line says.
 pub(super) fn run(args: InjectArgs) -> Result<ExitCode> {
+    let format = if args.json { Format::Json } else { Format::Text };
     if args.list {
-        return list(if args.json { Format::Json } else { Format::Text });
+        return list(format);
+    }
+    if args.campaign.is_asked_for() {
+        return super::campaign::run(&args.campaign, format);
     }
     let plan = match read(args.plan.as_deref().unwrap_or(Path::new(""))) {
         Ok(plan) => plan,
@@ -74,8 +112,19 @@ pub(super) fn run(args: InjectArgs) -> Result<ExitCode> {
         return Ok(ExitCode::from(2));
     };
     let registry = Registry::new(&plan);
+    let before = Census::take();
     let result = run::run(*command, &Faults::new(Arc::clone(&registry) as _));
-    tell(&registry.account(), args.report)?;
+    // Every machine is gone, so nothing of theirs may be left.
+    let leaks = before.and_then(|before| before.leaks());
+    let leaks =
+        leaks.unwrap_or_else(|error| vec![format!("perhaps something: cannot look into /proc: {error}")]);
+    let Account { rules, hits, notes } = registry.account();
+    let report = RunReport { rules, hits, notes, leaks };
+    // What the run came to is the news, so that is what the status says.
+    match tell(&report, args.report.as_ref()) {
+        Err(error) if result.is_err() => eprintln!("umbra: inject: {error:#}"),
+        told => told?,
+    }
     result
 }
 
@@ -91,10 +140,21 @@ fn read(path: &Path) -> Result<Plan> {
 }
 
 /// What became of the rules.
-fn tell(account: &Account, report: Option<Format>) -> Result<()> {
-    if report == Some(Format::Json) {
-        eprintln!("{}", serde_json::to_string(account)?);
-        return Ok(());
+fn tell(account: &RunReport, report: Option<&ReportArg>) -> Result<()> {
+    let json = || serde_json::to_string(account);
+    match report {
+        Some(ReportArg::Json) => {
+            eprintln!("{}", json()?);
+            return Ok(());
+        }
+        Some(ReportArg::File(path)) => {
+            return std::fs::write(path, json()? + "\n")
+                .with_context(|| format!("cannot write the report {}", path.display()));
+        }
+        Some(ReportArg::Text) | None => {}
+    }
+    for leak in &account.leaks {
+        eprintln!("umbra: inject: left behind: {leak}; this is a bug of umbra's");
     }
     for (number, rule) in account.rules.iter().enumerate().map(|(index, rule)| (index + 1, rule)) {
         if rule.fired == 0 {

@@ -8,6 +8,8 @@ mod adopt_demo;
 mod age;
 mod bench;
 mod bench_ksm;
+#[cfg(feature = "inject")]
+mod campaign;
 mod check;
 mod deterministic;
 mod dirty;

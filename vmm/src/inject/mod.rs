@@ -16,6 +16,7 @@
 //! | `rule` | when a rule fires |
 //! | [`registry`](Registry) | one run's rules, counters, and threads that are stalled |
 //! | [`ready`] | the plans that umbra brings along |
+//! | [`campaign`] | random plans, each run judged |
 //! | `listener` | the points that are notifier callbacks |
 //!
 //! docs/fault-injection.md is the page for people.
@@ -24,6 +25,8 @@
 //! Whether a hit fires depends on the plan's seed, the rule and how many hits it has seen, and on nothing else: no clock, no thread.
 //! So a plan without times does the same to each run in which the points are hit in the same order.
 
+#[cfg(feature = "inject")]
+pub mod campaign;
 mod listener;
 #[cfg(feature = "inject")]
 mod plan;

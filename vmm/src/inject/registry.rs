@@ -8,7 +8,7 @@
 use super::plan::{After, Memory, Plan, Rule, What};
 use super::rule::Watched;
 use super::{points, regions};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use shadow_mmu::inject::{Effect, Hit, Injector, MemoryEvent, MemoryFault, MemoryRule, Point, Where};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,7 +38,7 @@ pub struct Registry {
 }
 
 /// What became of a rule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleAccount {
     /// What happens where.
     pub rule: String,
