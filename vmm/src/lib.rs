@@ -12,6 +12,7 @@
 //! | [`stalls`] | what it waited for |
 //! | [`inject`] | breaking things on purpose |
 //! | [`deterministic`] | the same run again, from a seed |
+//! | [`random`] | the generator behind what a seed decides |
 //! | [`trace`] | notifier events, to be read |
 //! | [`recorder`], [`report`] | what is said of a guest that died, and of one that ran |
 //! | [`crash`] | the report on umbra's own failures, in a file |
@@ -29,6 +30,7 @@ pub mod fleet;
 pub mod guest;
 pub mod inject;
 pub mod ksm;
+pub mod random;
 pub mod reactor;
 pub mod recorder;
 pub mod report;

@@ -22,7 +22,7 @@ use crate::engine::kvm::{Effort, KvmVm, TimeStamps};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
 use crate::inject::NotifierFaults;
-use crate::inject::points::THREAD_START;
+use crate::inject::points::{THREAD_START, TICK_TIME};
 use crate::recorder::Recorder;
 use crate::stalls::{MachineStalls, StallSummary};
 use crate::trace::{Observer, set_guest_thread};
@@ -404,8 +404,18 @@ impl Vm {
             .process
             .main_thread()
             .map_err(|error| anyhow::anyhow!("cannot make the guest's first thread: {error}"))?;
+        if let (Some(deterministic), true) =
+            (&self.machine.config.deterministic, self.machine.config.faults.counts_time())
+        {
+            let machine = Arc::downgrade(&self.machine);
+            deterministic.baton().every(TICK_TIME, move || {
+                if let Some(machine) = machine.upgrade() {
+                    machine.tick();
+                }
+            });
+        }
         Arc::clone(&self.machine).spawn(thread, entry, None)?;
-        if self.machine.config.faults.counts_time() {
+        if self.machine.config.faults.counts_time() && self.machine.config.deterministic.is_none() {
             let ticker =
                 Ticker::start(&self.machine).context("cannot start the thread that makes time pass")?;
             *lock(&self.ticker) = Some(ticker);

@@ -8,6 +8,12 @@ use crate::notifier::{Event, InvalidateGuard};
 use std::ops::Range;
 
 impl Mm {
+    /// Has every secondary let go of its translations of `range`. The ptes stay, so they are found again by the next fault.
+    pub fn invalidate_secondaries(&self, range: HvaRange) {
+        let _map = self.read_map();
+        drop(self.notifiers.invalidate(range, Event::Clear));
+    }
+
     /// Clears every pte of `range` inside one pair and frees what they held. The caller holds the mmap lock.
     pub(super) fn zap(&self, range: HvaRange, event: Event) {
         if !range.is_empty() {

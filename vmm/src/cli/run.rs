@@ -129,6 +129,10 @@ pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
         return Ok(ExitCode::from(2));
     }
     let words = args.program.len();
+    if args.deterministic.seeds().is_some() && faults.are_armed() {
+        eprintln!("umbra: a plan counts the hits of one run: search seeds without it, or give one --seed");
+        return Ok(ExitCode::from(2));
+    }
     if let Some(seeds) = args.deterministic.seeds() {
         let run = |deterministic| run_once(&args, Some(deterministic), faults);
         return args.deterministic.search(seeds, words, run).map(ExitCode::from);

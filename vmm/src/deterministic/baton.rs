@@ -3,10 +3,10 @@
 //! [`deterministic`](super).
 
 use super::clock::VirtualClock;
-use super::random::SplitMix64;
 use super::seat::Seat;
 use super::trace::DeterministicTrace;
 use crate::engine::Kick;
+use crate::random::SplitMix64;
 use crate::trace::Observer;
 use shadow_mmu::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::collections::BTreeMap;

@@ -44,18 +44,17 @@
 
 mod baton;
 mod clock;
-mod random;
 mod seat;
 mod trace;
 mod watchdog;
 
 pub use baton::{Baton, Quantum};
 pub use clock::{START, VirtualClock};
-pub use random::SplitMix64;
 pub use seat::{Leaving, Seat};
 pub use trace::{DeterministicTrace, Summary};
 
 use crate::engine::{Exit, Regs};
+use crate::random::SplitMix64;
 use crate::trace::Observer;
 use shadow_mmu::sync::Mutex;
 use std::fs::File;

@@ -454,6 +454,12 @@ impl Rule {
         matches!(self.effect, What::Corrupt | What::Memory(Memory::Flip, _))
     }
 
+    /// Whether an access to memory may come to something else after it, or find something else.
+    pub fn changes_memory(&self) -> bool {
+        let changes = |memory: &Memory| !matches!(memory, Memory::Slow(_) | Memory::Pressure(_));
+        matches!(&self.effect, What::Memory(memory, _) if changes(memory))
+    }
+
     fn written(&self) -> RawRule {
         let mut raw = RawRule { point: self.point.name.into(), vm: self.vm, ..RawRule::default() };
         match (&self.what, self.point == &points::SYSCALL) {

@@ -5,6 +5,7 @@
 //! eligible hits of a rule are counted from 1; whether number n fires depends on the rule, the plan's seed and n alone.
 
 use super::plan::{After, Pick, Rule};
+use crate::random::mix;
 use shadow_mmu::inject::Hit;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -84,14 +85,6 @@ impl Watched {
                 .is_ok();
         counted.then_some(random)
     }
-}
-
-/// SplitMix64's output function (Steele, Lea, Flood 2014): a bijection that scatters what is next to each other.
-pub(crate) fn mix(value: u64) -> u64 {
-    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@
 //! # As time passes
 //! [`MemoryFaults::tick`] is one tick: it hits the point, does what comes of that, ends what is over, and takes slow memory from
 //! the shadow map, so that each page of it is fetched anew. Nothing in there reads a clock: `hold` counts ticks of this machine.
-//! Whoever makes time pass calls it: the thread of [`Ticker`], every ten milliseconds.
+//! Whoever makes time pass calls it: the thread of [`Ticker`], every ten milliseconds; in deterministic mode the baton, on virtual time.
 //!
 //! What has no `hold` lasts as long as the machine: with it, frames that were taken go back to the pool.
 //!
@@ -24,7 +24,6 @@ use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use shadow_mmu::frame::{Fill, FramePool};
 use shadow_mmu::inject::{MemoryEvent, MemoryFault, MemoryRule, Where};
 use shadow_mmu::mm::Trap;
-use shadow_mmu::notifier::Event;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -134,8 +133,7 @@ impl MemoryFaults {
         }
         for rule in self.of_page().filter(|rule| matches!(rule.fault, MemoryFault::Slow(_))) {
             for range in regions::mapped(&machine.mm, rule.at) {
-                // Nothing changes but that whoever has copies of the ptes lets go of them.
-                drop(machine.mm.notifiers().invalidate(range, Event::Clear));
+                machine.mm.invalidate_secondaries(range);
             }
         }
     }

@@ -1,33 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The generator that cases are drawn from: SplitMix64 (Steele, Lea, Flood 2014), one for each case.
 
-use super::super::rule::mix;
-
-/// What SplitMix64 adds to its state for each number.
-const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+use crate::random::{SplitMix64, mix};
 
 /// The dice of one case.
 #[derive(Debug, Clone)]
-pub(super) struct Dice(u64);
+pub(super) struct Dice(SplitMix64);
 
 impl Dice {
     /// Those of case `number` of a campaign with this seed.
     pub(super) fn new(seed: u64, number: u64) -> Self {
-        Self(mix(mix(seed) ^ number))
-    }
-
-    /// 64 random bits.
-    pub(super) fn next(&mut self) -> u64 {
-        let out = mix(self.0);
-        self.0 = self.0.wrapping_add(GAMMA);
-        out
+        Self(SplitMix64::new(mix(mix(seed) ^ number)))
     }
 
     /// A number from `low` to `high`, both of which it may be.
     pub(super) fn from(&mut self, low: u64, high: u64) -> u64 {
-        let span = u128::from(high.saturating_sub(low)) + 1;
-        // The upper half of the product: nearly even for the small spans of here (Lemire 2019).
-        low + ((u128::from(self.next()) * span) >> 64) as u64
+        low + self.0.below(high.saturating_sub(low).saturating_add(1))
     }
 
     /// Whether one of `out_of` equal chances came.
@@ -50,7 +38,7 @@ mod tests {
     fn each_case_has_dice_of_its_own_that_are_always_the_same() {
         let first = |seed, number| {
             let mut dice = Dice::new(seed, number);
-            [dice.next(), dice.next()]
+            [dice.from(0, u64::MAX), dice.from(0, u64::MAX)]
         };
         assert_eq!(first(1, 2), first(1, 2));
         assert_ne!(first(1, 2), first(1, 3));

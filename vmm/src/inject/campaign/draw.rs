@@ -6,7 +6,7 @@
 //! nobody must notice, for those can be judged the most strictly.
 
 use super::super::plan::{After, Memory, Pick, Plan, Rule, What};
-use super::super::{points, words};
+use super::super::{points, regions, words};
 use super::case::{Case, Dirty, Settings};
 use super::dice::Dice;
 use super::program::{Program, image_names};
@@ -76,11 +76,11 @@ impl Deck {
         let dice = &mut Dice::new(self.seed, number);
         let program = Program::draw(&self.images, dice);
         let settings = settings(program.memory(), dice);
-        let plan = self.plan(settings.guests, dice);
+        let plan = self.plan(&program, settings.guests, dice);
         Case { number, program, settings, plan }
     }
 
-    fn plan(&self, guests: u8, dice: &mut Dice) -> Plan {
+    fn plan(&self, program: &Program, guests: u8, dice: &mut Dice) -> Plan {
         let worst = match dice.from(1, 20) {
             1..=10 => Outcome::Unseen,
             11..=16 => Outcome::GuestFails,
@@ -91,6 +91,10 @@ impl Deck {
         while (rules.len() as u64) < count {
             let Some(rule) = rule(guests, dice) else { continue };
             let is_meant = self.corruption == Corruption::Drawn || !rule.corrupts();
+            let is_told = rule.changes_memory() && program.tells_of_memory();
+            if is_told || !is_lawful(&rule) {
+                continue;
+            }
             // The first one is as bad as it gets, or most plans would do no harm.
             let is_bad_enough = !rules.is_empty() || rule.outcome() == worst;
             if is_meant && is_bad_enough && rule.outcome() <= worst {
@@ -136,6 +140,12 @@ impl Settings {
     }
 }
 
+/// Whether plans may say that: what the language refuses, a point's data do not tell.
+fn is_lawful(rule: &Rule) -> bool {
+    let text = Plan { seed: 0, rules: vec![rule.clone()] }.to_toml();
+    text.is_ok_and(|text| text.parse::<Plan>().is_ok())
+}
+
 /// A rule that the language has, but for whether it may be meant; `None` if this throw made none.
 fn rule(guests: u8, dice: &mut Dice) -> Option<Rule> {
     let all: Vec<&'static Point> = points::all().collect();
@@ -147,6 +157,13 @@ fn rule(guests: u8, dice: &mut Dice) -> Option<Rule> {
         _ if point == &points::NOTIFIER_START || point == &points::NOTIFIER_END => {
             let names: Vec<_> = super::super::listener::event_names().collect();
             if dice.one_in(3) { Some(dice.pick(&names)?.to_owned()) } else { None }
+        }
+        _ if point == &points::PAGE || point == &points::TICK => {
+            if dice.one_in(3) {
+                Some(dice.pick(&regions::NAMES)?.to_owned())
+            } else {
+                None
+            }
         }
         _ => None,
     };
@@ -200,7 +217,7 @@ fn effect(point: &'static Point, all: &[&'static Point], dice: &mut Dice) -> Opt
                 _ if point == &points::TICK => Memory::Pressure(dice.from(1, 9) as u32 * 100),
                 _ => return None,
             };
-            let holds = memory != Memory::Flip && dice.one_in(2);
+            let holds = dice.one_in(2);
             What::Memory(memory, holds.then(|| Duration::from_millis(dice.from(1, 30))))
         }
         _ => What::Error(dice.pick(point.errors)?.0),

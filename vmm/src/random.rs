@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The generator behind every choice of deterministic mode: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). Any seed is a good
+//! The generator behind every choice that a seed makes (deterministic mode, plans, campaigns): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). Any seed is a good
 //! seed, and the sequence is fixed for ever: a seed written down today must replay tomorrow.
 
 /// A generator whose whole sequence follows from its seed.
@@ -33,6 +33,11 @@ impl SplitMix64 {
             chunk.copy_from_slice(&word[..chunk.len()]);
         }
     }
+}
+
+/// A number that `value` decides and that nothing of `value` can be seen in: the first of its sequence.
+pub fn mix(value: u64) -> u64 {
+    SplitMix64::new(value).word()
 }
 
 #[cfg(test)]
