@@ -349,7 +349,32 @@ fn a_page_that_may_not_be_written_keeps_its_bits() {
     assert_eq!(vcpu.read(BASE), Ok(TestFile::tag(0)));
     assert!(!machine.mm.flip_bit(BASE, 1), "it is the file's");
     assert_eq!(vcpu.read(BASE), Ok(TestFile::tag(0)));
+    // Shared memory that this mapping only reads; others may write it.
+    let flags = MapFlags::SHARED | MapFlags::FIXED;
+    machine.mm.mmap(BASE, pages(1), RW, flags, Backing::Anonymous).unwrap();
+    assert_eq!(vcpu.write(BASE, 7), Ok(()));
+    machine.mm.mprotect(BASE, pages(1), READ).unwrap();
+    assert!(!machine.mm.flip_bit(BASE, 1), "it may not be written here");
+    assert_eq!(vcpu.read(BASE), Ok(7));
     drop((vcpu, file));
+    machine.finish();
+}
+
+#[test]
+fn who_set_a_trap_finds_it_where_it_has_moved_and_lifts_no_other() {
+    let machine = machine(8);
+    machine.mm.trap_by(1, one(BASE), Trap::Revoke);
+    machine.mm.trap_by(2, one(page(BASE, 1)), Trap::Revoke);
+    let to = Hva(BASE.0 + (1 << 30));
+    machine.mm.mremap(BASE, pages(1), pages(1), RemapFlags::MAYMOVE | RemapFlags::FIXED, to).unwrap();
+    // Somebody else's, where the first one was set.
+    machine.mm.mmap(BASE, pages(1), RW, MapFlags::PRIVATE | MapFlags::FIXED, Backing::Anonymous).unwrap();
+    machine.mm.trap_by(3, one(BASE), Trap::Revoke);
+    assert_eq!(machine.mm.untrap_by(1), 1);
+    assert_eq!(machine.mm.trapped(to), None);
+    assert_eq!(machine.mm.trapped(BASE), Some(Trap::Revoke));
+    assert_eq!(machine.mm.trapped(page(BASE, 1)), Some(Trap::Revoke));
+    assert_eq!((machine.mm.untrap_by(1), machine.mm.untrap_by(2), machine.mm.untrap_by(3)), (0, 1, 1));
     machine.finish();
 }
 

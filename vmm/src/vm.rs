@@ -414,12 +414,13 @@ impl Vm {
                 }
             });
         }
+        // Before the guest runs: what cannot be started must not leave one behind that does.
+        let by_the_clock =
+            self.machine.config.faults.counts_time() && self.machine.config.deterministic.is_none();
+        let ticker = by_the_clock.then(|| Ticker::start(&self.machine)).transpose();
+        let ticker = ticker.context("cannot start the thread that makes time pass")?;
         Arc::clone(&self.machine).spawn(thread, entry, None)?;
-        if self.machine.config.faults.counts_time() && self.machine.config.deterministic.is_none() {
-            let ticker =
-                Ticker::start(&self.machine).context("cannot start the thread that makes time pass")?;
-            *lock(&self.ticker) = Some(ticker);
-        }
+        *lock(&self.ticker) = ticker;
         Ok(())
     }
 

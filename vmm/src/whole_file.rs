@@ -85,7 +85,11 @@ impl WholeFile {
                 result => return result,
             }
             let hidden = self.hidden.clone();
-            self.link(&hidden)?;
+            if self.link(&hidden).is_err() {
+                // Left by one that was killed and had our process id, as in a container each has.
+                let _ = fs::remove_file(&hidden);
+                self.link(&hidden)?;
+            }
             self.is_named = true;
         }
         fs::rename(&self.hidden, &self.path)?;
@@ -171,6 +175,19 @@ mod tests {
             drop(begin(&path));
             assert!(names(&folder).is_empty(), "one that is given up leaves nothing");
         }
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_one_left_is_no_obstacle() {
+        let folder = folder("left");
+        let path = folder.join("file");
+        fs::write(&path, "old").unwrap();
+        let mut whole = WholeFile::begin(&path, 0o600).unwrap();
+        fs::write(&whole.hidden, "half").unwrap();
+        whole.write(b"new").unwrap();
+        whole.finish().unwrap();
+        assert_eq!((fs::read(&path).unwrap(), names(&folder)), (b"new".to_vec(), vec!["file".into()]));
         fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -22,7 +22,7 @@
 //! nothing away, so it needs no pair.
 
 use super::{FaultError, Map, Mm};
-use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE};
+use crate::addr::{Access, Hva, HvaRange, PAGE_SIZE, TASK_SIZE};
 use crate::notifier::Event;
 use crate::sync::atomic::Ordering;
 use crate::table::index;
@@ -49,11 +49,18 @@ impl From<Trap> for FaultError {
     }
 }
 
+/// A trap, and by which number who set it finds it again, wherever it has moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mark {
+    trap: Trap,
+    setter: u64,
+}
+
 /// All traps of an address space: disjoint ranges.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Traps {
     /// By first address.
-    ranges: BTreeMap<u64, (HvaRange, Trap)>,
+    ranges: BTreeMap<u64, (HvaRange, Mark)>,
 }
 
 impl Traps {
@@ -63,12 +70,12 @@ impl Traps {
 
     /// What is wrong with the page at `hva`.
     pub(crate) fn find(&self, hva: Hva) -> Option<Trap> {
-        let (_, (range, trap)) = self.ranges.range(..=hva.0).next_back()?;
-        range.contains(hva).then_some(*trap)
+        let (_, (range, mark)) = self.ranges.range(..=hva.0).next_back()?;
+        range.contains(hva).then_some(mark.trap)
     }
 
     /// The parts of traps that lie in `range`, ascending.
-    fn within(&self, range: HvaRange) -> Vec<(HvaRange, Trap)> {
+    fn within(&self, range: HvaRange) -> Vec<(HvaRange, Mark)> {
         let before = self.ranges.range(..=range.start.0).next_back();
         let first = before.map_or(range.start.0, |(start, _)| *start);
         let parts = self.ranges.range(first..range.end.0.max(first)).map(|(_, (at, trap))| (*at, *trap));
@@ -77,7 +84,7 @@ impl Traps {
     }
 
     /// Takes out what lies in `range` and `is_meant`, and returns it.
-    pub(super) fn take(&mut self, range: HvaRange, is_meant: impl Fn(Trap) -> bool) -> Vec<(HvaRange, Trap)> {
+    pub(super) fn take(&mut self, range: HvaRange, is_meant: impl Fn(Mark) -> bool) -> Vec<(HvaRange, Mark)> {
         if self.is_empty() {
             return Vec::new();
         }
@@ -98,8 +105,8 @@ impl Traps {
         taken
     }
 
-    /// Sets `trap` for `range`, in the place of what is there.
-    pub(super) fn set(&mut self, range: HvaRange, trap: Trap) {
+    /// Sets a trap for `range`, in the place of what is there.
+    pub(super) fn set(&mut self, range: HvaRange, trap: Mark) {
         if !range.is_empty() {
             self.take(range, |_| true);
             self.ranges.insert(range.start.0, (range, trap));
@@ -145,7 +152,7 @@ impl Map {
 
     /// Whether some page of `range` is poisoned.
     pub(super) fn is_poisoned(&self, range: HvaRange) -> bool {
-        !self.traps.is_empty() && self.traps.within(range).iter().any(|(_, trap)| *trap == Trap::Poison)
+        !self.traps.is_empty() && self.traps.within(range).iter().any(|(_, mark)| mark.trap == Trap::Poison)
     }
 }
 
@@ -153,11 +160,16 @@ impl Mm {
     /// Sets a trap at every page of `range` that is mapped, in the place of another that is there. Returns how many pages that
     /// are. On return no secondary reaches them.
     pub fn trap(&self, range: HvaRange, trap: Trap) -> u64 {
+        self.trap_by(0, range, trap)
+    }
+
+    /// The same for [`untrap_by`](Self::untrap_by) to find by `setter`.
+    pub fn trap_by(&self, setter: u64, range: HvaRange, trap: Trap) -> u64 {
         let mut map = self.map.write();
         let parts: Vec<_> = map.vmas.overlapping(range).map(|vma| vma.range.intersect(range)).collect();
         let mut pages = 0;
         for part in parts {
-            map.traps.set(part, trap);
+            map.traps.set(part, Mark { trap, setter });
             pages += part.page_count();
             // Where no pte is, no secondary has anything.
             let Some(first) = self.first_present(part) else { continue };
@@ -172,7 +184,14 @@ impl Mm {
 
     /// Lifts those traps in `range` that are of this kind. Returns from how many pages.
     pub fn untrap(&self, range: HvaRange, trap: Trap) -> u64 {
-        let lifted = self.map.write().traps.take(range, |it| it == trap);
+        let lifted = self.map.write().traps.take(range, |mark| mark.trap == trap);
+        lifted.iter().map(|(part, _)| part.page_count()).sum()
+    }
+
+    /// Lifts what `setter` has set, wherever it is now; what has taken its place stays. Returns from how many pages.
+    pub fn untrap_by(&self, setter: u64) -> u64 {
+        let everything = HvaRange { start: Hva(0), end: Hva(TASK_SIZE) };
+        let lifted = self.map.write().traps.take(everything, |mark| mark.setter == setter);
         lifted.iter().map(|(part, _)| part.page_count()).sum()
     }
 
@@ -229,7 +248,8 @@ impl Mm {
                 if !pte.is_present() || pte.is_adopted() {
                     return false;
                 }
-                let own = pte.is_object() && vma.is_shared() || pte.is_writable();
+                let own =
+                    vma.allows(Access::WRITE) && (pte.is_object() && vma.is_shared() || pte.is_writable());
                 if own {
                     let (word, bit) = (number >> 6, number % 64);
                     let words = self.pool.words(pte.pfn());
@@ -253,21 +273,25 @@ impl Mm {
 mod tests {
     use super::*;
 
+    fn mark(trap: Trap) -> Mark {
+        Mark { trap, setter: 0 }
+    }
+
     fn range(start: u64, end: u64) -> HvaRange {
         HvaRange { start: Hva(start << 12), end: Hva(end << 12) }
     }
 
     fn all(traps: &Traps) -> Vec<(u64, u64, Trap)> {
-        traps.ranges.values().map(|(range, trap)| (range.start.page(), range.end.page(), *trap)).collect()
+        traps.ranges.values().map(|(range, trap)| (range.start.page(), range.end.page(), trap.trap)).collect()
     }
 
     #[test]
     fn a_trap_replaces_what_it_covers_and_leaves_the_rest() {
         let mut traps = Traps::default();
-        traps.set(range(10, 20), Trap::Bus);
-        traps.set(range(14, 16), Trap::Poison);
+        traps.set(range(10, 20), mark(Trap::Bus));
+        traps.set(range(14, 16), mark(Trap::Poison));
         assert_eq!(all(&traps), [(10, 14, Trap::Bus), (14, 16, Trap::Poison), (16, 20, Trap::Bus)]);
-        assert_eq!(traps.take(range(12, 17), |trap| trap == Trap::Bus).len(), 2);
+        assert_eq!(traps.take(range(12, 17), |mark| mark.trap == Trap::Bus).len(), 2);
         assert_eq!(all(&traps), [(10, 12, Trap::Bus), (14, 16, Trap::Poison), (17, 20, Trap::Bus)]);
         for (page, trap) in
             [(9, None), (10, Some(Trap::Bus)), (12, None), (15, Some(Trap::Poison)), (20, None)]
@@ -279,8 +303,8 @@ mod tests {
     #[test]
     fn what_comes_along_ends_at_the_next_trap_on_either_side() {
         let mut traps = Traps::default();
-        traps.set(range(10, 12), Trap::Bus);
-        traps.set(range(20, 21), Trap::Revoke);
+        traps.set(range(10, 12), mark(Trap::Bus));
+        traps.set(range(20, 21), mark(Trap::Revoke));
         let around = |page: u64| traps.clear_around(range(0, 32), Hva(page << 12));
         assert_eq!((around(5), around(15), around(30)), (range(0, 10), range(12, 20), range(21, 32)));
     }
@@ -288,7 +312,7 @@ mod tests {
     #[test]
     fn traps_move_with_their_mapping() {
         let mut traps = Traps::default();
-        traps.set(range(0, 100), Trap::Revoke);
+        traps.set(range(0, 100), mark(Trap::Revoke));
         traps.move_to(range(10, 20), Hva(200 << 12));
         assert_eq!(all(&traps), [(0, 10, Trap::Revoke), (20, 100, Trap::Revoke), (200, 210, Trap::Revoke)]);
     }

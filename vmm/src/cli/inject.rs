@@ -8,7 +8,7 @@ use crate::inject::campaign::leaks::Census;
 use crate::inject::{Account, Plan, Registry, points, ready};
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
-use shadow_mmu::inject::{Effects, Faults, Point, Scope};
+use shadow_mmu::inject::{Effects, Faults, Outcome, Point, Scope};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -191,6 +191,19 @@ fn effects(point: &Point) -> Vec<String> {
     errors.chain(rest.map(|(_, name)| (*name).to_owned())).collect()
 }
 
+/// What each error, and whatever else is no waiting, may come to.
+fn outcomes(point: &Point) -> serde_json::Map<String, serde_json::Value> {
+    let text = |outcome: Outcome| match outcome {
+        Outcome::Unseen => "unseen",
+        Outcome::GuestFails => "guest-fails",
+        Outcome::RunFails => "run-fails",
+    };
+    let errors = point.errors.iter().map(|(errno, outcome)| (crate::inject::errno_name(*errno), *outcome));
+    let waits = Effects::WAIT | Effects::SPLIT;
+    let rest = (!(point.effects - waits).is_empty()).then(|| ("other".to_owned(), point.outcome));
+    errors.chain(rest).map(|(name, outcome)| (name, text(outcome).into())).collect()
+}
+
 fn list(format: Format) -> Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     match format {
@@ -199,7 +212,7 @@ fn list(format: Format) -> Result<ExitCode> {
                 .map(|point| {
                     serde_json::json!({
                         "name": point.name, "place": point.place, "models": point.models, "promise": point.promise,
-                        "effects": effects(point), "of": if point.scope == Scope::Pool { "pool" } else { "vm" },
+                        "effects": effects(point), "outcomes": outcomes(point), "of": if point.scope == Scope::Pool { "pool" } else { "vm" },
                     })
                 })
                 .collect();

@@ -72,7 +72,7 @@ pub(super) struct RunArgs {
     /// Whatever is found ends every guest with SIGKILL, for a wrong map may reach other memory; umbra says what it was, writes a
     /// report (see --report-dir) and exits with 125. A guest waits for an audit no longer than it takes, and only where it
     /// faults: roughly 1 ms for 64 MiB of memory in use, so 0.1 % of a CPU at 1s. Without a pattern in freed frames, as --check has it.
-    #[arg(long, value_name = "EVERY", value_parser = parse::duration, conflicts_with = "check")]
+    #[arg(long, value_name = "EVERY", value_parser = parse::interval, conflicts_with = "check")]
     audit: Option<Duration>,
     /// Where the report goes that umbra writes when it fails itself, because KVM lost a vCPU or an audit found something:
     /// umbra-report-PID.txt, for its owner's eyes only. By default the current folder, or $TMPDIR or /tmp where that cannot be

@@ -174,6 +174,8 @@ impl Injector for Registry {
     fn counts_time(&self) -> bool {
         self.rules.iter().any(|Watched { rule, .. }| {
             rule.point == &points::TICK
+                || rule.after == Some(After::Point(&points::TICK))
+                || matches!(rule.effect, What::Stall(until, _) if until == &points::TICK)
                 || matches!(rule.after, Some(After::Time(_)))
                 || matches!(rule.effect, What::Memory(_, Some(_)) | What::Memory(Memory::Slow(_), _))
         })
@@ -339,6 +341,8 @@ mod tests {
             "point='punch'\nafter='30ms'\nerror='EINTR'",
             "point='page'\nmemory='revoke'\nhold='1s'",
             "point='page'\nmemory='slow'\nlatency='1ms'",
+            "point='punch'\nafter='tick'\nerror='EINTR'",
+            "point='punch'\nstall='tick'",
         ] {
             assert!(counts(rule), "{rule}");
         }

@@ -4,7 +4,7 @@
 //! # At a page fault
 //! Before the shadow map is asked, and with no lock held: traps are set at the page ([`Mm::trap`](shadow_mmu::mm::Mm::trap)), so this
 //! very access is refused as the trap says; a slow fetch takes its time. A bit is flipped after the fault was resolved, before the
-//! guest goes on. Pages that rules of `page` name by address or region come by a fault each, so none of them is reached without a hit;
+//! guest goes on. Pages that such rules name by address or region come by a fault each, so none of them is reached without a hit;
 //! elsewhere a fault brings its neighbours along as ever, and its hit stands for all of them.
 //!
 //! # As time passes
@@ -24,10 +24,10 @@ use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
 use shadow_mmu::frame::{Fill, FramePool};
 use shadow_mmu::inject::{MemoryEvent, MemoryFault, MemoryRule, Where};
 use shadow_mmu::mm::Trap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Frames that somebody else has, as long as this lives.
 #[derive(Debug)]
@@ -45,7 +45,8 @@ impl Drop for Taken {
 /// What ends when its time is over.
 #[derive(Debug)]
 enum Lasting {
-    Trap(HvaRange, Trap),
+    /// Set by this number.
+    Trap(u64),
     Pressure(Taken),
 }
 
@@ -61,6 +62,8 @@ struct Pending {
 pub(super) struct MemoryFaults {
     rules: Vec<MemoryRule>,
     pending: Mutex<Pending>,
+    /// What the next trap is set by.
+    setters: AtomicU64,
 }
 
 /// What is left to do of a page fault when it is resolved: bits to flip.
@@ -78,7 +81,7 @@ fn trap_of(fault: MemoryFault) -> Option<Trap> {
 
 impl MemoryFaults {
     pub(super) fn new(rules: Vec<MemoryRule>) -> Self {
-        Self { rules, pending: Mutex::default() }
+        Self { rules, pending: Mutex::default(), setters: AtomicU64::new(1) }
     }
 
     fn of_page(&self) -> impl Iterator<Item = &MemoryRule> {
@@ -122,8 +125,8 @@ impl MemoryFaults {
         };
         for (_, lasting) in over {
             match lasting {
-                Lasting::Trap(range, trap) => {
-                    machine.mm.untrap(range, trap);
+                Lasting::Trap(setter) => {
+                    machine.mm.untrap_by(setter);
                 }
                 Lasting::Pressure(taken) => drop(taken),
             }
@@ -159,10 +162,15 @@ impl MemoryFaults {
     fn set_trap(&self, machine: &Machine, event: &MemoryEvent, ranges: &[HvaRange]) {
         let Some(trap) = trap_of(event.rule.fault) else { return };
         for &range in ranges {
-            if machine.mm.trap(range, trap) > 0 {
+            // Who tries again and again is refused by what is there, and has one that ends.
+            if range.page_count() == 1 && machine.mm.trapped(range.start) == Some(trap) {
+                continue;
+            }
+            let setter = self.setters.fetch_add(1, Ordering::Relaxed);
+            if machine.mm.trap_by(setter, range, trap) > 0 {
                 note(machine, &format!("{trap:?}").to_lowercase(), range);
                 if event.rule.hold.is_some() {
-                    self.last(event.rule.hold, Lasting::Trap(range, trap));
+                    self.last(event.rule.hold, Lasting::Trap(setter));
                 }
             }
         }
@@ -195,7 +203,7 @@ impl MemoryFaults {
         let pending = lock(&self.pending);
         let taken = pending.lasting.iter().map(|(_, lasting)| match lasting {
             Lasting::Pressure(taken) => taken.frames.len(),
-            Lasting::Trap(..) => 0,
+            Lasting::Trap(_) => 0,
         });
         taken.sum()
     }
@@ -240,14 +248,19 @@ impl Ticker {
 }
 
 fn run(machine: &Weak<Machine>, over: &AtomicBool) {
+    // By the clock, so that what a tick does takes nothing from the time until the next; ticks that fell into it are left out.
+    let mut next = Instant::now() + TICK_TIME;
     loop {
-        std::thread::park_timeout(TICK_TIME);
+        std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
         if over.load(Ordering::Acquire) {
             return;
         }
         // Not the one who keeps the machine.
         let Some(machine) = machine.upgrade() else { return };
-        machine.tick();
+        if Instant::now() >= next {
+            machine.tick();
+            next = (next + TICK_TIME).max(Instant::now());
+        }
     }
 }
 

@@ -121,6 +121,37 @@ fn a_host_that_stays_short_of_memory_loses_the_vcpu() {
 }
 
 #[test]
+fn pauses_that_others_cut_short_are_no_shortage() {
+    let Some(guest) = Guest::new(&LOAD) else { return };
+    let planted = Planted::in_(&guest);
+    let mut vcpu = guest.vcpu();
+    guest.map_new(DATA, RW);
+    vcpu.regs_mut().rdi = DATA;
+    let kicker = vcpu.kicker();
+    // Each entry is refused once, and each pause is cut short by a kick that is pending: far more often than pauses are sat out.
+    planted.plant(libc::ENOMEM, 100);
+    while !planted.0.lock().is_empty() {
+        kicker.kick();
+        assert_eq!(vcpu.run().unwrap(), Exit::Kicked);
+        // The kick came before the entry; the next one comes into the pause.
+        let (done, kicker) = (std::sync::atomic::AtomicBool::new(false), &kicker);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    kicker.kick();
+                }
+            });
+            for _ in 0..20 {
+                assert!(matches!(vcpu.run().unwrap(), Exit::Kicked | Exit::Syscall));
+                start(&mut vcpu);
+                vcpu.regs_mut().rdi = DATA;
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+    }
+}
+
+#[test]
 fn a_kick_is_served_while_the_host_is_short_of_memory() {
     let Some(guest) = Guest::new(&LOAD) else { return };
     let planted = Planted::in_(&guest);

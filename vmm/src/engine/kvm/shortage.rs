@@ -3,7 +3,8 @@
 //!
 //! KVM allocates its own tables before it maps a page (`mmu_topup_memory_caches`) and fails with ENOMEM when the host has no
 //! page left at that moment; the host may find some the next moment. So KVM_RUN is tried again, after pauses that double, and
-//! given up after about a second: a host that is short for longer is not going to run this guest.
+//! given up when ten were sat out, about a second: a host that is short for longer is not going to run this guest. A pause that
+//! was cut short, because the vCPU was wanted, does not count.
 
 use std::time::{Duration, Instant};
 
@@ -13,27 +14,26 @@ const TRIES: u32 = 10;
 /// How often who pauses looks whether it is wanted.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// KVM_RUNs in a row that failed for want of memory.
+/// Pauses in a row that were sat out, each because KVM_RUN failed for want of memory.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shortage {
-    failed: u32,
+    paused: u32,
 }
 
 impl Shortage {
-    /// One more failed: how long to pause before the next try; `None`: it is not to be tried again.
-    pub(super) fn next_pause(&mut self) -> Option<Duration> {
-        let pause = (self.failed < TRIES).then(|| FIRST * 2u32.pow(self.failed));
-        self.failed = self.failed.saturating_add(1);
-        pause
+    /// How long to pause before the next try; `None`: it is not to be tried again.
+    pub(super) fn pause(self) -> Option<Duration> {
+        (self.paused < TRIES).then(|| FIRST * 2u32.pow(self.paused))
     }
 
     /// Waits for `pause`, or until `is_wanted`, which is asked every [`LOOK`]: a kick sends no signal to a vCPU that is
     /// outside the guest.
-    pub(super) fn wait(self, pause: Duration, is_wanted: impl Fn() -> bool) {
+    pub(super) fn wait(&mut self, pause: Duration, is_wanted: impl Fn() -> bool) {
         let until = Instant::now() + pause;
         while !is_wanted() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
+                self.paused += 1;
                 return;
             }
             std::thread::sleep(left.min(LOOK));
@@ -47,23 +47,24 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_about_a_second_in_all_and_end() {
-        let mut shortage = Shortage::default();
-        let pauses: Vec<_> = std::iter::from_fn(|| shortage.next_pause()).collect();
+        let pauses: Vec<_> = (0..).map_while(|paused| Shortage { paused }.pause()).collect();
         assert_eq!(pauses.len(), TRIES as usize);
         assert!(pauses.windows(2).all(|pair| pair[1] == 2 * pair[0]), "{pauses:?}");
         assert_eq!(pauses.iter().sum::<Duration>(), Duration::from_millis(1023));
-        assert_eq!(shortage.next_pause(), None, "it stays given up");
     }
 
     #[test]
-    fn who_is_wanted_waits_no_longer() {
+    fn who_is_wanted_waits_no_longer_and_that_does_not_count() {
+        let mut shortage = Shortage::default();
         // Would not come back within anybody's patience otherwise.
-        Shortage::default().wait(Duration::from_secs(1 << 20), || true);
+        shortage.wait(Duration::from_secs(1 << 20), || true);
         let looks = std::cell::Cell::new(0);
-        Shortage::default().wait(Duration::from_secs(1 << 20), || {
+        shortage.wait(Duration::from_secs(1 << 20), || {
             looks.set(looks.get() + 1);
             looks.get() == 3
         });
-        assert_eq!(looks.get(), 3);
+        assert_eq!((looks.get(), shortage), (3, Shortage::default()));
+        shortage.wait(FIRST, || false);
+        assert_eq!(shortage, Shortage { paused: 1 });
     }
 }

@@ -245,13 +245,12 @@ impl KvmVcpu {
             raw.state.leave();
             let outcome = match outcome {
                 Outcome::NoMemory(error) => {
-                    let Some(pause) = self.shortage.next_pause() else { return Err(error) };
+                    let Some(pause) = self.shortage.pause() else { return Err(error) };
                     log::debug!("the host has no memory for KVM_RUN; it is tried again in {pause:?}");
                     self.shortage.wait(pause, || raw.state.wants(Requests::all() - deferred));
                     // Like an interrupted one, it has left the registers as they were.
                     Outcome::Interrupted
                 }
-                Outcome::Interrupted => Outcome::Interrupted,
                 came_back => {
                     self.shortage = Shortage::default();
                     came_back
