@@ -18,6 +18,7 @@ mod rings;
 pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 
 use crate::crash;
+use crate::deterministic::Interval;
 use crate::engine::kvm::{Effort, KvmVm, TimeStamps};
 use crate::engine::{EngineError, Regs, Vcpu};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
@@ -404,11 +405,19 @@ impl Vm {
             .process
             .main_thread()
             .map_err(|error| anyhow::anyhow!("cannot make the guest's first thread: {error}"))?;
+        if let Some(deterministic) = &self.machine.config.deterministic {
+            let process = Arc::downgrade(&self.process);
+            deterministic.baton().when_stuck(move || {
+                if let Some(process) = process.upgrade() {
+                    process.kill(libc::SIGKILL);
+                }
+            });
+        }
         if let (Some(deterministic), true) =
             (&self.machine.config.deterministic, self.machine.config.faults.counts_time())
         {
             let machine = Arc::downgrade(&self.machine);
-            deterministic.baton().every(TICK_TIME, move || {
+            deterministic.baton().every(Interval::Exactly(TICK_TIME), move || {
                 if let Some(machine) = machine.upgrade() {
                     machine.tick();
                 }

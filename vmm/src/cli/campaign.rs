@@ -112,7 +112,7 @@ pub(super) fn run(args: &CampaignArgs, format: Format) -> Result<ExitCode> {
         judge,
         stop: &stop,
     };
-    // Before the first thread, so that all inherit it. The runs do not: std clears the mask of what it starts.
+    // Before the first thread, so that all inherit it. Runs and native programs would, too; they are started with no signal blocked.
     block_signals()?;
     let mut teller = Teller { is_terminal: stderr().is_terminal(), last: None };
     let summary = campaign.run(&mut |progress| {

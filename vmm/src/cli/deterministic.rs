@@ -161,7 +161,15 @@ impl DeterministicArgs {
         let (mut told, mut tried) = (began, 0);
         for seed in seeds.clone() {
             let deterministic = self.with_seed(seed, None)?;
-            let status = run(Arc::clone(&deterministic))?;
+            let status = match run(Arc::clone(&deterministic)) {
+                Ok(status) => status,
+                Err(error) if !deterministic.has_begun() => return Err(error),
+                Err(error) => {
+                    eprintln!("umbra: the run with seed {seed} fails, number {} of {all} seeds", tried + 1);
+                    tell_replay(seed, words, Stdin::Empty);
+                    return Err(error);
+                }
+            };
             if deterministic.ended_from_outside() {
                 eprintln!(
                     "umbra: the search was ended at seed {seed}: {tried} of {all} seeds ran, none failed"
@@ -171,9 +179,11 @@ impl DeterministicArgs {
             tried += 1;
             let seconds = began.elapsed().as_secs_f64();
             if status != 0 {
-                eprintln!(
-                    "umbra: seed {seed} fails with exit status {status}: number {tried} of {all} seeds, after {seconds:.1} s"
-                );
+                let how = match deterministic.is_out_of_time() {
+                    true => "does not end within --timeout".to_owned(),
+                    false => format!("fails with exit status {status}"),
+                };
+                eprintln!("umbra: seed {seed} {how}: number {tried} of {all} seeds, after {seconds:.1} s");
                 tell_replay(seed, words, Stdin::Empty);
                 return Ok(status);
             }

@@ -2,6 +2,7 @@
 //! `umbra inject`.
 
 use super::campaign::CampaignArgs;
+use super::replacement::Replacement;
 use super::{Cli, Command, Format, parse_words, run};
 use crate::inject::campaign::RunReport;
 use crate::inject::campaign::leaks::Census;
@@ -41,8 +42,8 @@ pub(super) struct InjectArgs {
     #[arg(long, requires = "printed")]
     json: bool,
     /// Say at the end what became of every rule, how often each point was hit, and what umbra still had when every guest was
-    /// gone. `json`: as one object {rules: [{rule, eligible, fired}], hits: {POINT: N}, leaks: [LINE]}; with a path, into that
-    /// file.
+    /// gone. `json`: as one object {rules: [{rule, eligible, fired}], hits: {POINT: N}, notes: [LINE], leaks: [LINE]}, notes (what was done to memory, and where)
+    /// only where there are some; with a path, into that file.
     #[arg(
         long,
         value_name = "text|json[:PATH]",
@@ -113,7 +114,7 @@ pub(super) fn run(args: InjectArgs) -> Result<ExitCode> {
     };
     let registry = Registry::new(&plan);
     let before = Census::take();
-    let result = run::run(*command, &Faults::new(Arc::clone(&registry) as _));
+    let result = run::run(*command, &Faults::new(Arc::clone(&registry) as _), registry.waits());
     // Every machine is gone, so nothing of theirs may be left.
     let leaks = before.and_then(|before| before.leaks());
     let leaks =
@@ -148,7 +149,7 @@ fn tell(account: &RunReport, report: Option<&ReportArg>) -> Result<()> {
             return Ok(());
         }
         Some(ReportArg::File(path)) => {
-            return std::fs::write(path, json()? + "\n")
+            return write_report(path, &(json()? + "\n"))
                 .with_context(|| format!("cannot write the report {}", path.display()));
         }
         Some(ReportArg::Text) | None => {}
@@ -175,6 +176,14 @@ fn tell(account: &RunReport, report: Option<&ReportArg>) -> Result<()> {
         account.notes.iter().for_each(|note| eprintln!("umbra: inject: {note}"));
     }
     Ok(())
+}
+
+/// Writes the report to `path`: as a whole or not at all, but where that is no regular file and so cannot be replaced (a pipe).
+fn write_report(path: &Path, text: &str) -> Result<()> {
+    match std::fs::metadata(path) {
+        Ok(there) if !there.is_file() => Ok(std::fs::write(path, text)?),
+        _ => Replacement::prepare(path)?.write(text.as_bytes()),
+    }
 }
 
 fn effects(point: &Point) -> Vec<String> {

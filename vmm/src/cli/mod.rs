@@ -28,6 +28,7 @@ mod run;
 mod trace;
 
 use crate::causes::one_line;
+use crate::inject::Waits;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use shadow_mmu::inject::Faults;
 use std::ffi::OsString;
@@ -90,7 +91,7 @@ pub fn main() -> ExitCode {
         .format_timestamp(None)
         .init();
     let result = match parse_words(std::env::args_os().collect()).command {
-        Command::Run(args) => run::run(*args, &Faults::default()),
+        Command::Run(args) => run::run(*args, &Faults::default(), &Waits::default()),
         Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),

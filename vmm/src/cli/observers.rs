@@ -15,7 +15,7 @@ use super::ksm::{KsmArgs, Shared, Sharing};
 use super::replacement::Replacement;
 use super::reports::Reports;
 use crate::aging::AgingCost;
-use crate::deterministic::Deterministic;
+use crate::deterministic::{Deterministic, Interval};
 use crate::fleet::Fleet;
 use crate::reactor::{Event, Reactor, Sources};
 use crate::vm::Vm;
@@ -79,7 +79,7 @@ impl Observers {
         let aging = aging.map(|aging| Arc::new(Mutex::new(aging)));
         if let (Some(deterministic), Some(aging), Some(every)) = (deterministic, &aging, age.interval()) {
             let aging = Arc::clone(aging);
-            deterministic.baton().every(every, move || lock(&aging).pass());
+            deterministic.baton().every(Interval::About(every), move || lock(&aging).pass());
         }
         let observed = (aging.is_some() || dirty.is_some()).then_some(vm);
         Ok(Self { observed, aging, dirty, sharing, reports })

@@ -10,6 +10,7 @@ use super::{Format, adopt_demo, age, dirty, ksm, kvm_device, parse, trace};
 use crate::deterministic::Deterministic;
 use crate::fleet::Fleet;
 use crate::guest::Arguments;
+use crate::inject::Waits;
 use crate::reactor::{Event, Reactor, Sources, block_report_signal, block_signals, unblock_signals};
 use crate::trace::Tracer;
 use crate::vm::{Accesses, Program, Tracking, VmConfig, WindowFill};
@@ -105,8 +106,8 @@ enum WindowArg {
     Userfaultfd,
 }
 
-/// Runs it, and whatever comes of that, finishes the trace.
-pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
+/// Runs it, and whatever comes of that, finishes the trace. `waits`: those of what is behind `faults`.
+pub(super) fn run(args: RunArgs, faults: &Faults, waits: &Waits) -> Result<ExitCode> {
     // Whatever follows the program is the program's; so clap takes an option it does not know for the program.
     if let Some(option) = args.program.first().filter(|word| word.as_bytes().starts_with(b"-")) {
         eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
@@ -138,11 +139,14 @@ pub(super) fn run(args: RunArgs, faults: &Faults) -> Result<ExitCode> {
         return args.deterministic.search(seeds, words, run).map(ExitCode::from);
     }
     let deterministic = args.deterministic.one()?;
-    let status = run_once(&args, deterministic.clone(), faults)?;
-    if let Some(deterministic) = deterministic.filter(|it| status != 0 && !it.ended_from_outside()) {
+    deterministic.iter().for_each(|it| waits.go_by(it.baton().clock()));
+    let result = run_once(&args, deterministic.clone(), faults);
+    if let Some(deterministic) =
+        deterministic.filter(|it| !matches!(result, Ok(0)) && it.has_begun() && !it.ended_from_outside())
+    {
         deterministic::tell_replay(deterministic.seed(), words, Stdin::Own);
     }
-    Ok(ExitCode::from(status))
+    result.map(ExitCode::from)
 }
 
 /// Runs the program once; the exit status.
@@ -232,7 +236,10 @@ fn run_traced(
                     deterministic.iter().for_each(|it| it.note_end_from_outside());
                     fleet.kill(signal);
                 }
-                Event::TimeLimit => fleet.kill(libc::SIGKILL),
+                Event::TimeLimit => {
+                    deterministic.iter().for_each(|it| it.note_time_limit());
+                    fleet.kill(libc::SIGKILL);
+                }
                 // The last one is told of below, when umbra may wait for who reads it.
                 Event::Exited(number) => {
                     observers.guest_ends(&fleet);

@@ -12,6 +12,7 @@ use shadow_mmu::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
@@ -38,6 +39,9 @@ impl Quantum {
     }
 }
 
+/// How long the host is left alone that cannot say which files are ready.
+const POLL_AGAIN: Duration = Duration::from_millis(10);
+
 /// Where a seat's thread is.
 #[derive(Debug)]
 pub(super) enum Place {
@@ -63,11 +67,22 @@ pub(super) struct Member {
     pub(super) woken: bool,
     pub(super) turn: Arc<Condvar>,
     pub(super) kick: Option<Arc<dyn Kick>>,
+    /// The CPU time of its thread, while that can be in the guest.
+    pub(super) cpu: Option<libc::clockid_t>,
+}
+
+/// How often a job is done, in virtual time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interval {
+    /// From half to one and a half times this, as the seed says. After a jump of time that was longer the job is done once.
+    About(Duration),
+    /// This, at least 1 ns, counted without the time that the job itself takes. What a jump of time left out is made up for.
+    Exactly(Duration),
 }
 
 /// Something that is done regularly, in virtual time.
 pub(super) struct Job {
-    every: Duration,
+    every: Interval,
     due: Instant,
     /// `None` while it runs.
     run: Option<Box<dyn FnMut() + Send>>,
@@ -92,6 +107,8 @@ pub(super) struct State {
     pub(super) switches: u64,
     /// All seats were given up.
     pub(super) over: bool,
+    /// It was told that every thread waits for ever.
+    pub(super) stuck: bool,
 }
 
 /// One VM's baton.
@@ -105,6 +122,8 @@ pub struct Baton {
     pub(super) entries: AtomicU64,
     pub(super) steps: AtomicU64,
     pub(super) over: Condvar,
+    /// What is done when every thread waits for ever.
+    when_stuck: OnceLock<Box<dyn Fn() + Send + Sync>>,
     pub(super) state: Mutex<State>,
 }
 
@@ -164,6 +183,11 @@ impl State {
         Some(self.jobs.iter().map(|job| job.due).min().map_or(deadline, |due| due.min(deadline)))
     }
 
+    /// Where nobody can run and there is no deadline: whether nobody waits for the outside either, which was not told yet.
+    fn waits_for_ever(&self) -> bool {
+        !self.stuck && !self.members.values().any(|member| matches!(member.place, Place::Polling { .. }))
+    }
+
     /// Whether anybody but the holder could run, now or after some time.
     pub(super) fn others_could_run(&self) -> bool {
         self.members.values().any(|member| match member.place {
@@ -193,6 +217,7 @@ impl Baton {
             exact: true,
             switches: 0,
             over: false,
+            stuck: false,
         };
         Ok(Arc::new(Self {
             quantum,
@@ -202,6 +227,7 @@ impl Baton {
             entries: AtomicU64::new(0),
             steps: AtomicU64::new(0),
             over: Condvar::new(),
+            when_stuck: OnceLock::new(),
             state: Mutex::new(state),
         }))
     }
@@ -211,12 +237,17 @@ impl Baton {
         &self.clock
     }
 
-    /// Has `job` run about so often in virtual time, by whoever has the baton then: at intervals from half to one and a half
-    /// times `every`, as the seed says.
-    pub fn every(&self, every: Duration, job: impl FnMut() + Send + 'static) {
+    /// Has `job` run so often in virtual time, by whoever has the baton then.
+    pub fn every(&self, every: Interval, job: impl FnMut() + Send + 'static) {
         let mut state = self.state.lock();
-        let due = self.clock.now() + jittered(every, &mut state.random);
+        let due = self.clock.now() + every.next(&mut state.random);
         state.jobs.push(Job { every, due, run: Some(Box::new(job)) });
+    }
+
+    /// Has `end` called, once and without a lock, when every thread waits and nothing inside can wake one: it is to end the guest.
+    /// Without it such a guest waits for an order from outside. The first that is given counts.
+    pub fn when_stuck(&self, end: impl Fn() + Send + Sync + 'static) {
+        let _ = self.when_stuck.set(Box::new(end));
     }
 
     /// A seat for the guest's thread `tid`, which is ready. By the thread that makes it.
@@ -225,7 +256,7 @@ impl Baton {
         let id = state.next;
         state.next += 1;
         let turn = Arc::new(Condvar::new());
-        let member = Member { tid, place: Place::Ready, woken: false, turn, kick: None };
+        let member = Member { tid, place: Place::Ready, woken: false, turn, kick: None, cpu: None };
         state.members.insert(id, member);
         state.ready.push(id);
         Seat::new(Arc::clone(self), id, tid)
@@ -260,7 +291,18 @@ impl Baton {
                     self.clock.advance_to(moment);
                     state = self.run_jobs(state);
                 }
-                None => state = self.wait_for_the_host(state),
+                None => match self.when_stuck.get().filter(|_| state.waits_for_ever()) {
+                    Some(end) => {
+                        state.stuck = true;
+                        drop(state);
+                        eprintln!(
+                            "umbra: deterministic: every thread waits, and nothing can wake one: the guest is ended as by SIGKILL"
+                        );
+                        end();
+                        state = self.state.lock();
+                    }
+                    None => state = self.wait_for_the_host(state),
+                },
             }
         }
     }
@@ -282,18 +324,24 @@ impl Baton {
 
     /// Runs the jobs that are due, without the lock.
     pub(super) fn run_jobs<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        let now = self.clock.now();
         for index in 0..state.jobs.len() {
-            if state.jobs[index].due > now {
-                continue;
+            // Only an exact one can be due again.
+            while state.jobs[index].due <= self.clock.now() {
+                let Some(mut run) = state.jobs[index].run.take() else { break };
+                let began = self.clock.now();
+                drop(state);
+                run();
+                state = self.state.lock();
+                let now = self.clock.now();
+                let State { jobs, random, .. } = &mut *state;
+                let job = &mut jobs[index];
+                job.due = match job.every {
+                    Interval::About(_) => now,
+                    // A plan may have it wait itself.
+                    Interval::Exactly(_) => job.due + now.saturating_duration_since(began),
+                } + job.every.next(random);
+                job.run = Some(run);
             }
-            let Some(mut run) = state.jobs[index].run.take() else { continue };
-            drop(state);
-            run();
-            state = self.state.lock();
-            let State { jobs, random, .. } = &mut *state;
-            jobs[index].due = now + jittered(jobs[index].every, random);
-            jobs[index].run = Some(run);
         }
         state
     }
@@ -302,27 +350,38 @@ impl Baton {
     /// outside comes.
     fn wait_for_the_host<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         let mut fds = vec![libc::pollfd { fd: self.wake.as_raw_fd(), events: libc::POLLIN, revents: 0 }];
-        let mut owners = vec![None];
+        let mut owners = Vec::new();
+        // The host takes no more than there may be descriptors, and many threads may poll the same: each is asked about once.
+        let mut places = BTreeMap::new();
         for (&id, member) in &state.members {
-            if let Place::Polling { fds: wanted, .. } = &member.place {
-                fds.extend_from_slice(wanted);
-                owners.extend(wanted.iter().map(|_| Some(id)));
+            let Place::Polling { fds: wanted, .. } = &member.place else { continue };
+            for &pollfd in wanted.iter().filter(|wanted| wanted.fd >= 0) {
+                let place = *places.entry(pollfd.fd).or_insert_with(|| {
+                    fds.push(libc::pollfd { events: 0, revents: 0, ..pollfd });
+                    fds.len() - 1
+                });
+                fds[place].events |= pollfd.events;
+                owners.push((place, id, pollfd.events | libc::POLLERR | libc::POLLHUP | libc::POLLNVAL));
             }
         }
         state.idle = true;
         drop(state);
         // SAFETY: `fds` is a live array of that length.
         let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        if ready < 0 && std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted {
+            // The host cannot say now, for want of memory or of descriptors allowed: asked again, but not all the time.
+            std::thread::sleep(POLL_AGAIN);
+        }
         let mut state = self.state.lock();
         state.idle = false;
         // There may be nothing to read.
         let _ = self.wake.read();
         if ready > 0 {
-            for (fd, owner) in fds.iter().zip(owners) {
+            for (place, id, wanted) in owners {
                 let polls = |id| {
                     matches!(state.members.get(&id).map(|member| &member.place), Some(Place::Polling { .. }))
                 };
-                if let Some(id) = owner.filter(|&id| fd.revents != 0 && polls(id)) {
+                if fds[place].revents & wanted != 0 && polls(id) {
                     state.make_ready(id);
                 }
             }
@@ -344,6 +403,17 @@ impl Baton {
     /// For the watchdog: changes with every entry to the guest and every exit.
     pub(super) fn entries(&self) -> u64 {
         self.entries.load(Ordering::Acquire)
+    }
+
+    /// For the watchdog: the CPU time that the holder's thread has used in its life; `None` if it cannot be in the guest.
+    pub(super) fn cpu_time_of_holder(&self) -> Option<Duration> {
+        // Held, so that the thread cannot end and its clock go in between.
+        let state = self.state.lock();
+        let clock = state.members.get(&state.holder?)?.cpu?;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel writes one timespec.
+        let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
+        (result == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
     }
 
     /// For the watchdog: whether the holder was in the guest by this count.
@@ -375,6 +445,16 @@ impl Baton {
         };
         kick.kick();
         Some(tid)
+    }
+}
+
+impl Interval {
+    /// The time to the next.
+    fn next(self, random: &mut SplitMix64) -> Duration {
+        match self {
+            Self::About(every) => jittered(every, random),
+            Self::Exactly(every) => every.max(Duration::from_nanos(1)),
+        }
     }
 }
 

@@ -35,6 +35,12 @@ impl VirtualClock {
         Duration::from_nanos(self.nanos.load(Ordering::Acquire))
     }
 
+    /// The guest waits for `time` inside a call or a fault: a delay that a plan has for it. By the holder of the baton, which
+    /// it keeps.
+    pub fn pass(&self, time: Duration) {
+        self.advance(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+
     /// Time goes on. By the holder of the baton.
     pub(super) fn advance(&self, nanos: u64) {
         self.nanos.fetch_add(nanos, Ordering::Release);

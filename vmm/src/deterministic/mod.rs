@@ -24,10 +24,12 @@
 //!
 //! *Time* is virtual ([`VirtualClock`]): it starts at a fixed point, goes on by a seeded amount with each exit and a fixed one
 //! with each single step, and stands still otherwise. Where no seat is ready it jumps to the earliest deadline. Where there is
-//! none, but threads poll files of the host's, umbra really waits for those, and time stands still.
+//! none, but threads poll files of the host's, umbra really waits for those, and time stands still. Where none polls either,
+//! nothing can wake a thread any more, and the guest is ended ([`Baton::when_stuck`]).
 //!
 //! *What umbra does regularly* (aging, page sharing) is a job of the baton's ([`Baton::every`]): the holder runs it, between two
-//! exits or while time jumps, when virtual time says so, with an interval that the seed jitters.
+//! exits or while time jumps, when virtual time says so, with an interval that the seed jitters. So are the
+//! ticks of a plan, with an exact one. What a plan has a thread wait for is virtual time too ([`VirtualClock::pass`]).
 //!
 //! # What is not on the baton
 //! The event loop (`--timeout`, signals to umbra, reports), the checker of `--check`, the writer of `--trace`, and the
@@ -48,7 +50,7 @@ mod seat;
 mod trace;
 mod watchdog;
 
-pub use baton::{Baton, Quantum};
+pub use baton::{Baton, Interval, Quantum};
 pub use clock::{START, VirtualClock};
 pub use seat::{Leaving, Seat};
 pub use trace::{DeterministicTrace, Summary};
@@ -91,6 +93,8 @@ pub struct Deterministic {
     trace: Arc<Observer<DeterministicTrace>>,
     /// The operator ended the guest.
     ended_from_outside: AtomicBool,
+    /// The limit of the run's time ended it.
+    out_of_time: AtomicBool,
 }
 
 impl Deterministic {
@@ -107,6 +111,7 @@ impl Deterministic {
             random: Mutex::new(stream(seed, Stream::Getrandom)),
             trace,
             ended_from_outside: AtomicBool::new(false),
+            out_of_time: AtomicBool::new(false),
         }))
     }
 
@@ -156,6 +161,21 @@ impl Deterministic {
     /// Whether the operator ended the guest.
     pub fn ended_from_outside(&self) -> bool {
         self.ended_from_outside.load(Ordering::Relaxed)
+    }
+
+    /// Whether the guest came to run.
+    pub fn has_begun(&self) -> bool {
+        self.baton.switches().0 > 0
+    }
+
+    /// The limit of the run's time has come.
+    pub fn note_time_limit(&self) {
+        self.out_of_time.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the limit of the run's time ended the guest: at a moment of the host's.
+    pub fn is_out_of_time(&self) -> bool {
+        self.out_of_time.load(Ordering::Relaxed)
     }
 
     /// What is told of the run, after its end.

@@ -13,7 +13,7 @@ const EXIT_NANOS: std::ops::Range<u64> = 10_000..90_000;
 /// Virtual time that a single step takes, nanoseconds.
 const STEP_NANOS: u64 = 10;
 
-/// One thread's place in the order. All but [`wake`](Self::wake) and [`attach`](Self::attach) is for the thread itself.
+/// One thread's place in the order. All but [`wake`](Self::wake) is for the thread itself.
 #[derive(Debug)]
 pub struct Seat {
     baton: Arc<Baton>,
@@ -36,10 +36,12 @@ impl Seat {
         self.baton.clock.now()
     }
 
-    /// From here on `kick` gets the thread out of the guest; `None`: it is not there.
+    /// From here on `kick` gets the calling thread out of the guest; `None`: it is not there. By the seat's thread.
     pub fn attach(&self, kick: Option<Arc<dyn Kick>>) {
+        let cpu = kick.as_ref().and_then(|_| own_cpu_clock());
         if let Some(member) = self.baton.state.lock().members.get_mut(&self.id) {
             member.kick = kick;
+            member.cpu = cpu;
         }
     }
 
@@ -192,6 +194,16 @@ impl Seat {
             drop(jobs);
         }
     }
+}
+
+/// The clock of the calling thread's CPU time, for others to read.
+fn own_cpu_clock() -> Option<libc::clockid_t> {
+    let mut clock = 0;
+    // SAFETY: takes nothing and cannot fail.
+    let own = unsafe { libc::pthread_self() };
+    // SAFETY: the calling thread's own handle is good; the C library writes one clock id.
+    let result = unsafe { libc::pthread_getcpuclockid(own, &raw mut clock) };
+    (result == 0).then_some(clock)
 }
 
 impl Drop for Seat {

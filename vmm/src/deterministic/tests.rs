@@ -170,6 +170,39 @@ fn files_of_the_host_are_really_waited_for() {
     });
 }
 
+/// Each is asked for what it wants: one that waits for another event of the same file sleeps on.
+#[test]
+fn many_threads_may_wait_for_the_same_file() {
+    // More than there may be descriptors, mostly: together they would be refused.
+    const EACH: usize = 400_000;
+    let deterministic = mode(16);
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&theirs);
+    let woken = Arc::<Mutex<Vec<i32>>>::default();
+    let body = |events: libc::c_short, deadline: Option<Duration>| -> Body {
+        let woken = Arc::clone(&woken);
+        Box::new(move |seat| {
+            seat.prepare_to_wait();
+            let deadline = deadline.map(|time| seat.now() + time);
+            seat.poll(&vec![libc::pollfd { fd, events, revents: 0 }; EACH], deadline);
+            woken.lock().push(seat.tid());
+            seat.prepare_to_wait();
+        })
+    };
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            std::io::Write::write_all(&mut ours, b"x").unwrap();
+            thread::sleep(Duration::from_millis(100));
+            // The end of the other side reaches who asked for no event at all.
+            drop(ours);
+        });
+        run(&deterministic, vec![body(libc::POLLIN, None), body(libc::POLLIN, None), body(0, None)]);
+    });
+    let woken = woken.lock().clone();
+    assert_eq!((woken.len(), woken.last()), (3, Some(&(PID + 2))), "{woken:?}");
+}
+
 #[test]
 fn jobs_are_done_in_virtual_time_by_who_has_the_baton() {
     let times = |seed| {
@@ -177,7 +210,7 @@ fn jobs_are_done_in_virtual_time_by_who_has_the_baton() {
         let (clock, times) =
             (Arc::clone(deterministic.baton().clock()), Arc::<Mutex<Vec<Duration>>>::default());
         let (theirs, me) = (Arc::clone(&times), thread::current().id());
-        deterministic.baton().every(Duration::from_millis(10), move || {
+        deterministic.baton().every(Interval::About(Duration::from_millis(10)), move || {
             assert_eq!(thread::current().id(), me);
             theirs.lock().push(clock.elapsed());
         });
@@ -221,7 +254,7 @@ fn a_thread_that_never_leaves_the_guest_is_interrupted_once_others_could_run() {
             if ran.fetch_add(1, Ordering::SeqCst) == 0 {
                 seat.cross_into_guest_or_back();
                 while kick.0.load(Ordering::SeqCst) == 0 {
-                    thread::sleep(Duration::from_millis(1));
+                    std::hint::spin_loop();
                 }
                 seat.cross_into_guest_or_back();
                 seat.turn();
@@ -233,6 +266,75 @@ fn a_thread_that_never_leaves_the_guest_is_interrupted_once_others_could_run() {
     let summary = deterministic.summary();
     assert!(!summary.exact && summary.text().ends_with("not exact"));
     assert!(order(8).1.exact);
+}
+
+/// As one does that is stopped, or whose host has other things to do.
+#[test]
+fn a_thread_that_the_host_does_not_run_is_not_interrupted() {
+    let deterministic = mode(8);
+    let theirs = Arc::clone(&deterministic);
+    let stopped: Body = Box::new(move |seat| {
+        let kick = Arc::<Flag>::default();
+        seat.attach(Some(Arc::clone(&kick) as _));
+        seat.turn();
+        seat.cross_into_guest_or_back();
+        thread::sleep(watchdog::GUARD * 2);
+        seat.cross_into_guest_or_back();
+        assert_eq!(kick.0.load(Ordering::SeqCst), 0);
+        theirs.exit(seat, &EXIT, &Regs::default());
+    });
+    run(&deterministic, vec![stopped, Box::new(|seat| seat.turn())]);
+    assert!(deterministic.summary().exact);
+}
+
+#[test]
+fn who_waits_where_nothing_can_wake_him_is_told_once_and_ended() {
+    for others in 0..3 {
+        let deterministic = mode(14);
+        let told = Arc::new(AtomicU32::new(0));
+        let seats: Vec<_> = (0..=others).map(|n| Arc::new(deterministic.baton().seat(PID + n))).collect();
+        let (count, all) = (Arc::clone(&told), seats.iter().map(Arc::downgrade).collect::<Vec<_>>());
+        deterministic.baton().when_stuck(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            all.iter().filter_map(std::sync::Weak::upgrade).for_each(|seat| seat.wake());
+        });
+        thread::scope(|scope| {
+            for seat in seats {
+                scope.spawn(move || {
+                    let _leaving = Leaving(Arc::clone(&seat));
+                    seat.begin();
+                    seat.prepare_to_wait();
+                    seat.sleep(None);
+                });
+            }
+        });
+        assert_eq!(told.load(Ordering::SeqCst), 1, "{others} others");
+    }
+}
+
+#[test]
+fn an_exact_job_makes_up_for_a_jump_and_does_not_count_its_own_time() {
+    const EVERY: Duration = Duration::from_millis(10);
+    for own in [Duration::ZERO, EVERY / 2, EVERY * 3] {
+        let deterministic = mode(15);
+        let (clock, times) =
+            (Arc::clone(deterministic.baton().clock()), Arc::<Mutex<Vec<Duration>>>::default());
+        let (theirs, of_job) = (Arc::clone(&times), Arc::clone(&clock));
+        deterministic.baton().every(Interval::Exactly(EVERY), move || {
+            theirs.lock().push(of_job.elapsed());
+            of_job.pass(own);
+        });
+        let seat = deterministic.baton().seat(PID);
+        seat.begin();
+        clock.pass(EVERY * 7);
+        seat.turn();
+        assert_eq!(times.lock().len(), 7, "{own:?}");
+        seat.prepare_to_wait();
+        seat.sleep(Some(seat.now() + (EVERY + own) * 5));
+        let times = times.lock().clone();
+        assert_eq!(times.len(), 12, "{own:?}");
+        assert!(times[7..].windows(2).all(|pair| pair[1] - pair[0] == EVERY + own), "{times:?}");
+    }
 }
 
 #[test]

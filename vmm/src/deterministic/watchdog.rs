@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What keeps a guest thread that spins without an exit from hanging the run: a thread of umbra's own that looks, by the host's
-//! clock, whether the holder of the baton has been in the guest for too long while others could run.
+//! What keeps a guest thread that spins without an exit from hanging the run: a thread of umbra's own that looks
+//! whether the holder of the baton has been in the guest for too long while others could run. What counts is the CPU time that the
+//! holder's thread has used there: one that the host does not run, because it is busy or umbra is stopped, is not too long there.
 //!
 //! Such a thread is kicked and the baton passes on. Where it was then depends on the host's clock, so from there on the run cannot be
 //! replayed exactly; that is said once. In the quantum that counts instructions every thread that others wait for leaves the
@@ -8,9 +9,9 @@
 
 use super::baton::Baton;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// How long a thread may stay in the guest while others could run: wall-clock time.
+/// How long a thread may stay in the guest while others could run: CPU time.
 pub(super) const GUARD: Duration = Duration::from_secs(1);
 /// The same, once a run cannot be replayed exactly any more.
 const GUARD_WHEN_INEXACT: Duration = Duration::from_millis(10);
@@ -26,12 +27,16 @@ pub(super) fn start(baton: &Arc<Baton>) -> std::io::Result<()> {
 
 fn watch(baton: &Baton) {
     let mut guard = GUARD;
-    let (mut seen, mut since) = (baton.entries(), Instant::now());
+    // An entry, and the CPU time of the thread that made it when it was first seen.
+    let mut since = None;
     while baton.pause(guard / 4) {
         let entries = baton.entries();
-        if entries != seen {
-            (seen, since) = (entries, Instant::now());
-        } else if since.elapsed() >= guard && Baton::is_in_guest(entries) {
+        // Where the baton passes on in between, the next look finds other entries.
+        let Some(used) = baton.cpu_time_of_holder() else { continue };
+        let (seen, began) = *since.get_or_insert((entries, used));
+        if seen != entries {
+            since = Some((entries, used));
+        } else if used.saturating_sub(began) >= guard && Baton::is_in_guest(entries) {
             let Some(tid) = baton.force() else { continue };
             if guard == GUARD {
                 eprintln!(
@@ -41,7 +46,7 @@ fn watch(baton: &Baton) {
                 );
             }
             guard = GUARD_WHEN_INEXACT;
-            since = Instant::now();
+            since = Some((entries, used));
         }
     }
 }

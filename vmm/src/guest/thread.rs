@@ -270,7 +270,7 @@ impl Thread {
     /// timer's: whoever asks what is ready does not wait.
     fn maybe_late(&self, deadline: Option<Instant>) -> Option<Instant> {
         let faults = self.process.mm().faults();
-        if !faults.are_armed() || deadline.is_none_or(|deadline| deadline <= Instant::now()) {
+        if !faults.are_armed() || deadline.is_none_or(|deadline| deadline <= self.process.clock().now()) {
             return deadline;
         }
         match faults.hit(&TIMER) {

@@ -17,6 +17,7 @@
 //! | [`registry`](Registry) | one run's rules, counters, and threads that are stalled |
 //! | [`ready`] | the plans that umbra brings along |
 //! | [`campaign`] | random plans, each run judged |
+//! | `waits` | what delays go by: the host's clock or virtual time |
 //! | `listener` | the points that are notifier callbacks |
 //!
 //! docs/fault-injection.md is the page for people.
@@ -38,6 +39,7 @@ pub mod regions;
 mod registry;
 #[cfg(feature = "inject")]
 mod rule;
+mod waits;
 #[cfg(feature = "inject")]
 mod words;
 
@@ -46,5 +48,6 @@ pub use listener::NotifierFaults;
 pub use plan::{After, Memory, Pick, Plan, PlanError, Rule, What};
 #[cfg(feature = "inject")]
 pub use registry::{Account, Registry, RuleAccount, TICK};
+pub use waits::Waits;
 #[cfg(feature = "inject")]
 pub(crate) use words::errno_name;

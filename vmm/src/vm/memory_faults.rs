@@ -107,7 +107,10 @@ impl MemoryFaults {
         for event in machine.config.faults.hit_memory(&PAGE, Some(hva.0), region) {
             match event.rule.fault {
                 MemoryFault::Flip(number) => flips.0.push(number),
-                MemoryFault::Slow(latency) => std::thread::sleep(latency),
+                MemoryFault::Slow(latency) => match &machine.config.deterministic {
+                    Some(deterministic) => deterministic.baton().clock().pass(latency),
+                    None => std::thread::sleep(latency),
+                },
                 MemoryFault::Pressure(_) => {}
                 _ => self.set_trap(machine, &event, &[HvaRange::page(hva.page_floor())]),
             }

@@ -15,7 +15,7 @@ pub(super) use words::join;
 
 use super::Format;
 use super::replacement::Replacement;
-use crate::deterministic::Deterministic;
+use crate::deterministic::{Deterministic, Interval};
 use crate::fleet::Fleet;
 use crate::ksm::guest::GuestSharing;
 use crate::ksm::history::{History, Sample};
@@ -143,7 +143,7 @@ impl KsmArgs {
             Some(deterministic) => {
                 let baton = deterministic.baton();
                 let (clock, mut turns) = (Arc::clone(baton.clock()), Turns::new(Arc::clone(&ksm), arg.pace));
-                baton.every(arg.pace.interval(), move || turns.turn(clock.now()));
+                baton.every(Interval::About(arg.pace.interval()), move || turns.turn(clock.now()));
                 None
             }
         };

@@ -35,6 +35,8 @@ pub struct Settings {
     pub ad_bits: &'static str,
     /// Whether and how writes are logged.
     pub dirty: Option<Dirty>,
+    /// `--deterministic`, with this seed. Only a single guest whose writes are not logged has that.
+    pub deterministic: Option<u64>,
 }
 
 impl Default for Settings {
@@ -49,6 +51,7 @@ impl Default for Settings {
             age: None,
             ad_bits: "on",
             dirty: None,
+            deterministic: None,
         }
     }
 }
@@ -73,6 +76,9 @@ impl Settings {
             }
             if self.ad_bits != "on" {
                 write!(line, " --ad-bits {}", self.ad_bits)?;
+            }
+            if let Some(seed) = self.deterministic {
+                write!(line, " --deterministic --seed {seed}")?;
             }
             match self.dirty {
                 None => Ok(()),
@@ -128,12 +134,15 @@ mod tests {
             age: Some(5),
             ad_bits: "off",
             dirty: Some(Dirty::Ring),
+            deterministic: None,
         };
         assert_eq!(
             all.words().join(" "),
             "--check --memory 32M --fault-around 64K --guests 2 --pool 48M --ksm=all --age 5ms --ad-bits off \
              --dirty-rate=5ms --dirty-log ring:128"
         );
+        let deterministic = Settings { deterministic: Some(17), ..Settings::default() };
+        assert!(deterministic.words().join(" ").ends_with(" --deterministic --seed 17"));
         assert_eq!(Settings::default().words().join(" "), "--check --memory 64M --fault-around adaptive");
     }
 }

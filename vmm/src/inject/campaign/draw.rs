@@ -75,8 +75,11 @@ impl Deck {
     pub fn case(&self, number: u64) -> Case {
         let dice = &mut Dice::new(self.seed, number);
         let program = Program::draw(&self.images, dice);
-        let settings = settings(program.memory(), dice);
+        let mut settings = settings(program.memory(), dice);
         let plan = self.plan(&program, settings.guests, dice);
+        // Last, so that all else of a case is what it would be without it.
+        settings.deterministic =
+            (dice.one_in(8) && settings.may_be_deterministic()).then(|| dice.from(0, 9999));
         Case { number, program, settings, plan }
     }
 
@@ -125,6 +128,7 @@ fn settings(least: u64, dice: &mut Dice) -> Settings {
             3 if single => Some(Dirty::Ring),
             _ => None,
         },
+        deterministic: None,
     }
     .lawful()
 }
@@ -137,6 +141,11 @@ impl Settings {
             self.dirty = Some(Dirty::Protect);
         }
         self
+    }
+
+    /// Whether umbra runs that in deterministic mode. (None of [`KSM`] has an advisor.)
+    fn may_be_deterministic(&self) -> bool {
+        self.guests == 1 && self.dirty.is_none()
     }
 }
 
@@ -275,6 +284,11 @@ mod tests {
         assert_eq!(images.len(), image_names().count());
         assert!(rules().any(Rule::corrupts));
         assert!(cases.iter().any(|case| case.settings.pool.is_some()));
+        let deterministic =
+            || cases.iter().map(|case| &case.settings).filter(|it| it.deterministic.is_some());
+        assert!(deterministic().count() > 100);
+        assert!(deterministic().all(|it| it.guests == 1 && it.dirty.is_none() && it.pool.is_none()));
+        assert!(!KSM.iter().any(|list| list.contains("advisor")), "it cannot be deterministic");
     }
 
     #[test]

@@ -150,23 +150,33 @@ fn is_clean_check(line: &str) -> bool {
 
 /// Lines of umbra's that say why something failed.
 fn has_reason(stderr: &str) -> bool {
-    let besides = ["umbra: check:", "umbra: inject:"];
-    stderr.lines().any(|line| {
-        line.starts_with("umbra: ")
-            && !besides.iter().any(|besides| line.starts_with(besides))
-            && line.len() > 20
+    // What is said of every run, or says only that there was a failure.
+    let besides = ["check:", "inject:", "deterministic:", "to replay it:", "pages a second written"];
+    stderr.lines().filter_map(|line| line.strip_prefix("umbra: ")).any(|said| {
+        let says_that = said.starts_with("guest ") && said.contains(" exited with status ");
+        let is_besides = says_that
+            || said.contains(" pages a second written")
+            || besides.iter().any(|besides| said.starts_with(besides));
+        !is_besides && said.len() > 13
     })
 }
 
-/// Whether a guest may not even start because of it.
+/// Whether a guest may not even start because of it. One that only waits there does start.
 fn is_before_the_guest(rule: &Rule) -> bool {
-    [&FRAME_ALLOC, &TABLE_ALLOC, &points::THREAD_START].contains(&rule.point)
+    let is_there = [&FRAME_ALLOC, &TABLE_ALLOC, &points::THREAD_START].contains(&rule.point);
+    is_there && matches!(rule.effect, What::Error(_))
 }
 
-/// Whether a guest may rightly find another content than it wrote. Where system calls fail, it may have been wrong itself.
+/// Whether umbra says of a guest that was running that it cannot go on.
+fn has_lost_a_guest(stderr: &str) -> bool {
+    stderr.lines().any(|line| line.starts_with("umbra: ") && line.contains(" is lost: "))
+}
+
+/// Whether a guest may rightly find another content than it wrote. Where system calls fail, it may have been wrong itself. Of what
+/// happens to memory only poison takes the content; slow, revoked, failing and scarce memory holds what it held.
 fn may_change_memory(rule: &Rule) -> bool {
     let fails_a_call = rule.point == &points::SYSCALL && matches!(rule.effect, What::Error(_));
-    rule.corrupts() || fails_a_call || matches!(rule.effect, What::Memory(..))
+    rule.corrupts() || fails_a_call || matches!(rule.effect, What::Memory(Memory::Poison, _))
 }
 
 /// How the bundled guests say that memory of theirs holds something else than they wrote.
@@ -189,7 +199,7 @@ fn signals(rule: &Rule) -> &'static [i32] {
         What::Memory(..) => &[SIGKILL, SIGSEGV],
         // Programs that go on without looking.
         What::Error(_) if rule.point == &points::SYSCALL => &[SIGABRT, SIGBUS, SIGILL, SIGSEGV],
-        What::Error(_) if is_before_the_guest(rule) => &[SIGKILL, SIGSEGV],
+        _ if is_before_the_guest(rule) => &[SIGKILL, SIGSEGV],
         _ => &[],
     }
 }
@@ -209,7 +219,8 @@ fn ending(case: &Case, seen: &Observed, fired: &[&Rule], worst: Outcome) -> Resu
         return refused();
     }
     if status == i32::from(FAILED) {
-        if worst != Outcome::RunFails && !fired.iter().any(|rule| is_before_the_guest(rule)) {
+        let before = || fired.iter().any(|rule| is_before_the_guest(rule)) && !has_lost_a_guest(&seen.stderr);
+        if worst != Outcome::RunFails && !before() {
             return refused();
         }
         return match has_reason(&seen.stderr) {

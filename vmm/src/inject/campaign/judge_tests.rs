@@ -31,6 +31,7 @@ fn good(plan: &str) -> (Case, Observed) {
         stderr: CLEAN.into(),
         report: Some(report),
         left: Vec::new(),
+        files: Vec::new(),
     };
     (Case { number: 0, program, settings: Settings::default(), plan }, seen)
 }
@@ -150,12 +151,38 @@ fn umbra_gives_up_only_where_that_is_promised_and_says_why() {
     for plan in [CALL, SIGBUS, CORRUPT] {
         assert_eq!(verdict(plan, |_, seen| failed(seen, 125)), Err(Kind::Status), "{plan}");
     }
+    // That an allocation waited keeps no guest from starting.
+    let late = format!("{CALL}[[fault]]\npoint='frame-alloc'\ndelay='1ms'\n");
+    assert_eq!(verdict(&late, |_, seen| failed(seen, 125)), Err(Kind::Status));
+    // A guest that was running is none that could not be started.
+    let lost = verdict(ENOMEM, |_, seen| {
+        failed(seen, 125);
+        seen.stderr.push_str("umbra: the guest is lost: KVM lost a vCPU: it gave up\n");
+    });
+    assert_eq!(lost, Err(Kind::Status));
     let silent = |seen: &mut Observed, status| {
         failed(seen, status);
         seen.stderr = format!("umbra: inject: rule 1 fired 1 of 1 times\n{CLEAN}");
     };
     assert_eq!(verdict(EFAULT, |_, seen| silent(seen, 125)), Err(Kind::NoReason));
     assert_eq!(verdict(SIGBUS, |_, seen| silent(seen, 128 + libc::SIGBUS)), Err(Kind::NoReason));
+}
+
+#[test]
+fn what_is_said_of_every_run_is_no_reason() {
+    for line in [
+        "guest 1 exited with status 1",
+        "12345 pages a second written, 0.005 s to 0.010 s",
+        "pages a second written over 0.100 s, in 20 intervals (bitmap, write-protect)",
+        "to replay it: umbra run --deterministic --seed 17 hello",
+        "deterministic: seed 17, 5 exits, 0 steps, 2 switches, 9 notifier events",
+    ] {
+        let said = verdict(EFAULT, |_, seen| {
+            failed(seen, 125);
+            seen.stderr = format!("umbra: {line}\n{CLEAN}");
+        });
+        assert_eq!(said, Err(Kind::NoReason), "{line}");
+    }
 }
 
 #[test]
@@ -218,13 +245,17 @@ fn a_guest_that_finds_its_memory_changed_is_right() {
         "threads: writer 1: private page 5 word 0: expected 0x0000000000000000, got 0xdeadf4a3e0ff1ce5\n",
         "mix: page 7 does not hold what was written to it\n",
     ] {
-        let wrong = |plan| {
+        let wrong = |plan: &str| {
             verdict(plan, |_, seen| {
                 failed(seen, 1);
                 seen.stderr.push_str(line);
             })
         };
-        assert_eq!(wrong(ENOMEM), Err(Kind::Output));
+        let memory = |kind| format!("[[fault]]\npoint='page'\nmemory='{kind}'\n");
+        for plan in [ENOMEM, SIGBUS, &memory("revoke")] {
+            assert_eq!(wrong(plan), Err(Kind::Output), "{plan}");
+        }
+        assert_eq!(wrong(&memory("poison")), Ok(Ending::GuestFailed));
         assert_eq!(wrong(CALL), Ok(Ending::GuestFailed));
         assert_eq!(wrong(CORRUPT), Ok(Ending::GuestFailed));
     }

@@ -2,7 +2,8 @@
 //! The folder of a failure: all that it takes to see it again, and what it looked like.
 //!
 //! `plan.toml`, `input` and `command` are of the smallest case, `stdout`, `stderr` and `report.json` of its last failure; the case as
-//! it was drawn is in `first/`, with the same files; `native` is what the program says natively.
+//! it was drawn is in `first/`, with the same files; `native` is what the program says natively. Files that the run left in its working
+//! directory, a report of a lost vCPU among them, are in `cwd/`.
 
 use super::case::Case;
 use super::run::Observed;
@@ -50,6 +51,14 @@ pub(super) fn keep(
         for (name, content) in files {
             fs::write(folder.join(name), content).with_context(what)?;
         }
+        if !seen.files.is_empty() {
+            let cwd = folder.join("cwd");
+            fs::create_dir_all(&cwd).with_context(what)?;
+            seen.files
+                .iter()
+                .try_for_each(|(name, content)| fs::write(cwd.join(name), content))
+                .with_context(what)?;
+        }
     }
     fs::write(folder.join("native"), native).with_context(what)?;
     Ok(folder)
@@ -59,6 +68,27 @@ pub(super) fn keep(
 mod tests {
     use super::super::draw::Deck;
     use super::*;
+
+    #[test]
+    fn what_a_run_left_in_its_folder_is_kept() {
+        let folder = std::env::temp_dir().join(format!("umbra-keep-test-{}", std::process::id()));
+        let case = Deck::new(1).case(7);
+        let file = ("umbra-report-1.txt".to_owned(), "lost".to_owned());
+        let seen = |files| Observed {
+            end: super::super::run::End::Exited(125),
+            stdout: String::new(),
+            stderr: String::new(),
+            report: None,
+            left: Vec::new(),
+            files,
+        };
+        let (first, last) = (seen(Vec::new()), seen(vec![file]));
+        let kept = keep(&folder, Path::new("umbra"), (&case, &first), (&case, &last), "").unwrap();
+        assert_eq!(kept, folder.join("run-7"));
+        assert_eq!(fs::read_to_string(kept.join("cwd/umbra-report-1.txt")).unwrap(), "lost");
+        assert!(!kept.join("first/cwd").exists());
+        fs::remove_dir_all(&folder).unwrap();
+    }
 
     #[test]
     fn a_command_is_one_that_a_shell_takes_apart_again() {

@@ -15,6 +15,7 @@
 //! | `program` | the bundled programs, with arguments that take little time |
 //! | `case` | one run: program, settings, plan |
 //! | `draw` | makes one of a seed and a number |
+//! | `spawn` | starts processes that do not outlive the campaign |
 //! | `run` | one case as a child process, and what was seen of it |
 //! | `native` | the same program without umbra: what is right |
 //! | `judge` | what may have happened, and what must not |
@@ -41,6 +42,7 @@ mod program;
 mod report;
 mod run;
 mod shrink;
+mod spawn;
 mod workers;
 
 pub use case::{Case, Dirty, Settings};
@@ -50,5 +52,5 @@ pub use native::Native;
 pub use program::{Program, image_names};
 pub use report::{FailedRun, PointCount, Progress, Summary};
 pub use run::{End, Observed, RunReport};
-pub use shrink::{Again, Failed, Shrunk, shrink};
+pub use shrink::{Again, Failed, Shrunk, Tried, shrink};
 pub use workers::Campaign;

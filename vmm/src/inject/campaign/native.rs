@@ -2,6 +2,7 @@
 //! What is right: the same programs without umbra, each once.
 
 use super::program::Program;
+use super::spawn::spawn;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::fs;
@@ -63,14 +64,10 @@ impl Natives {
             return Ok(Arc::clone(stdout));
         }
         let what = || format!("cannot run {} {} natively", program.image, program.args.join(" "));
-        let mut child = Command::new(self.folder.join(program.image))
-            .args(&program.args)
-            .env_clear()
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .with_context(what)?;
+        let mut command = Command::new(self.folder.join(program.image));
+        command.args(&program.args).env_clear();
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let mut child = spawn(&mut command).with_context(what)?;
         if let Some(mut stdin) = child.stdin.take() {
             // It is short, so the pipe holds it. A program may end without reading it all.
             let _ = stdin.write_all(program.input.as_bytes());

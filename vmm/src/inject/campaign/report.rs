@@ -123,7 +123,7 @@ impl Summary {
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
         let Self { seed, first, asked, runs, seconds, .. } = self;
-        let last = (first + asked).saturating_sub(1);
+        let last = first.saturating_add(asked.saturating_sub(1));
         let range = if *first > 0 { format!(", runs {first} to {last}") } else { String::new() };
         writeln!(out, "campaign: seed {seed}{range}: {runs} of {asked} runs in {seconds:.1} s")?;
         if self.interrupted {
@@ -246,6 +246,12 @@ mod tests {
         assert_eq!(json["failures"][0]["kind"], "left-behind");
         assert_eq!(json["failures"][0]["again"]["failed"], 2);
         assert!(json["points"]["frame-alloc"]["drawn"].is_u64());
+    }
+
+    #[test]
+    fn the_last_number_that_there_can_be_is_told() {
+        let text = Summary::new(5, u64::MAX - 1, 3).text();
+        assert!(text.contains(&format!("runs {} to {}", u64::MAX - 1, u64::MAX)), "{text}");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use super::super::plan::{Pick, Rule};
 use super::case::{Case, Settings};
-use super::judge::Failure;
+use super::judge::{Failure, Kind};
 use super::run::Observed;
 use anyhow::Result;
 use serde::Serialize;
@@ -16,6 +16,17 @@ use serde::Serialize;
 const TRIES: u32 = 3;
 /// The most runs that one failure is worth.
 const MOST: u32 = 150;
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Tried {
+    /// It was right.
+    Right,
+    /// It was wrong.
+    Wrong(Box<Failed>),
+    /// The campaign was ended meanwhile, so nothing is known of it.
+    Stopped,
+}
 
 /// A run that failed.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,56 +53,89 @@ pub struct Shrunk {
     pub case: Case,
     /// The last failure of it that was seen.
     pub last: Failed,
-    /// How often it failed when it was run again at the end.
+    /// How often it failed when it was run again at the end; of fewer runs than three if the campaign was ended.
     pub again: Again,
     /// Runs that it took.
     pub runs: u32,
 }
 
-/// Runs a case: how it failed, or `None` if it was right.
-type Try<'a> = &'a mut dyn FnMut(&Case) -> Result<Option<Failed>>;
+/// Runs a case.
+type Try<'a> = &'a mut dyn FnMut(&Case) -> Result<Tried>;
 
-/// Shrinks `case`, which failed as `first` says.
+/// Whether a case is worth to be the next to start from.
+enum Verdict {
+    Fails(Box<Failed>),
+    /// As far as is known.
+    Right,
+    /// No more is to be run.
+    Enough,
+}
+
+/// Shrinks `case`, which failed as `first` says; as far as that goes in [`MOST`] runs, and until the campaign is ended.
 ///
 /// # Errors
 /// What `run` returns.
 pub fn shrink(case: &Case, first: Failed, run: Try<'_>) -> Result<Shrunk> {
-    let mut shrunk =
-        Shrunk { case: case.clone(), last: first, again: Again { failed: 0, of: TRIES }, runs: 0 };
-    'smaller: while shrunk.runs < MOST {
+    let mut shrunk = Shrunk { case: case.clone(), last: first, again: Again { failed: 0, of: 0 }, runs: 0 };
+    'smaller: loop {
         for candidate in simpler(&shrunk.case) {
-            if let Some(failed) = shrunk.fails(&candidate, run)? {
-                (shrunk.case, shrunk.last) = (candidate, failed);
-                continue 'smaller;
+            match shrunk.fails(&candidate, run)? {
+                Verdict::Fails(failed) => {
+                    (shrunk.case, shrunk.last) = (candidate, *failed);
+                    continue 'smaller;
+                }
+                Verdict::Right => {}
+                Verdict::Enough => break,
             }
         }
         break;
     }
     let last = shrunk.case.clone();
     for _ in 0..TRIES {
-        if let Some(failed) = shrunk.try_once(&last, run)? {
-            shrunk.last = failed;
-            shrunk.again.failed += 1;
+        match shrunk.try_once(&last, run)? {
+            Tried::Wrong(failed) => {
+                shrunk.last = *failed;
+                shrunk.again.failed += 1;
+            }
+            Tried::Right => {}
+            Tried::Stopped => break,
         }
+        shrunk.again.of += 1;
     }
     Ok(shrunk)
 }
 
+/// Whether both are the same failure, as far as one can tell. What ended a run is a part of it only where that is what is wrong.
+fn is_same(one: &Failed, other: &Failed) -> bool {
+    let is_about_the_end =
+        matches!(one.failure.kind, Kind::Status | Kind::NoReason | Kind::Killed | Kind::Output);
+    one.failure.kind == other.failure.kind && (!is_about_the_end || one.seen.end == other.seen.end)
+}
+
 impl Shrunk {
-    /// Whether `case` fails in the same way, in one run.
-    fn try_once(&mut self, case: &Case, run: Try<'_>) -> Result<Option<Failed>> {
-        self.runs += 1;
-        Ok(run(case)?.filter(|failed| failed.failure.kind == self.last.failure.kind))
+    /// What comes of `case` in one run. To be wrong in another way counts as right.
+    fn try_once(&mut self, case: &Case, run: Try<'_>) -> Result<Tried> {
+        let tried = run(case)?;
+        self.runs += u32::from(tried != Tried::Stopped);
+        Ok(match tried {
+            Tried::Wrong(failed) if !is_same(&failed, &self.last) => Tried::Right,
+            tried => tried,
+        })
     }
 
-    /// The same, in one run of several.
-    fn fails(&mut self, case: &Case, run: Try<'_>) -> Result<Option<Failed>> {
+    /// Whether `case` fails in the same way in one run of several.
+    fn fails(&mut self, case: &Case, run: Try<'_>) -> Result<Verdict> {
         for _ in 0..TRIES {
-            if let Some(failed) = self.try_once(case, run)? {
-                return Ok(Some(failed));
+            if self.runs >= MOST {
+                return Ok(Verdict::Enough);
+            }
+            match self.try_once(case, run)? {
+                Tried::Wrong(failed) => return Ok(Verdict::Fails(failed)),
+                Tried::Right => {}
+                Tried::Stopped => return Ok(Verdict::Enough),
             }
         }
-        Ok(None)
+        Ok(Verdict::Right)
     }
 }
 
@@ -107,7 +151,8 @@ fn simpler(case: &Case) -> Vec<Case> {
         }
     }
     let plain = Settings::default();
-    let simplify: [fn(&mut Settings, &Settings); 7] = [
+    let simplify: [fn(&mut Settings, &Settings); 8] = [
+        |settings, plain| settings.deterministic = plain.deterministic,
         |settings, plain| (settings.guests, settings.pool) = (plain.guests, plain.pool),
         |settings, plain| settings.ksm = plain.ksm,
         |settings, plain| settings.age = plain.age,
@@ -151,7 +196,6 @@ fn simpler(case: &Case) -> Vec<Case> {
 #[cfg(test)]
 mod tests {
     use super::super::draw::Deck;
-    use super::super::judge::Kind;
     use super::super::run::End;
     use super::*;
     use crate::inject::What;
@@ -163,8 +207,14 @@ mod tests {
             stderr: String::new(),
             report: None,
             left: Vec::new(),
+            files: Vec::new(),
         };
         Failed { failure: Failure { kind, detail: String::new() }, seen }
+    }
+
+    /// What came of a run that is wrong, if it is.
+    fn tried(is_wrong: bool, kind: Kind) -> Result<Tried> {
+        Ok(if is_wrong { Tried::Wrong(Box::new(failed(kind))) } else { Tried::Right })
     }
 
     /// A case with several rules, of which the one at `guilty` is told by its delay.
@@ -182,7 +232,7 @@ mod tests {
     #[test]
     fn the_one_guilty_rule_is_found_and_all_else_is_simple() {
         for guilty in 0..5 {
-            let mut run = |case: &Case| Ok(case.plan.rules.iter().any(is_guilty).then(|| failed(Kind::Hang)));
+            let mut run = |case: &Case| tried(case.plan.rules.iter().any(is_guilty), Kind::Hang);
             let shrunk = shrink(&case(guilty), failed(Kind::Hang), &mut run).unwrap();
             assert_eq!(shrunk.case.plan.rules.len(), 1);
             assert!(is_guilty(&shrunk.case.plan.rules[0]));
@@ -202,7 +252,7 @@ mod tests {
         let mut run = |case: &Case| {
             let needed =
                 case.settings.guests == 3 && case.settings.ksm.is_some() && case.plan.rules.len() >= 2;
-            Ok(needed.then(|| failed(Kind::Audit)))
+            tried(needed, Kind::Audit)
         };
         let shrunk = shrink(&first, failed(Kind::Audit), &mut run).unwrap();
         assert_eq!((shrunk.case.settings.guests, shrunk.case.settings.ksm), (3, Some("all")));
@@ -212,11 +262,56 @@ mod tests {
 
     #[test]
     fn another_way_to_fail_is_another_failure() {
-        let mut run = |_: &Case| Ok(Some(failed(Kind::Output)));
+        let mut run = |_: &Case| tried(true, Kind::Output);
         let shrunk = shrink(&case(2), failed(Kind::Hang), &mut run).unwrap();
         assert_eq!(shrunk.case, case(2));
         assert_eq!(shrunk.again, Again { failed: 0, of: 3 });
         assert_eq!(shrunk.last.failure.kind, Kind::Hang);
+    }
+
+    /// So is another status, where the status is what is wrong.
+    #[test]
+    fn another_status_is_another_failure_and_a_hang_is_a_hang() {
+        let ended = |kind, status| {
+            let mut failed = failed(kind);
+            failed.seen.end = End::Exited(status);
+            failed
+        };
+        assert!(is_same(&ended(Kind::Status, 1), &ended(Kind::Status, 1)));
+        assert!(!is_same(&ended(Kind::Status, 1), &ended(Kind::Status, 125)));
+        assert!(is_same(&ended(Kind::Audit, 0), &ended(Kind::Audit, 125)));
+        let mut run = |_: &Case| Ok(Tried::Wrong(Box::new(ended(Kind::Status, 125))));
+        let shrunk = shrink(&case(2), ended(Kind::Status, 1), &mut run).unwrap();
+        assert_eq!(shrunk.case, case(2));
+    }
+
+    #[test]
+    fn no_more_is_run_than_a_failure_is_worth() {
+        // Each simpler case is right, but for one near the end, again and again.
+        let mut runs = 0;
+        let mut run = |_: &Case| {
+            runs += 1;
+            tried(runs % 29 == 0, Kind::Hang)
+        };
+        let shrunk = shrink(&case(1), failed(Kind::Hang), &mut run).unwrap();
+        assert_eq!((shrunk.runs, runs), (MOST + TRIES, MOST + TRIES));
+    }
+
+    #[test]
+    fn a_campaign_that_is_ended_tells_what_was_found_so_far() {
+        let mut runs = 0;
+        let mut run = |case: &Case| {
+            runs += 1;
+            if runs > 7 {
+                Ok(Tried::Stopped)
+            } else {
+                tried(case.plan.rules.iter().any(is_guilty), Kind::Hang)
+            }
+        };
+        let shrunk = shrink(&case(4), failed(Kind::Hang), &mut run).unwrap();
+        assert!(shrunk.case.plan.rules.len() < 5 && shrunk.case.plan.rules.iter().any(is_guilty));
+        assert_eq!((shrunk.runs, shrunk.again), (7, Again { failed: 0, of: 0 }));
+        assert_eq!(runs, 9, "two more were begun, and stopped");
     }
 
     /// One run in three fails: the tries see that, and it is told.
@@ -225,7 +320,7 @@ mod tests {
         let mut runs = 0;
         let mut run = |case: &Case| {
             runs += 1;
-            Ok((runs % 3 == 0 && case.plan.rules.iter().any(is_guilty)).then(|| failed(Kind::Hang)))
+            tried(runs % 3 == 0 && case.plan.rules.iter().any(is_guilty), Kind::Hang)
         };
         let shrunk = shrink(&case(3), failed(Kind::Hang), &mut run).unwrap();
         assert_eq!(shrunk.case.plan.rules.len(), 1);

@@ -10,7 +10,7 @@ use super::keep::{command, keep};
 use super::native::Natives;
 use super::report::{FailedRun, Progress, Summary};
 use super::run::{Observed, RunReport, Runner};
-use super::shrink::{Failed, Shrunk, shrink};
+use super::shrink::{Failed, Shrunk, Tried, shrink};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -169,8 +169,11 @@ impl Worker<'_> {
         let shrunk = match is_worth_it {
             true => {
                 let mut run = |case: &Case| {
-                    let failed = self.judged(case)?.map(|(seen, verdict)| (seen, verdict.err()));
-                    Ok(failed.and_then(|(seen, failure)| Some(Failed { failure: failure?, seen })))
+                    Ok(match self.judged(case)? {
+                        None => Tried::Stopped,
+                        Some((_, Ok(_))) => Tried::Right,
+                        Some((seen, Err(failure))) => Tried::Wrong(Box::new(Failed { failure, seen })),
+                    })
                 };
                 Some(shrink(&case, first.clone(), &mut run)?)
             }
