@@ -33,7 +33,7 @@
 //!
 //! # What is not on the baton
 //! The event loop (`--timeout`, signals to umbra, reports), the checker of `--check`, the writer of `--trace`, and the
-//! [`watchdog`]. They may look, under the locks that they always take; none of them waits for the baton while it holds a lock, so the
+//! `watchdog`. They may look, under the locks that they always take; none of them waits for the baton while it holds a lock, so the
 //! holder never waits for long. They may not make anything ready, but for one thing: an order to end the guest. What comes
 //! after that is not repeated by a replay, and nothing before it is touched.
 //!

@@ -71,7 +71,7 @@ enum Verdict {
     Enough,
 }
 
-/// Shrinks `case`, which failed as `first` says; as far as that goes in [`MOST`] runs, and until the campaign is ended.
+/// Shrinks `case`, which failed as `first` says; as far as that goes in 150 runs, and until the campaign is ended.
 ///
 /// # Errors
 /// What `run` returns.
