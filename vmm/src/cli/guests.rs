@@ -106,6 +106,7 @@ struct OneStats<'a> {
     ksm: Option<SharingStats>,
     #[serde(skip_serializing_if = "Option::is_none")]
     audit: Option<AuditStats>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     deterministic: Option<Summary>,
 }
 
