@@ -56,7 +56,7 @@ const PROGRAMS: [(&str, Drawn); 8] = [
         let (fill, rewrite) = (fill.unwrap_or("mix"), dice.from(0, 8));
         // Now and then as long as it takes for pages to be merged meanwhile.
         let work =
-            if dice.one_in(2) { "verify\n".repeat(dice.from(100, 800) as usize) } else { String::new() };
+            if dice.one_in(2) { "verify\n".repeat(dice.from(100, 300) as usize) } else { String::new() };
         let input =
             format!("fill {fill}\nverify\nrewrite {rewrite}\n{work}verify\npoke 5\nwork 1\nverify\nquit\n");
         (format!("--pages {pages} --seed {seed}"), input)
