@@ -4,7 +4,7 @@
 use super::guest::{Guest, images};
 use super::*;
 use shadow_mmu::inject::{Effects, Point, Scope};
-use vmm::inject::points;
+use vmm::inject::{errno_name, points};
 
 /// Waits with a limit, reads its input, maps memory and gives it back again and again: what no bundled program does.
 pub(super) const VARIED: &str = r#"
@@ -44,7 +44,7 @@ pub(super) fn varied(folder: &Path) -> Guest {
 /// What a rule says to have this effect: one each of the errors and effects of `point`.
 fn faults(point: &Point) -> Vec<(String, Outcome)> {
     let errors =
-        point.errors.iter().map(|(errno, outcome)| (format!("error = '{}'", name(*errno)), *outcome));
+        point.errors.iter().map(|(errno, outcome)| (format!("error = '{}'", errno_name(*errno)), *outcome));
     let effects = [
         (Effects::DELAY, "delay = '1ms'"),
         (Effects::STALL, "stall = 'kick'\nat-most = '2ms'"),
@@ -58,30 +58,6 @@ fn faults(point: &Point) -> Vec<(String, Outcome)> {
             ((*text).to_owned(), if is_waiting { Outcome::Unseen } else { point.outcome })
         });
     errors.chain(effects).collect()
-}
-
-pub(super) fn name(errno: i32) -> &'static str {
-    let names = [
-        (libc::EPERM, "EPERM"),
-        (libc::EINTR, "EINTR"),
-        (libc::EIO, "EIO"),
-        (libc::EAGAIN, "EAGAIN"),
-        (libc::ENOMEM, "ENOMEM"),
-        (libc::EACCES, "EACCES"),
-        (libc::EFAULT, "EFAULT"),
-        (libc::EINVAL, "EINVAL"),
-        (libc::EMFILE, "EMFILE"),
-        (libc::EFBIG, "EFBIG"),
-        (libc::ENOSPC, "ENOSPC"),
-        (libc::EPIPE, "EPIPE"),
-        (libc::ENOSYS, "ENOSYS"),
-        (libc::EOPNOTSUPP, "EOPNOTSUPP"),
-    ];
-    names
-        .iter()
-        .find(|(known, _)| *known == errno)
-        .unwrap_or_else(|| panic!("error {errno} has no name here"))
-        .1
 }
 
 /// A guest that comes to `point`; `None` where that is memory's, whose faults have tests of their own.

@@ -193,7 +193,7 @@ fn a_system_call_that_is_refused_returns_that_error_and_does_nothing() {
     let guest = Guest::c(&folder, "refused", source, &[]);
     let errors = vmm::inject::points::SYSCALL.errors;
     let rule = |(index, (errno, _)): (usize, &(i32, Outcome))| {
-        let name = every_fault::name(*errno);
+        let name = vmm::inject::errno_name(*errno);
         format!("[[fault]]\npoint = 'syscall'\ncall = 'dup2'\nnth = {}\nerror = '{name}'\n", index + 1)
     };
     let plan: String = errors.iter().enumerate().map(rule).collect();

@@ -187,17 +187,8 @@ fn write_report(path: &Path, text: &str) -> Result<()> {
 }
 
 fn effects(point: &Point) -> Vec<String> {
-    let names = [
-        (Effects::DELAY, "delay"),
-        (Effects::STALL, "stall"),
-        (Effects::CORRUPT, "corrupt"),
-        (Effects::SPLIT, "split"),
-        (Effects::EXIT, "exit"),
-        (Effects::MEMORY, "memory"),
-    ];
     let errors = point.errors.iter().map(|(errno, _)| crate::inject::errno_name(*errno));
-    let rest = names.iter().filter(|(effect, _)| point.effects.contains(*effect));
-    errors.chain(rest.map(|(_, name)| (*name).to_owned())).collect()
+    errors.chain(crate::inject::effect_names(point).map(Into::into)).collect()
 }
 
 /// What each error, and whatever else is no waiting, may come to.

@@ -50,4 +50,6 @@ pub use plan::{After, Memory, Pick, Plan, PlanError, Rule, What};
 pub use registry::{Account, Registry, RuleAccount, TICK};
 pub use waits::Waits;
 #[cfg(feature = "inject")]
-pub(crate) use words::errno_name;
+pub(crate) use words::effect_names;
+#[cfg(feature = "inject")]
+pub use words::errno_name;

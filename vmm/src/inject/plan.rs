@@ -225,23 +225,13 @@ impl FromStr for Plan {
 
 /// What a point offers, as a list for people.
 fn offers(point: &Point) -> String {
-    let mut words: Vec<String> = Vec::new();
+    let mut offered: Vec<String> = Vec::new();
     if !point.errors.is_empty() {
         let names: Vec<_> = point.errors.iter().map(|(errno, _)| words::errno_name(*errno)).collect();
-        words.push(format!("error ({})", names.join(", ")));
+        offered.push(format!("error ({})", names.join(", ")));
     }
-    let of = [
-        (Effects::DELAY, "delay"),
-        (Effects::STALL, "stall"),
-        (Effects::CORRUPT, "corrupt"),
-        (Effects::SPLIT, "split"),
-        (Effects::EXIT, "exit"),
-        (Effects::MEMORY, "memory"),
-    ];
-    words.extend(
-        of.iter().filter(|(effect, _)| point.effects.contains(*effect)).map(|(_, name)| (*name).into()),
-    );
-    words.join(", ")
+    offered.extend(words::effect_names(point).map(Into::into));
+    offered.join(", ")
 }
 
 fn point(name: &str) -> Result<&'static Point, String> {

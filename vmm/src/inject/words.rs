@@ -2,7 +2,23 @@
 //! What plans write for error numbers, KVM's exit reasons, addresses and shares of memory; and back, for plans that umbra writes.
 
 use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE, TASK_SIZE};
+use shadow_mmu::inject::{Effects, Point};
 use std::time::Duration;
+
+/// What plans call an effect.
+const EFFECTS: [(Effects, &str); 6] = [
+    (Effects::DELAY, "delay"),
+    (Effects::STALL, "stall"),
+    (Effects::CORRUPT, "corrupt"),
+    (Effects::SPLIT, "split"),
+    (Effects::EXIT, "exit"),
+    (Effects::MEMORY, "memory"),
+];
+
+/// The names of what can be made to happen at `point`, errors aside.
+pub(crate) fn effect_names(point: &Point) -> impl Iterator<Item = &'static str> {
+    EFFECTS.iter().filter(|(effect, _)| point.effects.contains(*effect)).map(|(_, name)| *name)
+}
 
 /// The error numbers that some point has.
 const ERRNOS: [(i32, &str); 17] = [
@@ -26,7 +42,7 @@ const ERRNOS: [(i32, &str); 17] = [
 ];
 
 /// The name of an error number, as `ENOMEM`.
-pub(crate) fn errno_name(errno: i32) -> String {
+pub fn errno_name(errno: i32) -> String {
     let known = ERRNOS.iter().find(|(number, _)| *number == errno);
     known.map_or_else(|| format!("error {errno}"), |(_, name)| (*name).to_owned())
 }
