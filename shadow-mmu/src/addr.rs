@@ -15,8 +15,11 @@ use std::ops::Range;
 pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page: the unit of mapping everywhere.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
-/// First byte past what a user program may map, as on x86-64 Linux with four levels.
-pub const TASK_SIZE: u64 = (1 << 47) - PAGE_SIZE;
+/// First byte past what a user program may map on x86-64 Linux with four levels.
+pub const LINUX_TASK_SIZE: u64 = (1 << 47) - PAGE_SIZE;
+/// First byte past what a guest may map: Linux's limit, less 60 KiB that an engine may need for itself in the guest's own
+/// address space. The same for every engine, so that guests find the same limits on each.
+pub const TASK_SIZE: u64 = (1 << 47) - (64 << 10);
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {

@@ -48,6 +48,25 @@ pub(crate) fn install(entry: &AtomicU64, new: Spte) -> Installed {
     }
 }
 
+/// What the CPU does at an access that the leaf allows: sets A, and D for a write. Returns the leaf with its marks; `None` where
+/// the leaf does not allow the access. No lock, as for the CPU; the caller's next flush is ordered after it.
+pub(crate) fn access(entry: &AtomicU64, access: Access) -> Option<Spte> {
+    let mut old = Spte(entry.load(Ordering::Acquire));
+    loop {
+        if !old.is_leaf() || !old.rights().contains(access) {
+            return None;
+        }
+        let new = old.touched(access);
+        if new == old {
+            return Some(old);
+        }
+        match entry.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return Some(new),
+            Err(now) => old = Spte(now),
+        }
+    }
+}
+
 /// Removes the leaf and returns it, with the marks that the CPU had set by then; [`Spte::NONE`] where there was none. The
 /// caller holds `mmu_lock` for writing, and flushes before it lets go.
 pub(crate) fn take(entry: &AtomicU64) -> Spte {

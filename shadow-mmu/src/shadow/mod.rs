@@ -18,6 +18,7 @@
 //! | `age` | young | `tdp_mmu.c` |
 //! | [`dirty`](ShadowMmu::enable_dirty_log) | which pages were written | `kvm_main.c`, `dirty_ring.c` |
 //! | [`gather`](Gather), [`tlb`](Tlb) | from a zap to its flush | `mm/mmu_gather.c` |
+//! | [`walker`](Walker), [`soft_tlb`](SoftTlb) | the CPU's walk and its TLB, for engines that do both in software | |
 //! | [`audit`](AuditReport) | the invariants, checked | |
 //!
 //! # Locking
@@ -41,9 +42,11 @@ mod fault;
 mod gather;
 mod invalidate;
 mod slots;
+mod soft_tlb;
 mod spte;
 mod tlb;
 mod vcpu;
+mod walker;
 mod written;
 mod zap;
 
@@ -56,9 +59,11 @@ pub use dirty::{
 pub use fault::{FaultCause, FaultOutcome};
 pub use gather::Gather;
 pub use slots::{Memslot, Memslots, SlotAccess, SlotError};
+pub use soft_tlb::{Filled, HostMappings, SoftTlb};
 pub use spte::{AdBits, PRESENT, Spte};
 pub use tlb::{NoTlb, Tlb, Zapped};
 pub use vcpu::VcpuMmu;
+pub use walker::{Translation, Walker};
 
 use crate::addr::{Gfn, Pfn};
 use crate::frame::{FramePool, OutOfFrames, Purpose};

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A TLB in software: host mappings of the process that runs the guest, as cached translations of the shadow map.
+//!
+//! An entry is a run of neighbouring pages in neighbouring frames with the same rights, which is one mapping of the host: the host
+//! joins mappings that continue each other, so there are at most as many of those as of these. The number of entries is bounded;
+//! where the bound is reached, an eighth goes, by address, round and round. Nothing depends on an entry staying.
+//!
+//! # Protocol
+//! One lock, a leaf below `mmu_lock`, held for a whole fill and for a whole flush, the host's part included:
+//!
+//! 1. *Fill*: walk the shadow map ([`Walker::access`], which sets A and D), have the host map what was found, note the entry.
+//! 2. *Flush*: have the host unmap every page that an entry covers, forget the entries. Who flushes changed sptes before.
+//!
+//! So a fill is either before the flush, and what it mapped is unmapped by it, or after it, and its walk sees the changed spte:
+//! there is no third case in which a mapping of an old spte is left when the flush returns (`a_fill_races_a_zap`). The host's
+//! unmapping returns when no CPU has the translation any more, whoever runs in that process, so nobody has to be kicked.
+//!
+//! # Marks
+//! An entry allows what the marks of each of its leaves say already, and no more: no access without A, no write without D. A page
+//! that was only read is mapped read-only; its first write faults, and the fill for it sets D. Whoever clears A or D must flush
+//! ([`AdBits::AfterFlush`](super::AdBits::AfterFlush)).
+
+use super::tlb::Zapped;
+use super::walker::{Translation, Walker};
+use crate::addr::{Access, Gfn, Pfn};
+use crate::sync::Mutex;
+use crate::table::LOWER_HALF_PAGES;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Every page that a guest can have.
+const EVERYTHING: Range<u64> = 0..LOWER_HALF_PAGES;
+
+/// The host's part of a TLB: the mappings of the process that runs the guest. Called with the TLB's lock held; must not call into
+/// the TLB, the shadow map or the address space behind it.
+pub trait HostMappings {
+    /// Why the host would not.
+    type Error;
+    /// Maps the frames at these pages with these rights, in place of whatever was there.
+    ///
+    /// # Errors
+    /// Any: nothing is known of what is mapped there now.
+    fn map(&mut self, translation: &Translation) -> Result<(), Self::Error>;
+    /// Unmaps these ranges of pages. When it returns, no CPU reaches memory through what was mapped there.
+    ///
+    /// # Errors
+    /// Any: what was mapped may still be. Everything is unmapped then, by a call for the whole lower half.
+    fn unmap(&mut self, pages: &[Range<u64>]) -> Result<(), Self::Error>;
+}
+
+/// What a fill came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// The access is possible until the next flush of its page; the shadow map had it, the TLB had not.
+    Mapped,
+    /// The TLB had it already.
+    Already,
+    /// The shadow map does not allow the access: a page fault.
+    No,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Entry {
+    pages: u64,
+    pfn: Pfn,
+    rights: Access,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By first page; they do not overlap.
+    entries: BTreeMap<u64, Entry>,
+    /// Times that something was unmapped.
+    drops: u64,
+    /// Where eviction goes on.
+    hand: u64,
+}
+
+/// The TLB of one guest.
+#[derive(Debug)]
+pub struct SoftTlb {
+    state: Mutex<State>,
+    most: usize,
+}
+
+impl State {
+    /// The entry that covers `gfn`.
+    fn find(&self, gfn: u64) -> Option<(u64, Entry)> {
+        let (&start, &entry) = self.entries.range(..=gfn).next_back()?;
+        (gfn - start < entry.pages).then_some((start, entry))
+    }
+
+    /// Forgets what is known of `pages`. Returns what of it was covered, from the first such page to behind the last.
+    fn forget(&mut self, pages: Range<u64>) -> Option<Range<u64>> {
+        let first = self.find(pages.start).map_or(pages.start, |(start, _)| start);
+        let touched: Vec<_> =
+            self.entries.range(first..pages.end).map(|(&start, &entry)| (start, entry)).collect();
+        for &(start, entry) in &touched {
+            self.entries.remove(&start);
+            let end = start + entry.pages;
+            if start < pages.start {
+                self.entries.insert(start, Entry { pages: pages.start - start, ..entry });
+            }
+            if end > pages.end {
+                let cut = pages.end - start;
+                let pfn = Pfn(entry.pfn.0 + cut as u32);
+                self.entries.insert(pages.end, Entry { pages: end - pages.end, pfn, ..entry });
+            }
+        }
+        let (first, _) = touched.first()?;
+        let (last, entry) = touched.last()?;
+        Some(pages.start.max(*first)..pages.end.min(last + entry.pages))
+    }
+
+    /// Notes a mapping, as one with what it continues and what continues it.
+    fn note(&mut self, new: &Translation) {
+        let (mut start, mut pages, mut pfn) = (new.gfn.0, new.pages, new.pfn);
+        self.forget(start..start + pages);
+        if let Some((&before, &entry)) = self.entries.range(..start).next_back()
+            && before + entry.pages == start
+            && u64::from(entry.pfn.0) + entry.pages == u64::from(pfn.0)
+            && entry.rights == new.rights
+        {
+            self.entries.remove(&before);
+            (start, pages, pfn) = (before, pages + entry.pages, entry.pfn);
+        }
+        if let Some(&entry) = self.entries.get(&(start + pages))
+            && u64::from(pfn.0) + pages == u64::from(entry.pfn.0)
+            && entry.rights == new.rights
+        {
+            self.entries.remove(&(start + pages));
+            pages += entry.pages;
+        }
+        self.entries.insert(start, Entry { pages, pfn, rights: new.rights });
+    }
+
+    /// Unmaps `pages` where something is mapped there.
+    fn drop_pages<M: HostMappings>(
+        &mut self,
+        pages: impl Iterator<Item = Range<u64>>,
+        host: &mut M,
+    ) -> Result<(), M::Error> {
+        let mut gone: Vec<Range<u64>> = Vec::new();
+        for pages in pages {
+            let Some(covered) = self.forget(pages) else { continue };
+            match gone.last_mut() {
+                // Between the two nothing is mapped: one call for both.
+                Some(last)
+                    if last.end <= covered.start
+                        && self.entries.range(last.end..covered.start).next().is_none()
+                        && self.find(last.end).is_none() =>
+                {
+                    last.end = covered.end;
+                }
+                _ => gone.push(covered),
+            }
+        }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        self.drops += 1;
+        match host.unmap(&gone) {
+            Ok(()) => Ok(()),
+            Err(_) => self.drop_everything(host),
+        }
+    }
+
+    /// One call for all: it cannot fail for want of a mapping that the rest of a divided one would need.
+    fn drop_everything<M: HostMappings>(&mut self, host: &mut M) -> Result<(), M::Error> {
+        self.drops += 1;
+        self.entries.clear();
+        host.unmap(std::slice::from_ref(&EVERYTHING))
+    }
+
+    /// Makes room for more: what is mapped in the next part of the address space goes, about `count` entries.
+    fn evict<M: HostMappings>(&mut self, count: usize, host: &mut M) -> Result<(), M::Error> {
+        let from = self.hand;
+        let next = self.entries.range(from..).nth(count).map(|(&start, _)| start);
+        self.hand = next.unwrap_or(0);
+        self.drop_pages(std::iter::once(from..next.unwrap_or(LOWER_HALF_PAGES)), host)
+    }
+}
+
+impl SoftTlb {
+    /// An empty one for at most `most` entries, eight at least.
+    pub fn new(most: usize) -> Self {
+        Self { state: Mutex::default(), most: most.max(8) }
+    }
+
+    /// Makes `access` at `gfn` possible, if the shadow map allows it.
+    ///
+    /// # Errors
+    /// The host's, if it could not map even when everything else had been unmapped; or it could not unmap, and nothing is known of
+    /// its mappings any more.
+    pub fn fill<M: HostMappings>(
+        &self,
+        walker: &Walker,
+        gfn: Gfn,
+        access: Access,
+        host: &mut M,
+    ) -> Result<Filled, M::Error> {
+        let mut state = self.state.lock();
+        if state.find(gfn.0).is_some_and(|(_, entry)| entry.rights.contains(access)) {
+            return Ok(Filled::Already);
+        }
+        let Some(translation) = walker.access(gfn, access) else { return Ok(Filled::No) };
+        // A mapping in the middle of another makes two more.
+        while state.entries.len() + 2 > self.most {
+            state.evict(self.most / 8 + 2, host)?;
+        }
+        if host.map(&translation).is_err() {
+            // Perhaps for want of mappings; what is mapped there is not known.
+            state.drop_everything(host)?;
+            host.map(&translation)?;
+        }
+        state.note(&translation);
+        Ok(Filled::Mapped)
+    }
+
+    /// Drops every translation through one of `zapped`.
+    ///
+    /// # Errors
+    /// The host's: some may still be used.
+    pub fn flush<M: HostMappings>(&self, zapped: &[Zapped], host: &mut M) -> Result<(), M::Error> {
+        let mut pages: Vec<_> = zapped
+            .iter()
+            .map(|zap| zap.gfn.0..zap.gfn.0 + (1 << (9 * u32::from(zap.level.saturating_sub(1)))))
+            .collect();
+        pages.sort_unstable_by_key(|pages| pages.start);
+        self.state.lock().drop_pages(pages.into_iter(), host)
+    }
+
+    /// Drops all.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    pub fn flush_all<M: HostMappings>(&self, host: &mut M) -> Result<(), M::Error> {
+        self.state.lock().drop_pages(std::iter::once(EVERYTHING), host)
+    }
+
+    /// What may be done at `gfn` now.
+    pub fn rights(&self, gfn: Gfn) -> Access {
+        self.state.lock().find(gfn.0).map_or(Access::empty(), |(_, entry)| entry.rights)
+    }
+
+    /// How often something was unmapped. While this stays the same, what was mapped stays mapped.
+    pub fn drops(&self) -> u64 {
+        self.state.lock().drops
+    }
+
+    /// Entries now.
+    pub fn len(&self) -> usize {
+        self.state.lock().entries.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
