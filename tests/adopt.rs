@@ -236,8 +236,8 @@ fn machine(
     if !kvm() {
         return None;
     }
-    let kvm_device = vmm::cli::kvm_device();
-    let config = VmConfig { fault_around, freed: FreedFrames::Poison, ..VmConfig::new(kvm_device, 16 << 20) };
+    let engine = vmm::cli::engine();
+    let config = VmConfig { fault_around, freed: FreedFrames::Poison, ..VmConfig::new(engine, 16 << 20) };
     let args = args.iter().map(|arg| arg.as_bytes().to_vec()).collect();
     let arguments = Arguments { exe: b"/test".to_vec(), args, env: Vec::new(), random: None };
     Some(Vm::new(config, Program { elf, arguments }).unwrap())

@@ -279,7 +279,7 @@ fn every_pool_is_large_enough_or_said_to_be_too_small() {
     let arguments =
         Arguments { exe: b"/hello".to_vec(), args: vec![b"hello".to_vec()], env: vec![], random: None };
     let program = Program { elf: elf.into(), arguments };
-    let config = VmConfig::new(vmm::cli::kvm_device(), 1 << 20);
+    let config = VmConfig::new(vmm::cli::engine(), 1 << 20);
     let mut refused = 0;
     for pages in 1.. {
         match Fleet::new(2, Some(pages * PAGE_SIZE), config.clone(), &program) {

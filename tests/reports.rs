@@ -42,7 +42,7 @@ fn start(test: &str) -> Fleet {
     );
     let elf = std::fs::read(cc(&folder(test), "reader", &source, STATIC)).unwrap().into();
     let config =
-        VmConfig { fault_around: FaultAroundPolicy::Off, ..VmConfig::new(vmm::cli::kvm_device(), 32 << 20) };
+        VmConfig { fault_around: FaultAroundPolicy::Off, ..VmConfig::new(vmm::cli::engine(), 32 << 20) };
     let arguments =
         Arguments { exe: b"/reader".to_vec(), args: vec![b"reader".to_vec()], env: Vec::new(), random: None };
     let fleet = Fleet::new(1, None, config, &Program { elf, arguments }).unwrap();
@@ -66,7 +66,7 @@ fn break_root(vm: &Vm) {
     assert_eq!(walk[0].0, 4);
     let root = machine.pool().words(machine.shadow().root());
     root[(SECRETS >> 39) as usize].fetch_or(1 << 7, Ordering::SeqCst);
-    machine.kvm().tlb().flush_all();
+    Arc::clone(machine.engine()).tlb().flush_all();
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_lost_vcpu_leaves_a_report_with_everything_but_the_guests_memory() {
     let vm = fleet.guest(0).unwrap();
     break_root(&vm);
     let error = format!("{:#}", vm.wait().unwrap_err());
-    assert!(error.contains("KVM lost a vCPU: an exception that no guest can cause"), "{error}");
+    assert!(error.contains("the engine (kvm) lost a vCPU: an exception that no guest can cause"), "{error}");
     let report = vm.machine().crash().unwrap();
     println!("{report}");
     assert!(report.starts_with("umbra report: vcpu\nthe vCPU of thread "), "{report}");

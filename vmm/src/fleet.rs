@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guests that share one frame pool: copies of one program, a VM each, in one process.
 //!
-//! They share frames and umbra's stdout and stderr, and nothing else: each has its own address space, shadow map, KVM VM and
+//! They share frames and umbra's stdout and stderr, and nothing else: each has its own address space, shadow map, engine and
 //! threads, as programs on one host have. What one of them gives back the others get, and so does what one of them leaves
 //! behind when it ends: whoever runs the event loop takes a guest out ([`Fleet::take`]) when it hears that it has ended, and
 //! drops it when all is said of it.
@@ -12,7 +12,7 @@
 //! to do that has a reference of its own. So a guest that was taken out is gone when the last such reference is.
 
 use crate::engine::Regs;
-use crate::engine::kvm::SetupError;
+use crate::engine::SetupError;
 use crate::guest::{Files, LoadError};
 use crate::vm::{Program, Vm, VmConfig};
 use anyhow::{Context, Result, anyhow};
@@ -151,7 +151,7 @@ fn is_out_of_frames(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<OutOfFrames>()
             || matches!(cause.downcast_ref(), Some(MmError::NoMemory))
-            || matches!(cause.downcast_ref(), Some(SetupError::Frames(_)))
+            || cause.downcast_ref().is_some_and(SetupError::is_out_of_frames)
             || matches!(
                 cause.downcast_ref(),
                 Some(

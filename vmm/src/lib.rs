@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! umbra: runs a static Linux program in ring 3 under KVM, on page tables that umbra writes itself.
+//! umbra: runs a static Linux program in ring 3, under KVM or traced, on page tables that umbra writes itself.
 //!
 //! | module | what |
 //! | --- | --- |

@@ -2,8 +2,8 @@
 //! What umbra says about a guest: how it died, and what it cost.
 
 use crate::aging::AgingCost;
-use crate::engine::Regs;
 use crate::engine::kvm::HostFacts;
+use crate::engine::{EngineKind, Regs};
 use crate::guest::{Death, ExitStatus};
 use crate::stalls::StallSummary;
 use crate::vm::{Frames, Machine};
@@ -19,7 +19,9 @@ use std::time::Duration;
 /// Numbers of a run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Stats {
-    /// What KVM runs on: `pvm`, `npt`, `ept` or `shadow`.
+    /// What ran it.
+    pub engine: EngineKind,
+    /// What KVM runs on: `pvm`, `npt`, `ept` or `shadow`; `none` where it did not run it.
     pub kvm_backend: String,
     /// Seconds from start to end, loading included.
     pub wall_s: f64,
@@ -71,7 +73,8 @@ impl Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (shadow, mm, pool) = (machine.shadow().stats(), machine.mm().stats(), machine.pool().stats());
         Self {
-            kvm_backend: machine.kvm().facts().kvm_backend.to_string(),
+            engine: machine.engine().kind(),
+            kvm_backend: machine.engine().facts().kvm_backend.to_string(),
             wall_s: wall.as_secs_f64(),
             pf_taken: get(&shadow.pf_taken),
             pf_fixed: get(&shadow.pf_fixed),
@@ -99,13 +102,13 @@ impl Stats {
     pub fn text(&self) -> String {
         let mib = |pages: u64| pages as f64 * PAGE_SIZE as f64 / f64::from(1 << 20);
         format!(
-            "umbra: ran {:.3} s on KVM ({})\n\
+            "umbra: ran {:.3} s {}\n\
              faults    {} ({} fixed, {} spurious, {} retried), {} neighbours installed\n\
              primary   {} pages on demand, {} ahead, {} zero, {} copied\n\
              shadow    {} leaves present, {} zapped in {} flushes, {} tables ({} reclaimed)\n\
              frames    {} ({:.1} MiB) at most of {} ({:.0} MiB), {} given back to the host{}{}",
             self.wall_s,
-            self.kvm_backend,
+            self.engine.place(&self.kvm_backend),
             self.pf_taken,
             self.pf_fixed,
             self.pf_spurious,
@@ -282,7 +285,7 @@ fn out_of_memory(frames: Frames, pool: PoolStats) -> String {
 
 fn unreachable_page(death: &Death, vmas: &[Vma]) -> &'static str {
     let Some(address) = death.address else {
-        return ": the host cannot reach a page of adopted memory, and KVM does not say which (BUS_ADRERR)";
+        return ": the host cannot reach a page of adopted memory, and does not say which (BUS_ADRERR)";
     };
     match vmas.iter().find(|vma| vma.range.contains(Hva(address.0))).map(|vma| &vma.backing) {
         Some(Backing::Adopted { .. }) => {
@@ -391,6 +394,6 @@ mod tests {
         assert!(said(Some(0x1008)).contains("beyond the end of its file"), "{}", said(Some(0x1008)));
         assert!(said(Some(0x2000)).contains("this page of adopted memory"), "{}", said(Some(0x2000)));
         assert!(said(Some(0x3000)).contains("is gone"), "{}", said(Some(0x3000)));
-        assert!(said(None).contains("KVM does not say which"), "{}", said(None));
+        assert!(said(None).contains("does not say which"), "{}", said(None));
     }
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One guest, put together: frame pool, address space, shadow map, KVM engine, process, and a host thread for each vCPU.
+//! One guest, put together: frame pool, address space, shadow map, engine, process, and a host thread for each vCPU.
 //! Several may share a frame pool ([`VmConfig::pool`]); they share nothing else.
 //!
 //! # Who holds whom
 //! ```text
 //! Vm ──► Process ──► Machine ──► ShadowMmu ──► Mm ──► FramePool
-//!  └────────────────►   │  └────► KvmVm ──────────────►  ▲
+//!  └────────────────►   │  └────► Engine ─────────────►  ▲
 //! ```
 //! The process calls back into the [`Machine`] (its [`Host`]), so the machine does not hold the process. vCPU threads hold
 //! the machine; they are joined in [`Vm::wait`], so when a [`Vm`] is dropped after it nobody walks the shadow map any more.
@@ -19,8 +19,7 @@ pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 
 use crate::crash;
 use crate::deterministic::Interval;
-use crate::engine::kvm::{Effort, KvmVm, TimeStamps};
-use crate::engine::{EngineError, Regs, Vcpu};
+use crate::engine::{Engine, EngineError, Regs, SetupError, TimeStamps, choice};
 use crate::guest::{self, Arguments, Death, ExitStatus, Files, Host, Process, Setup, Thread};
 use crate::inject::NotifierFaults;
 use crate::inject::points::{THREAD_START, TICK_TIME};
@@ -37,7 +36,7 @@ use shadow_mmu::frame::FramePool;
 use shadow_mmu::ksm::{Domain, Ksm, KsmError, KsmMember};
 use shadow_mmu::mm::Mm;
 use shadow_mmu::mm::watch::{Forks, Watch};
-use shadow_mmu::shadow::{AdBits, AuditReport, DirtyPages, Memslot, Prefaulted, ShadowMmu, SlotAccess};
+use shadow_mmu::shadow::{AdBits, AuditReport, DirtyPages, Memslot, ShadowMmu, SlotAccess};
 use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -59,7 +58,7 @@ pub struct Machine {
     pool: Arc<FramePool>,
     mm: Arc<Mm>,
     shadow: Arc<ShadowMmu>,
-    kvm: Arc<KvmVm>,
+    engine: Arc<dyn Engine>,
     recorder: Arc<Observer<Recorder>>,
     exited: EventFd,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -113,15 +112,13 @@ impl Machine {
             Some(pool) => Arc::clone(pool),
             None => Arc::new(FramePool::with_faults(config.memory, config.freed, config.faults.clone())?),
         };
-        let kvm = KvmVm::new(&config.kvm_device, Arc::clone(&pool)).context("cannot use KVM")?;
-        kvm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
-        kvm.arm(config.faults.clone());
+        let engine = choice::open(&config.engine, Arc::clone(&pool))?;
+        engine.arm(config.faults.clone());
         let mm = Mm::with_faults(Arc::clone(&pool), config.faults.clone())?;
         let tlb = ConfiguredTlb {
-            engine: kvm.tlb(),
+            engine: Arc::clone(&engine).tlb(),
             window: config.window,
-            // After the probe.
-            ad_bits: config.tracking.ad_bits.of(&kvm),
+            ad_bits: config.tracking.ad_bits.of(&*engine),
             faults: config.faults.clone(),
         };
         let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), Arc::new(tlb))?);
@@ -137,12 +134,12 @@ impl Machine {
         for listener in &config.listeners {
             mm.register(Arc::clone(listener))?;
         }
-        if config.tracking.accesses == Accesses::Untold && !kvm.facts().kvm_backend.is_two_dimensional() {
-            // Nobody reads A and D of this guest, and KVM shadows its tables.
-            shadow.set_prefaulted(Prefaulted::Young);
+        if config.tracking.accesses == Accesses::Untold {
+            shadow.set_prefaulted(engine.prefaulted());
         }
-        let (index, entry) = kvm.monitor_entry();
-        shadow.set_upper(index, entry);
+        if let Some((index, entry)) = engine.upper_entry() {
+            shadow.set_upper(index, entry);
+        }
         // The guest has no paging of its own and its addresses are those of its address space: one slot, one to one.
         shadow.add_slot(Memslot {
             gfn: Gfn(0),
@@ -151,9 +148,14 @@ impl Machine {
             access: SlotAccess::ReadWrite,
         })?;
         let handler = match config.window {
-            WindowFill::Userfaultfd(delay) => Some(
-                crate::bench::WindowHandler::start(kvm.window(), delay).context("cannot serve the window")?,
-            ),
+            WindowFill::Userfaultfd(delay) => {
+                let window = engine.window().ok_or_else(|| SetupError::Unsupported {
+                    engine: engine.kind(),
+                    what: "has no window that userfaultfd could fill",
+                    instead: "leave that out, or take --engine kvm",
+                })?;
+                Some(crate::bench::WindowHandler::start(window, delay).context("cannot serve the window")?)
+            }
             WindowFill::Ahead | WindowFill::OnDemand => None,
         };
         let ring = |entries| Rings::new(entries, pool.frame_count());
@@ -164,7 +166,7 @@ impl Machine {
             pool,
             mm,
             shadow,
-            kvm,
+            engine,
             recorder,
             exited: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("cannot make an eventfd")?,
             threads: Mutex::default(),
@@ -198,19 +200,20 @@ impl Machine {
         if self.config.pool.is_some() { Frames::Shared } else { Frames::Own }
     }
     /// The engine.
-    pub fn kvm(&self) -> &Arc<KvmVm> {
-        &self.kvm
+    pub fn engine(&self) -> &Arc<dyn Engine> {
+        &self.engine
     }
     /// The watch over what is adopted into the guest, for [`Mm::adopt`]; made when it is first asked for.
     ///
     /// # Errors
-    /// The host has no userfaultfd for us.
+    /// The engine cannot show memory of this process, or the host has no userfaultfd for us.
     pub fn watch(&self) -> Result<Arc<Watch>> {
         let mut watch = lock(&self.watch);
         if let Some(watch) = &*watch {
             return Ok(Arc::clone(watch));
         }
-        let made = Arc::new(Watch::with_thread(&self.mm, self.kvm.host_slots(), Forks::Ignore)?);
+        let slots = Arc::clone(&self.engine).host_slots()?;
+        let made = Arc::new(Watch::with_thread(&self.mm, slots, Forks::Ignore)?);
         *watch = Some(Arc::clone(&made));
         Ok(made)
     }
@@ -237,7 +240,7 @@ impl Machine {
     }
     /// What marks the CPU sets, as far as they are used.
     pub fn ad_bits(&self) -> AdBits {
-        self.config.tracking.ad_bits.of(&self.kvm)
+        self.config.tracking.ad_bits.of(&*self.engine)
     }
     /// Readable when a vCPU waits for [`collect_dirty_rings`](Self::collect_dirty_rings); `None` without rings.
     ///
@@ -298,7 +301,7 @@ impl Machine {
         if let Some(errno) = self.config.faults.fail(&THREAD_START) {
             return Err(std::io::Error::from_raw_os_error(errno)).context("cannot start a thread");
         }
-        let mut vcpu = self.kvm.create_vcpu(self.shadow.root())?;
+        let mut vcpu = Arc::clone(&self.engine).create_vcpu(self.shadow.root())?;
         *vcpu.regs_mut() = regs;
         if self.config.deterministic.is_some() {
             vcpu.set_time_stamps(TimeStamps::Trapped);
@@ -313,7 +316,7 @@ impl Machine {
             // Dropped in the opposite order: the seat goes when all that others may find is where it belongs.
             let (_leaving, mut vcpu, mut faults) = (leaving, vcpu, faults);
             set_guest_thread(thread.tid());
-            if let Err(error) = thread.run(&mut vcpu, &mut faults) {
+            if let Err(error) = thread.run(&mut *vcpu, &mut faults) {
                 lock(&machine.lost).get_or_insert(error);
             }
         })?;
@@ -390,7 +393,7 @@ impl Vm {
             files,
             host: Arc::new(MachineHost(Arc::clone(&machine))),
             exe: arguments.exe,
-            max_threads: machine.kvm.max_vcpus().min(max_threads(machine.config.memory)),
+            max_threads: machine.engine.max_vcpus().min(max_threads(machine.config.memory)),
             deterministic,
         })?;
         Ok((Self { machine, process, ticker: Mutex::default() }, entry))
@@ -464,7 +467,8 @@ impl Vm {
         }
         drop(lock(&self.ticker).take());
         if let Some(error) = lock(&self.machine.lost).take() {
-            return Err(error).context("KVM lost a vCPU");
+            let engine = self.machine.engine.kind();
+            return Err(error).with_context(|| format!("the engine ({engine}) lost a vCPU"));
         }
         self.process.status().context("the guest did not end")
     }

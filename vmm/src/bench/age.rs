@@ -162,8 +162,8 @@ impl Guest {
         let mut memstress = Memstress::guest(config, &work)?;
         memstress.pass("write")?;
         let region = memstress.region()?;
-        let kvm = memstress.expect_machine()?.kvm();
-        let (tlb, backend) = (kvm.tlb(), kvm.facts().kvm_backend);
+        let engine = memstress.expect_machine()?.engine();
+        let (tlb, backend) = (Arc::clone(engine).tlb(), engine.facts().kvm_backend);
         let host_bits = tlb.ad_bits();
         let exactness = if backend.walks_in_software() { Exactness::Software } else { Exactness::Cpu };
         Ok(Self { memstress: RefCell::new(memstress), region, pages, tlb, host_bits, exactness })

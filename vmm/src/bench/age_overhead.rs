@@ -60,7 +60,7 @@ pub fn bench_age_overhead(
     // Rounds are fitted to the window by one of them, and a machine may slow down.
     memstress.expect(options.window.saturating_mul(2));
     memstress.pass("write")?;
-    let host_bits = memstress.expect_machine()?.kvm().tlb().ad_bits();
+    let host_bits = memstress.expect_machine()?.engine().ad_bits();
     let memstress = RefCell::new(memstress);
     let run = |aging: Option<AdBits>| {
         let memstress = &memstress;
@@ -113,7 +113,7 @@ fn rounds(
     let machine = memstress.expect_machine()?;
     // As after a start: what the last run left without A, and unflushed, would never be young again.
     machine.shadow().set_ad_bits(aging.unwrap_or(AdBits::AfterFlush));
-    machine.kvm().tlb().flush_all();
+    Arc::clone(machine.engine()).tlb().flush_all();
     memstress.pass("read")?;
     let machine = memstress.expect_machine()?;
     let mm = Arc::clone(machine.mm());

@@ -300,13 +300,7 @@ mod tests {
 
     /// A guest that runs until it is ended, if guests can be run here.
     fn endless() -> Option<Fleet> {
-        let kvm_device = super::super::kvm_device();
-        if !kvm_device.exists() {
-            assert!(std::env::var_os("UMBRA_REQUIRE_KVM").is_none(), "KVM is required here and missing");
-            println!("skipped: no {}", kvm_device.display());
-            return None;
-        }
-        let config = VmConfig::new(kvm_device, 64 << 20);
+        let config = VmConfig::new(crate::engine::testing::guests()?, 64 << 20);
         let words = ["threads", "--seconds", "3600"];
         let arguments = Arguments {
             exe: b"/threads".to_vec(),
@@ -366,9 +360,7 @@ mod tests {
         assert_eq!(files.len(), 1, "{files:?}");
         assert!(report.starts_with("umbra report: audit\n"), "{report}");
         assert!(report.contains("  I16 broken at guest frame"), "{report}");
-        for part in
-            ["host      Linux", "flush methods that work: ", "last notifier events", "mappings: ", "(vcpu "]
-        {
+        for part in ["engine    ", "host      Linux", "last notifier events", "mappings: ", "(vcpu "] {
             assert!(report.contains(part), "no `{part}` in: {report}");
         }
         drop((vm, fleet.take(0)));

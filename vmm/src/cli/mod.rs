@@ -28,19 +28,23 @@ mod run;
 mod trace;
 
 use crate::causes::one_line;
+use crate::engine::{EngineChoice, EngineConfig};
 use crate::inject::Waits;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use shadow_mmu::inject::Faults;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 /// Exit status of umbra's own failures.
 pub const FAILED: u8 = 125;
 /// Environment variable that names another KVM device.
 pub const KVM_DEVICE: &str = "UMBRA_KVM_DEVICE";
+/// Environment variable with the engine that is used where no option says which.
+pub const ENGINE: &str = "UMBRA_ENGINE";
 
-/// Run a static Linux program in ring 3 under KVM, on page tables that umbra writes itself.
+/// Run a static Linux program in ring 3, under KVM or traced, on page tables that umbra writes itself.
 #[derive(Debug, Parser)]
 #[command(name = "umbra", version, propagate_version = true, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
@@ -57,7 +61,8 @@ Examples:
   umbra bench fault --json                what a page fault costs here
   umbra inject oom-at-5th -- run ./prog   what a program does when its fifth mmap fails
 
-Set RUST_LOG=debug to see more, UMBRA_KVM_DEVICE to use another device than /dev/kvm.";
+Set RUST_LOG=debug to see more, UMBRA_KVM_DEVICE to use another device than /dev/kvm, UMBRA_ENGINE
+to kvm or ptrace to have guests run by that engine where no --engine says which.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -83,6 +88,32 @@ pub fn kvm_device() -> PathBuf {
     std::env::var_os(KVM_DEVICE).map_or_else(|| "/dev/kvm".into(), PathBuf::from)
 }
 
+/// The engine to use: what the command line said, or else the environment.
+pub fn engine() -> EngineConfig {
+    // `main` has refused what makes no sense.
+    let choice = CHOSEN.get().copied().unwrap_or_else(|| engine_of_environment().unwrap_or_default());
+    EngineConfig { choice, kvm_device: kvm_device() }
+}
+
+/// What `--engine` said, if anything; for [`engine`].
+static CHOSEN: OnceLock<EngineChoice> = OnceLock::new();
+
+/// Has [`engine`] be `choice`, where there is one.
+fn choose_engine(choice: Option<EngineChoice>) {
+    if let Some(choice) = choice {
+        let _ = CHOSEN.set(choice);
+    }
+}
+
+fn engine_of_environment() -> Result<EngineChoice, String> {
+    let Some(value) = std::env::var_os(ENGINE).filter(|value| !value.is_empty()) else {
+        return Ok(EngineChoice::Auto);
+    };
+    let value = value.to_string_lossy();
+    EngineChoice::from_str(&value, false)
+        .map_err(|_| format!("{ENGINE} is `{value}`: set it to auto, kvm or ptrace, or not at all"))
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     // While there is one thread.
@@ -90,7 +121,12 @@ pub fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();
-    let result = match parse_words(std::env::args_os().collect()).command {
+    let command = parse_words(std::env::args_os().collect()).command;
+    if let Err(refusal) = engine_of_environment() {
+        eprintln!("umbra: {refusal}");
+        return ExitCode::from(2);
+    }
+    let result = match command {
         Command::Run(args) => run::run(*args, &Faults::default(), &Waits::default()),
         Command::Images(args) => images::run(&args),
         Command::Doctor(args) => doctor::run(&args),

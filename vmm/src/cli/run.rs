@@ -6,8 +6,9 @@ use super::deterministic::{self, DeterministicArgs, Stdin};
 use super::guests::{Endings, GuestsArgs};
 use super::observers::Observers;
 use super::replacement::Replacement;
-use super::{Format, adopt_demo, age, dirty, ksm, kvm_device, parse, trace};
+use super::{Format, adopt_demo, age, choose_engine, dirty, engine, ksm, parse, trace};
 use crate::deterministic::Deterministic;
+use crate::engine::EngineChoice;
 use crate::fleet::Fleet;
 use crate::guest::Arguments;
 use crate::inject::Waits;
@@ -42,6 +43,14 @@ pub(super) struct RunArgs {
     /// What a page fault brings along: `off`, a block of this SIZE, or what the faults so far suggest.
     #[arg(long, value_name = "off|SIZE|adaptive", default_value = "adaptive", value_parser = parse::fault_around)]
     fault_around: FaultAroundPolicy,
+    /// What runs the guest. The same program does the same under each.
+    ///
+    /// `kvm` is a virtual machine whose CPU walks umbra's tables: page faults are cheapest there, and only there can memory of umbra's
+    /// own be shown to a guest. It needs /dev/kvm. `ptrace` is a traced process whose mappings follow umbra's tables: it needs no
+    /// device and no rights; code runs at full speed, page faults and changes of mappings cost more. `auto` takes KVM where it
+    /// works, else ptrace, and says so. `umbra doctor` says what works here. Without this option: UMBRA_ENGINE, or else auto.
+    #[arg(long, value_name = "ENGINE")]
+    engine: Option<EngineChoice>,
     #[command(flatten)]
     guests: GuestsArgs,
     /// Print what the run cost, to stderr, at the end.
@@ -75,7 +84,7 @@ pub(super) struct RunArgs {
     /// faults: roughly 1 ms for 64 MiB of memory in use, so 0.1 % of a CPU at 1s. Without a pattern in freed frames, as --check has it.
     #[arg(long, value_name = "EVERY", value_parser = parse::interval, conflicts_with = "check")]
     audit: Option<Duration>,
-    /// Where the report goes that umbra writes when it fails itself, because KVM lost a vCPU or an audit found something:
+    /// Where the report goes that umbra writes when it fails itself, because the engine lost a vCPU or an audit found something:
     /// umbra-report-PID.txt, for its owner's eyes only. By default the current folder, or $TMPDIR or /tmp where that cannot be
     /// written.
     #[arg(long, value_name = "DIR")]
@@ -86,7 +95,7 @@ pub(super) struct RunArgs {
         "program", "guests", "ksm", "stats", "audit", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
     ])]
     adopt_demo: bool,
-    /// How KVM's view of the frames is filled; for benchmarks.
+    /// How the engine's view of the frames is filled; for benchmarks. `userfaultfd` is for KVM alone.
     #[arg(long, value_name = "HOW", default_value = "ahead", hide = true)]
     window: WindowArg,
     /// The program, or a bundled guest by its name; what follows are its arguments.
@@ -113,6 +122,7 @@ pub(super) fn run(args: RunArgs, faults: &Faults, waits: &Waits) -> Result<ExitC
         eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
         return Ok(ExitCode::from(2));
     }
+    choose_engine(args.engine);
     let shows_one = args.age.given().or(args.dirty.given()).or(args.trace.given());
     let refusal = args.guests.refusal(shows_one, args.memory);
     let count = args.guests.count();
@@ -186,7 +196,7 @@ fn run_traced(
     began: Instant,
 ) -> Result<u8> {
     let config = VmConfig {
-        kvm_device: kvm_device(),
+        engine: engine(),
         memory: args.memory,
         pool: None,
         fault_around: args.fault_around,

@@ -104,10 +104,12 @@ fn write_head(out: &mut String, kind: &str, what: &str, machine: &Machine) -> st
     )?;
     writeln!(out, "umbra     {}, pid {}", env!("CARGO_PKG_VERSION"), std::process::id())?;
     writeln!(out, "command   {}", command_line(std::env::args_os()))?;
-    let kvm = machine.kvm();
-    write_host(out, kvm.facts())?;
-    let methods: Vec<_> = kvm.flush_methods().iter().map(ToString::to_string).collect();
-    writeln!(out, "flush methods that work: {}", methods.join(", "))?;
+    let engine = machine.engine();
+    writeln!(out, "engine    {}", engine.kind())?;
+    write_host(out, engine.facts())?;
+    for line in engine.describe() {
+        writeln!(out, "{line}")?;
+    }
     writeln!(out, "accessed and dirty bits: {:?}", machine.ad_bits())
 }
 

@@ -4,14 +4,160 @@
 //! An engine is small on purpose. It does not know what a system call means or why a page is missing; it says *that* one
 //! was made and *which* access failed, and goes on when told.
 
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`kvm`] | ring 3 of a virtual machine; the CPU walks the shadow map |
+//! | [`ptrace`] | a traced process, whose mappings are filled from the shadow map |
+//! | [`choice`] | which of them |
+
+use kvm::HostFacts;
+use serde::Serialize;
 use shadow_mmu::addr::{Access, Gpa, Pfn};
-use std::fmt::Debug;
+use shadow_mmu::inject::Faults;
+use shadow_mmu::mm::watch::HostSlots;
+use shadow_mmu::shadow::{AdBits, Prefaulted, Tlb};
+use std::fmt::{self, Debug};
+use std::ops::Range;
 use std::sync::Arc;
 
+pub mod choice;
+mod fpu;
+mod kick;
 pub mod kvm;
+pub mod ptrace;
+mod shortage;
 mod snapshot;
+#[cfg(test)]
+pub(crate) mod testing;
 
+#[cfg(test)]
+mod traced_child;
+
+pub use choice::{EngineChoice, EngineConfig};
 pub use snapshot::{Facts, VcpuSnapshot};
+
+/// Which engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// [`kvm`].
+    Kvm,
+    /// [`ptrace`].
+    Ptrace,
+}
+
+impl EngineKind {
+    /// Where a guest ran, for people: `on KVM (pvm)`, `by ptrace`.
+    pub fn place(self, kvm_backend: &str) -> String {
+        match self {
+            Self::Kvm => format!("on KVM ({kvm_backend})"),
+            Self::Ptrace => "by ptrace".to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Ptrace => "ptrace",
+        })
+    }
+}
+
+/// One virtual machine of some engine, over the frame pool that it was made with.
+pub trait Engine: Debug + Send + Sync {
+    /// Which engine.
+    fn kind(&self) -> EngineKind;
+
+    /// A vCPU that runs on the table `root`, which holds the [upper entry](Self::upper_entry) if there is one; with all
+    /// registers zero and the FPU of a new process.
+    ///
+    /// # Errors
+    /// [`SetupError`]; one that [is a limit](SetupError::is_vcpu_limit) where too many are in use at once.
+    fn create_vcpu(self: Arc<Self>, root: Pfn) -> Result<Box<dyn Vcpu>, SetupError>;
+
+    /// The flush strategy, for the shadow map.
+    fn tlb(self: Arc<Self>) -> Arc<dyn Tlb>;
+
+    /// What adopted mappings are shown through, for the watch over the address space.
+    ///
+    /// # Errors
+    /// The engine cannot show memory of this process.
+    fn host_slots(self: Arc<Self>) -> Result<Arc<dyn HostSlots>, SetupError>;
+
+    /// The most vCPUs that can be in use at once.
+    fn max_vcpus(&self) -> usize;
+
+    /// What the engine does with the Accessed and Dirty marks.
+    fn ad_bits(&self) -> AdBits;
+
+    /// The place and the raw value of the entry that belongs into the upper half of every root table, if there is one. It is
+    /// constant, and it is not an entry of the shadow map: leave it alone when that is zapped.
+    fn upper_entry(&self) -> Option<(usize, u64)>;
+
+    /// The marks worth giving to what a fault brings along, where nobody asks for A and D.
+    fn prefaulted(&self) -> Prefaulted;
+
+    /// The addresses, in this process, of the engine's own mapping of the frame pool, if it has one.
+    fn window(&self) -> Option<Range<u64>>;
+
+    /// From now on `faults` decides over the engine's fault points, and over those of vCPUs that are made from now on. Once.
+    fn arm(&self, faults: Faults);
+
+    /// What the host is.
+    fn facts(&self) -> &HostFacts;
+
+    /// What is in use, for reports: a line each.
+    fn describe(&self) -> Vec<String>;
+}
+
+/// An engine cannot be set up, or cannot give what it is asked for. One line that says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::SetupError),
+    /// ptrace.
+    #[error(transparent)]
+    Ptrace(#[from] ptrace::SetupError),
+    /// Another engine could do it.
+    #[error("the {engine} engine {what}: {instead}")]
+    Unsupported {
+        /// Which cannot.
+        engine: EngineKind,
+        /// What it does not do: `has no …`, `cannot …`.
+        what: &'static str,
+        /// What to do instead.
+        instead: &'static str,
+    },
+}
+
+impl SetupError {
+    /// Whether all vCPUs that a machine may have are in use.
+    pub fn is_vcpu_limit(&self) -> bool {
+        matches!(
+            self,
+            Self::Kvm(kvm::SetupError::VcpuLimit { .. }) | Self::Ptrace(ptrace::SetupError::VcpuLimit { .. })
+        )
+    }
+
+    /// Whether the frame pool has too few frames for it.
+    pub fn is_out_of_frames(&self) -> bool {
+        matches!(self, Self::Kvm(kvm::SetupError::Frames(_)) | Self::Ptrace(ptrace::SetupError::Frames(_)))
+    }
+}
+
+/// What `rdtsc` and `rdtscp` do in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimeStamps {
+    /// They read the CPU's counter.
+    #[default]
+    OfTheCpu,
+    /// They are general-protection exceptions.
+    Trapped,
+}
 
 /// The registers of a guest thread, as ring 3 sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,6 +243,9 @@ pub trait Vcpu: Debug + Send {
     /// may not choose (system flags, segments) and reports an address that no code can have as a general-protection
     /// exception.
     fn regs_mut(&mut self) -> &mut Regs;
+
+    /// Says what `rdtsc` is to do from the next entry on.
+    fn set_time_stamps(&mut self, time_stamps: TimeStamps);
 
     /// The FPU, SSE and AVX state in the CPU's XSAVE format (standard form, with the header at byte 512).
     ///

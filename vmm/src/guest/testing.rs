@@ -5,7 +5,7 @@
 
 use super::*;
 use crate::deterministic::{Deterministic, Quantum};
-use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
+use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{Backing, MapFlags, Mm};
@@ -76,6 +76,7 @@ impl Vcpu for FakeVcpu {
     fn regs_mut(&mut self) -> &mut Regs {
         &mut self.regs
     }
+    fn set_time_stamps(&mut self, _time_stamps: TimeStamps) {}
     fn xsave(&self) -> Result<Vec<u8>, EngineError> {
         Ok(self.xsave.clone())
     }

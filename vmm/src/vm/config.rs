@@ -2,27 +2,26 @@
 //! What a machine is to be like, and the flush strategy that comes of it.
 
 use crate::deterministic::Deterministic;
-use crate::engine::kvm::KvmVm;
+use crate::engine::{Engine, EngineConfig};
 use crate::inject::points::FLUSH;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::inject::{Effect, Faults};
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb, Zapped};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How the pages of the window, KVM's view of the frames, come to be.
+/// How the pages of the window, the engine's view of the frames, come to be. An engine without one has nothing to fill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WindowFill {
-    /// As KVM needs them, and ahead of need for what a fault brought along.
+    /// As the engine needs them, and ahead of need for what a fault brought along.
     #[default]
     Ahead,
-    /// As KVM needs them.
+    /// As the engine needs them.
     OnDemand,
     /// By a thread that serves userfaultfd events, each after this long: what monitors do that back guest memory themselves.
-    /// For comparison.
+    /// For comparison; an engine without a window refuses.
     Userfaultfd(Duration),
 }
 
@@ -38,8 +37,8 @@ pub enum Frames {
 /// What a machine is made of.
 #[derive(Debug, Clone)]
 pub struct VmConfig {
-    /// The KVM device.
-    pub kvm_device: PathBuf,
+    /// What runs it.
+    pub engine: EngineConfig,
     /// Bytes of memory, page tables included. Where the pool is shared it is what the guest adds to it, and how many threads it
     /// may have goes by it; nothing else holds the guest to it.
     pub memory: u64,
@@ -62,10 +61,10 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// A machine on this device with `memory` bytes of its own, and nothing special about it.
-    pub fn new(kvm_device: PathBuf, memory: u64) -> Self {
+    /// A machine of this engine with `memory` bytes of its own, and nothing special about it.
+    pub fn new(engine: EngineConfig, memory: u64) -> Self {
         Self {
-            kvm_device,
+            engine,
             memory,
             pool: None,
             fault_around: FaultAroundPolicy::default(),
@@ -108,9 +107,9 @@ pub enum AdBitsUse {
 
 impl AdBitsUse {
     /// What that comes to on this engine.
-    pub(super) fn of(self, kvm: &KvmVm) -> AdBits {
+    pub(super) fn of(self, engine: &dyn Engine) -> AdBits {
         match self {
-            Self::Engine => kvm.ad_bits(),
+            Self::Engine => engine.ad_bits(),
             Self::Off => AdBits::None,
         }
     }

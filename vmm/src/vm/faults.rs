@@ -93,7 +93,7 @@ impl VcpuFaults {
         self.machine.told_unreachable.call_once(|| {
             let page = match at {
                 Some(at) => format!("the page of adopted memory at {at}"),
-                None => "a page of adopted memory that KVM does not name".to_owned(),
+                None => "a page of adopted memory that the engine does not name".to_owned(),
             };
             log::warn!(
                 "the guest gets SIGBUS: the host could not reach {page} in {TRIES} tries, with all changes of adopted \

@@ -42,7 +42,7 @@ impl UmbraSide {
         let bytes = pages.saturating_mul(PAGE_SIZE);
         // Room for what the program notes of its pages, tables, and the reserve that pages ahead of need stay clear of.
         let memory = (bytes + bytes / 4).saturating_add(32 << 20);
-        let config = VmConfig { tracking: TOLD, ..VmConfig::new(crate::cli::kvm_device(), memory) };
+        let config = VmConfig { tracking: TOLD, ..VmConfig::new(crate::cli::engine(), memory) };
         let program = Program::guest(config, words, pages)?;
         let machine = program.told().expect_machine()?;
         let mm = Arc::clone(machine.mm());

@@ -12,10 +12,7 @@ use shadow_mmu::shadow::FaultAroundPolicy;
 /// A small machine, if there can be one here.
 fn guest(work: &Work) -> Option<Memstress> {
     let config = work.config(FaultAroundPolicy::Adaptive, WindowFill::Ahead, Tracking::default());
-    if !config.kvm_device.exists() {
-        println!("skipped: no {}", config.kvm_device.display());
-        return None;
-    }
+    crate::engine::testing::guests()?;
     Some(Memstress::guest(config, work).unwrap())
 }
 

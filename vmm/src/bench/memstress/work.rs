@@ -71,7 +71,7 @@ impl Work {
         let bytes = self.total_pages().saturating_mul(PAGE_SIZE);
         let threads = u64::from(self.threads) << 20;
         let memory = (bytes + bytes / 4 + threads).saturating_add(32 << 20);
-        VmConfig { fault_around, window, tracking, ..VmConfig::new(crate::cli::kvm_device(), memory) }
+        VmConfig { fault_around, window, tracking, ..VmConfig::new(crate::cli::engine(), memory) }
     }
 
     /// The command line behind the program's name.

@@ -5,8 +5,7 @@
 //! (a shutdown, a failed entry, MMIO, an error that KVM blames on itself) is the end of the vCPU, with all that is known.
 
 use super::raw_vcpu::RawVcpu;
-use super::vcpu::TimeStamps;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, TimeStamps};
 use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit};

@@ -42,8 +42,8 @@
 //! two system calls.
 
 use super::KvmVm;
-use super::kick::{Requests, RunState};
 use super::window::{Run, Window};
+use crate::engine::kick::{Requests, RunState};
 use crate::inject::points::{KICK, WINDOW_MADVISE};
 use kvm_bindings::kvm_userspace_memory_region;
 use serde::Serialize;

@@ -4,6 +4,7 @@
 //! [`host_facts`] needs no permission: what it cannot learn it leaves out, and says why.
 
 use super::error::SetupError;
+use crate::engine::EngineKind;
 use kvm_ioctls::{Cap, Kvm};
 use serde::Serialize;
 use std::ffi::{CStr, CString, c_ulong};
@@ -27,6 +28,8 @@ pub enum Backend {
     Shadow,
     /// No KVM module that this program knows.
     Unknown,
+    /// KVM is not in use: another engine is.
+    None,
 }
 
 impl Backend {
@@ -35,11 +38,11 @@ impl Backend {
         matches!(self, Self::Npt | Self::Ept)
     }
 
-    /// Whether KVM walks guests' page tables in software and sets A and D there for accesses that have happened. A CPU that
-    /// walks them may set A for prefetches and speculative accesses too (Intel SDM vol. 3, 4.10.2.3); D it sets for writes
-    /// alone.
+    /// Whether guests' page tables are walked in software, by KVM or another engine, which sets A and D there for accesses
+    /// that have happened. A CPU that walks them may set A for prefetches and speculative accesses too (Intel SDM vol. 3,
+    /// 4.10.2.3); D it sets for writes alone.
     pub fn walks_in_software(self) -> bool {
-        matches!(self, Self::Pvm | Self::Shadow)
+        matches!(self, Self::Pvm | Self::Shadow | Self::None)
     }
 }
 
@@ -51,6 +54,7 @@ impl fmt::Display for Backend {
             Self::Ept => "ept",
             Self::Shadow => "shadow",
             Self::Unknown => "unknown",
+            Self::None => "none",
         })
     }
 }
@@ -82,6 +86,21 @@ pub struct HostFacts {
 }
 
 impl HostFacts {
+    /// Those of an engine that is not KVM.
+    pub fn without_kvm() -> Self {
+        Self { kvm_backend: Backend::None, ..machine_facts() }
+    }
+
+    /// The engine that they are of.
+    pub fn engine(&self) -> EngineKind {
+        match self.kvm_backend {
+            Backend::None => EngineKind::Ptrace,
+            Backend::Pvm | Backend::Npt | Backend::Ept | Backend::Shadow | Backend::Unknown => {
+                EngineKind::Kvm
+            }
+        }
+    }
+
     /// The value of a capability that umbra looks at; 0 for others.
     pub fn capability(&self, name: &str) -> i32 {
         self.capabilities.iter().find(|capability| capability.name == name).map_or(0, |found| found.value)
@@ -158,7 +177,7 @@ pub fn host_facts(device: &Path) -> HostFacts {
 }
 
 /// The facts that need no device.
-fn machine_facts() -> HostFacts {
+pub(in crate::engine) fn machine_facts() -> HostFacts {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));

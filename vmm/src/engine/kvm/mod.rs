@@ -7,26 +7,27 @@
 //!        ├─ flush methods, and which of them work here                        flush.rs, probe.rs
 //!        ├─ memslots of adopted mappings                                      host_slots.rs
 //!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
-//! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, kick.rs
+//!           as an engine                                                       engine.rs
+//! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, interrupt.rs
 //!           and what is known of one that is lost                             snapshot.rs, shortage.rs
 //! ```
 //!
 //! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the
 //! monitor's list of frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
 
+mod engine;
 mod error;
 mod exit;
 mod flush;
 mod fpu;
 mod host;
 mod host_slots;
-mod kick;
+mod interrupt;
 mod monitor;
 mod opcode;
 mod probe;
 mod probe_guest;
 mod raw_vcpu;
-mod shortage;
 mod snapshot;
 mod vcpu;
 mod window;
@@ -48,12 +49,13 @@ mod track_tests;
 
 pub use error::SetupError;
 pub use flush::FlushMethod;
+pub(super) use host::machine_facts;
 pub use host::{Backend, Capability, HostFacts, host_facts};
 pub use probe::{Change, Effort, FlushReport, FlushRow};
-pub use vcpu::{KvmVcpu, TimeStamps};
+pub use vcpu::KvmVcpu;
 
+use crate::engine::fpu::FpuLayout;
 use flush::{Flusher, KvmTlb};
-use fpu::FpuLayout;
 use host_slots::{AdoptedSlots, KvmHostSlots};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -101,7 +103,7 @@ impl KvmVm {
     /// [`SetupError`].
     pub fn new(device: &Path, pool: Arc<FramePool>) -> Result<Arc<Self>, SetupError> {
         let (kvm, facts) = host::open(device)?;
-        kick::install_handler()?;
+        interrupt::install_handler()?;
         let model = CpuModel::of_host(&kvm, facts.capability("KVM_CAP_XSAVE2"))?;
         let vm = loop {
             match kvm.create_vm() {

@@ -11,9 +11,10 @@
 //! entry the others.
 
 use super::error::SetupError;
-use super::fpu::FpuLayout;
-use super::kick::RunState;
+use super::interrupt::KvmInterrupt;
 use super::monitor::{self, VcpuPages};
+use crate::engine::fpu::FpuLayout;
+use crate::engine::kick::RunState;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, kvm_sregs, kvm_xcrs,
 };
@@ -63,7 +64,7 @@ impl CpuModel {
         let base = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE;
         let has = optional.iter().filter(|(register, bit, _)| register >> bit & 1 != 0);
         let cr4 = has.fold(base, |cr4, (.., flag)| cr4 | flag);
-        let fpu = FpuLayout::new(&cpuid, xsave2);
+        let fpu = FpuLayout::of_kvm(&cpuid, xsave2);
         Ok(Self { cpuid, cr4, fpu })
     }
 
@@ -145,8 +146,8 @@ impl RawVcpu {
         fd.set_sync_valid_reg(SyncReg::Register);
         fd.set_sync_valid_reg(SyncReg::SystemRegister);
         // SAFETY: the pointer is into `kick_view`, which lives as long as `fd`; only a thread that has `fd` enters.
-        let state = unsafe { RunState::new(&raw mut kick_view.as_mut_ref().immediate_exit) };
-        Ok(Self { fd, state: Arc::new(state), pages, ring3, _kick_view: kick_view })
+        let interrupt = unsafe { KvmInterrupt::new(&raw mut kick_view.as_mut_ref().immediate_exit) };
+        Ok(Self { fd, state: Arc::new(RunState::new(interrupt)), pages, ring3, _kick_view: kick_view })
     }
 
     /// Makes the FPU that of a new process.

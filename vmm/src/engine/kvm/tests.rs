@@ -3,7 +3,7 @@
 //! its own. What a hostile guest may try is in `hostile`, flushing in `flush_tests`.
 
 use super::testing::*;
-use crate::engine::{Exit, Kick, Regs, Vcpu};
+use crate::engine::{Exit, Kick, Regs, TimeStamps, Vcpu};
 use shadow_mmu::addr::Access;
 use shadow_mmu::frame::FreedFrames;
 use std::sync::Arc;
@@ -344,13 +344,13 @@ fn rdtsc_is_trapped_where_that_is_asked_for() {
     let mut vcpu = guest.vcpu();
     assert_eq!(vcpu.run().unwrap(), Exit::Syscall, "untrapped by default");
     start(&mut vcpu);
-    vcpu.set_time_stamps(super::TimeStamps::Trapped);
+    vcpu.set_time_stamps(TimeStamps::Trapped);
     assert_eq!((vcpu.run().unwrap(), vcpu.regs().rip), (exception(13, 0), CODE));
     vcpu.regs_mut().rip = CODE + 2;
     assert_eq!((vcpu.run().unwrap(), vcpu.regs().rip), (exception(13, 0), CODE + 2));
     // This thread's own clock is back.
     let _ = Instant::now();
     vcpu.regs_mut().rip = CODE;
-    vcpu.set_time_stamps(super::TimeStamps::OfTheCpu);
+    vcpu.set_time_stamps(TimeStamps::OfTheCpu);
     assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
 }

@@ -36,13 +36,13 @@
 
 use super::KvmVm;
 use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, lost, switch_root_and_back};
-use super::kick::{Kicker, Requests};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
 use super::opcode::software_interrupt;
 use super::raw_vcpu::{CR4_TSD, RawVcpu};
-use super::shortage::Shortage;
 use super::snapshot::snapshot;
-use crate::engine::{EngineError, Exit, Kick, Regs, Vcpu};
+use crate::engine::kick::{Kicker, Requests};
+use crate::engine::shortage::Shortage;
+use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::SyncReg;
 use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
@@ -153,21 +153,11 @@ pub struct KvmVcpu {
     time_stamps: TimeStamps,
 }
 
-/// What `rdtsc` and `rdtscp` do in the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum TimeStamps {
-    /// They read the CPU's counter.
-    #[default]
-    OfTheCpu,
-    /// They are general-protection exceptions.
-    ///
-    /// The guest's CR4.TSD asks for that. Where the guest runs under the CR4 of who runs KVM (nested PVM, Linux 6.18) that has
-    /// no effect, but the thread's own setting has (`prctl(PR_SET_TSC)`); so both are used.
-    Trapped,
-}
-
 impl TimeStamps {
     /// Calls `enter` with the thread's own `rdtsc` as the guest's is to be. `enter` reads no clock: reading one is `rdtsc` too.
+    ///
+    /// The guest's CR4.TSD asks for the trap. Where the guest runs under the CR4 of who runs KVM (nested PVM, Linux 6.18) that has
+    /// no effect, but the thread's own setting has (`prctl(PR_SET_TSC)`); so both are used.
     pub(super) fn around<T>(self, enter: impl FnOnce() -> T) -> T {
         if self == Self::OfTheCpu {
             return enter();
@@ -191,11 +181,6 @@ impl KvmVcpu {
         let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.faults() });
         let (regs, shortage, time_stamps) = Default::default();
         Self { raw: Some(raw), vm, root, kicker, regs, shortage, time_stamps }
-    }
-
-    /// Says what `rdtsc` is to do from the next entry on.
-    pub fn set_time_stamps(&mut self, time_stamps: TimeStamps) {
-        self.time_stamps = time_stamps;
     }
 
     /// The table that this vCPU walks.
@@ -381,6 +366,10 @@ impl Vcpu for KvmVcpu {
 
     fn regs_mut(&mut self) -> &mut Regs {
         &mut self.regs
+    }
+
+    fn set_time_stamps(&mut self, time_stamps: TimeStamps) {
+        self.time_stamps = time_stamps;
     }
 
     fn xsave(&self) -> Result<Vec<u8>, EngineError> {

@@ -157,7 +157,7 @@ fn umbra_gives_up_only_where_that_is_promised_and_says_why() {
     // A guest that was running is none that could not be started.
     let lost = verdict(ENOMEM, |_, seen| {
         failed(seen, 125);
-        seen.stderr.push_str("umbra: the guest is lost: KVM lost a vCPU: it gave up\n");
+        seen.stderr.push_str("umbra: the guest is lost: the engine (kvm) lost a vCPU: it gave up\n");
     });
     assert_eq!(lost, Err(Kind::Status));
     let silent = |seen: &mut Observed, status| {

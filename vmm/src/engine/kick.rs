@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Making a vCPU leave the guest: one word a vCPU, a signal, and `immediate_exit`.
+//! Making a vCPU leave the guest: one word a vCPU, and the engine's way to interrupt it.
 //!
 //! # Protocol
 //!
@@ -7,23 +7,21 @@
 //! is; KVM cannot destroy a vCPU, so one serves many guest threads in turn).
 //!
 //! ```text
-//!            enter (no request pending)            request             signal sent
-//!   OUTSIDE ───────────────────────────► IN_GUEST ─────────► SENDING ─────────────► SENT
-//!      ▲                                     │ leave                                  │ leave: clears immediate_exit
-//!      └─────────────────────────────────────┴────────────────────────────────────────┘
+//!            enter (no request pending)            request             interrupt sent
+//!   OUTSIDE ───────────────────────────► IN_GUEST ─────────► SENDING ────────────────► SENT
+//!      ▲                                     │ leave                                     │ leave: takes it back
+//!      └─────────────────────────────────────┴───────────────────────────────────────────┘
 //! ```
 //!
 //! * The vCPU's thread *enters* by one compare-exchange that fails while a request is pending. So a request made
 //!   before the entry is seen by the entry, and one made after it finds IN_GUEST: there is no gap between the two, and
 //!   no fence to forget, because both sides work on the same word.
-//! * Whoever turns IN_GUEST into SENDING sets `immediate_exit` and sends the signal. `immediate_exit` covers a thread
-//!   that has entered but not yet reached the check in KVM_RUN; the signal covers one that is past it. A signal that
-//!   arrives after KVM_RUN came back for another reason interrupts nothing.
-//! * The thread cannot get out of [`leave`](RunState::leave) while the word says SENDING. So the signal goes to a thread
-//!   that is inside [`run`](crate::engine::Vcpu::run): never to one that ended, never to a recycled thread id; and the
-//!   sender's pointer to `immediate_exit` is good, because the vCPU cannot be dropped under it.
+//! * Whoever turns IN_GUEST into SENDING sends the engine's [`Interrupt`], once. It must end the guest's run also where
+//!   the vCPU's thread has entered but has not reached the guest yet.
+//! * The thread cannot get out of [`leave`](RunState::leave) while the word says SENDING. So the interrupt goes to a vCPU
+//!   whose thread is inside [`run`](crate::engine::Vcpu::run): what that keeps alive, the sender can use.
 //! * A request stays in the word until the vCPU's thread takes it. Requests are not counted; one that is pending already
-//!   sends no second signal.
+//!   sends no second interrupt.
 //! * A [`Kicker`] knows the lease it was made for. Against a word of another lease (the vCPU is parked, or serves
 //!   another guest thread by now) it does nothing.
 //!
@@ -35,16 +33,12 @@
 //! the exchange that is saved. `leave` releases, [`RunState::is_out`] acquires: what the guest wrote
 //! before it left is visible to who waited for it.
 
-use super::error::SetupError;
-use crate::engine::Kick;
+use super::Kick;
 use crate::inject::points::KICK;
 use shadow_mmu::inject::Faults;
-use std::cell::Cell;
-use std::ffi::{c_int, c_void};
+use std::fmt::Debug;
 use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering, fence};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 const MODE: u64 = 0b11;
 const OUTSIDE: u64 = 0;
@@ -68,66 +62,32 @@ bitflags::bitflags! {
     }
 }
 
-/// The signal that interrupts KVM_RUN: the first real-time signal that libc leaves to programs.
-fn kick_signal() -> c_int {
-    SIGRTMIN()
-}
+/// How an engine gets a vCPU out of the guest. [`RunState`] calls it, and nobody else.
+pub(super) trait Interrupt: Debug + Send + Sync {
+    /// The calling thread is about to enter the guest, or to find that it must not. What is stored here, with any ordering,
+    /// is seen by `send`.
+    fn entering(&self);
 
-/// Nothing to do: that the signal was delivered is what ends KVM_RUN.
-extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
+    /// Makes the guest's run end, or the one that is about to begin. Once at most between an `entering` and the thread's
+    /// leave; from any thread. Does not wait. It cannot fail: what the host refuses is for the log.
+    fn send(&self);
 
-/// Installs the handler of the kick signal, once a process.
-pub(super) fn install_handler() -> Result<(), SetupError> {
-    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
-    INSTALLED
-        .get_or_init(|| register_signal_handler(kick_signal(), on_kick).map_err(|error| error.errno()))
-        .map_err(|errno| SetupError::host("installing the kick signal's handler", None, errno))
-}
-
-/// This thread's id, with the kick signal unblocked. One system call pair a thread, not one a run.
-fn kickable_thread() -> i32 {
-    thread_local!(static TID: Cell<i32> = const { Cell::new(0) });
-    TID.with(|tid| {
-        if tid.get() == 0 {
-            if let Err(error) = unblock_signal(kick_signal()) {
-                log::warn!("cannot unblock the kick signal, kicks may be late: {error:?}");
-            }
-            // SAFETY: takes nothing, cannot fail.
-            tid.set(unsafe { libc::gettid() });
-        }
-        tid.get()
-    })
+    /// Undoes what `send` left behind. By the thread that entered, on its way out; only after a `send`,
+    /// and then once or more.
+    fn take_back(&self);
 }
 
 /// Where a vCPU is and what others want of it.
 #[derive(Debug)]
 pub(super) struct RunState {
     word: AtomicU64,
-    /// The thread inside `run`; meaningful in every mode but OUTSIDE.
-    tid: AtomicI32,
-    /// `kvm_run.immediate_exit`, through a mapping of its own; outlives every mode but OUTSIDE.
-    immediate_exit: AtomicPtr<u8>,
+    interrupt: Box<dyn Interrupt>,
 }
 
 impl RunState {
     /// A vCPU outside the guest, not leased yet.
-    ///
-    /// # Safety
-    /// `immediate_exit` must be valid for atomic access whenever a thread is between [`enter`](Self::enter) and
-    /// [`leave`](Self::leave).
-    pub(super) unsafe fn new(immediate_exit: *mut u8) -> Self {
-        Self {
-            word: AtomicU64::new(0),
-            tid: AtomicI32::new(0),
-            immediate_exit: AtomicPtr::new(immediate_exit),
-        }
-    }
-
-    fn set_immediate_exit(&self, value: u8) {
-        let at = self.immediate_exit.load(Ordering::Relaxed);
-        // SAFETY: called with the mode SENDING or SENT only, where the pointer is valid (contract of `new`).
-        let byte = unsafe { AtomicU8::from_ptr(at) };
-        byte.store(value, Ordering::SeqCst);
+    pub(super) fn new(interrupt: impl Interrupt + 'static) -> Self {
+        Self { word: AtomicU64::new(0), interrupt: Box::new(interrupt) }
     }
 
     /// Begins a new lease: kickers of earlier ones are void and what they asked for is forgotten.
@@ -142,8 +102,8 @@ impl RunState {
 
     /// Goes into the guest, unless there are requests other than `deferred`: then it stays out and returns them.
     pub(super) fn enter(&self, deferred: Requests) -> Result<(), Requests> {
-        // Published by the exchange below; read by a sender after it acquired IN_GUEST.
-        self.tid.store(kickable_thread(), Ordering::Relaxed);
+        // Published by the exchange below; a sender has acquired IN_GUEST.
+        self.interrupt.entering();
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
             let requests = Requests::from_bits_truncate(word) - deferred;
@@ -169,7 +129,7 @@ impl RunState {
                     word = self.word.load(Ordering::Acquire);
                     continue;
                 }
-                SENT => self.set_immediate_exit(0),
+                SENT => self.interrupt.take_back(),
                 _ => {}
             }
             match self.word.compare_exchange_weak(word, word & !MODE, Ordering::SeqCst, Ordering::Acquire) {
@@ -190,7 +150,7 @@ impl RunState {
             }
             if word & request.bits() != 0 {
                 // Asked for already. The vCPU is on its way out, or was and goes in once more before it serves it;
-                // another signal would only delay that.
+                // another interrupt would only delay that.
                 return;
             }
             let send = word & MODE == IN_GUEST;
@@ -202,15 +162,7 @@ impl RunState {
             }
         };
         if send {
-            self.set_immediate_exit(1);
-            let (process, signal) = (std::process::id(), kick_signal());
-            let tid = self.tid.load(Ordering::Relaxed);
-            // SAFETY: takes plain numbers. The thread is alive: it waits for SENT before it leaves `run`.
-            let result = unsafe { libc::syscall(libc::SYS_tgkill, process, tid, signal) };
-            if result != 0 {
-                // The queue of real-time signals may be full (RLIMIT_SIGPENDING); one that is queued does the job.
-                log::warn!("cannot signal thread {tid}: {}", std::io::Error::last_os_error());
-            }
+            self.interrupt.send();
             self.word.fetch_or(SENT, Ordering::SeqCst);
         }
     }
@@ -244,5 +196,78 @@ impl Kick for Kicker {
     fn kick(&self) {
         self.faults.hit(&KICK);
         self.state.request(Requests::KICK, Some(self.lease));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// Notes what is called.
+    #[derive(Debug, Clone, Default)]
+    struct Noted(Arc<Mutex<Vec<&'static str>>>);
+
+    impl Interrupt for Noted {
+        fn entering(&self) {
+            self.0.lock().unwrap().push("entering");
+        }
+
+        fn send(&self) {
+            self.0.lock().unwrap().push("send");
+        }
+
+        fn take_back(&self) {
+            self.0.lock().unwrap().push("take back");
+        }
+    }
+
+    impl Noted {
+        fn drain(&self) -> Vec<&'static str> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    #[test]
+    fn only_a_vcpu_in_the_guest_is_interrupted_and_once() {
+        let noted = Noted::default();
+        let state = RunState::new(noted.clone());
+        state.request(Requests::KICK, None);
+        assert!(noted.drain().is_empty());
+        assert_eq!(state.enter(Requests::empty()), Err(Requests::KICK));
+        state.take(Requests::KICK);
+        noted.drain();
+
+        state.enter(Requests::empty()).unwrap();
+        state.request(Requests::KICK, None);
+        state.request(Requests::KICK, None);
+        state.request(Requests::FLUSH, None);
+        assert!(!state.is_out(Requests::KICK));
+        state.leave();
+        assert!(state.is_out(Requests::KICK));
+        assert_eq!(noted.drain(), ["entering", "send", "take back"]);
+        assert_eq!(state.enter(Requests::KICK), Err(Requests::FLUSH));
+    }
+
+    #[test]
+    fn nothing_is_taken_back_that_was_not_sent() {
+        let noted = Noted::default();
+        let state = RunState::new(noted.clone());
+        state.enter(Requests::empty()).unwrap();
+        state.leave();
+        assert_eq!(noted.drain(), ["entering"]);
+    }
+
+    #[test]
+    fn a_kicker_of_an_earlier_lease_does_nothing() {
+        let noted = Noted::default();
+        let state = Arc::new(RunState::new(noted.clone()));
+        let lease = state.begin_lease();
+        let kicker = Kicker { state: Arc::clone(&state), lease, faults: Faults::default() };
+        state.begin_lease();
+        state.enter(Requests::empty()).unwrap();
+        kicker.kick();
+        assert!(!state.wants(Requests::KICK));
+        assert_eq!(noted.drain(), ["entering"]);
     }
 }

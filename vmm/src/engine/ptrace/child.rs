@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest's process: how it comes to be, and what is left in it when a guest may run there.
+//!
+//! 1. A thread of umbra, which serves the process from then on, forks. The new process gets the pool as its descriptor 0 and all
+//!    others closed, a session of its own, SIGKILL for when that thread ends, asks to be traced, and executes a program of three
+//!    bytes from memory ([`stub::boot_program`]): nothing of umbra's memory, environment or arguments is in it any more.
+//! 2. That program's one system call maps the stub; the stub's unmaps everything else: the program, its stack, the vDSO.
+//! 3. It gives up privileges, and a filter refuses whatever is not the engine's ([`stub::filter`]).
+//!
+//! Its first thread never runs guest code. It makes the others, and unmaps for threads of umbra that trace none.
+
+use super::error::{EXEC, SetupError, TRACE, UNMAP};
+use super::stub::{self, LIST, MAP_FLAGS, POOL_FD, STUB, STUB_END};
+use super::tracee::{Stop, Tracee, gone};
+use libc::{c_char, c_int, pid_t};
+use shadow_mmu::addr::{LINUX_TASK_SIZE, PAGE_SIZE, Pfn};
+use shadow_mmu::frame::FramePool;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+/// What it is called in lists of processes.
+const NAME: &CStr = c"umbra-guest";
+
+/// The boot program as a file without a name.
+fn boot_file() -> io::Result<File> {
+    let create = |flags: u32| {
+        // SAFETY: the name is a string, and a descriptor comes back or an error.
+        unsafe { libc::memfd_create(NAME.as_ptr(), flags) }
+    };
+    let mut fd = create(libc::MFD_CLOEXEC | libc::MFD_EXEC);
+    if fd < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        // Before Linux 6.3 every one can be executed.
+        fd = create(libc::MFD_CLOEXEC);
+    }
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(&stub::boot_program())?;
+    Ok(file)
+}
+
+fn checked(result: c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Marks every descriptor from `first` on to be closed by exec.
+fn close_on_exec(first: RawFd) {
+    // SAFETY: changes a flag of descriptors of this process, which is about to execute something else.
+    let result =
+        unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if result == 0 {
+        return;
+    }
+    // Before Linux 5.11.
+    // SAFETY: takes a number.
+    let most = unsafe { libc::sysconf(libc::_SC_OPEN_MAX) }.clamp(1024, 1 << 20) as RawFd;
+    for fd in first..most {
+        // SAFETY: as above.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+}
+
+/// What the new process does between fork and exec. Async-signal-safe.
+fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::convert::Infallible> {
+    // SAFETY: takes numbers. The signal is for the end of the thread that forked, which serves this process.
+    checked(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+    // SAFETY: takes nothing.
+    if unsafe { libc::getppid() } != parent {
+        return Err(io::Error::from_raw_os_error(libc::ECHILD));
+    }
+    // Signals of the terminal are for umbra. Fails only for the first of a group, which this process is not.
+    // SAFETY: takes nothing.
+    unsafe { libc::setsid() };
+    // SAFETY: takes numbers.
+    checked(unsafe { libc::dup2(pool, POOL_FD as RawFd) })?;
+    close_on_exec(POOL_FD as RawFd + 1);
+    // SAFETY: takes numbers.
+    if unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) } != 0 {
+        // Told from a failed exec by a number that that cannot give.
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    let (arguments, environment) = ([NAME.as_ptr(), std::ptr::null()], [std::ptr::null::<c_char>()]);
+    // SAFETY: both arrays end with a null pointer; it comes back only with an error.
+    unsafe { libc::fexecve(program, arguments.as_ptr(), environment.as_ptr()) };
+    Err(io::Error::last_os_error())
+}
+
+/// Starts the process, whose tracer the calling thread is from then on, and empties it. `stub` is a frame of `pool` with the
+/// stub's code.
+///
+/// # Errors
+/// [`SetupError`]; no process is left then.
+pub(super) fn start(pool: &FramePool, stub: Pfn) -> Result<Tracee, SetupError> {
+    let program = boot_file().map_err(SetupError::child(EXEC))?;
+    let (pool_fd, program_fd) = (pool.file().as_raw_fd(), program.as_raw_fd());
+    let parent = std::process::id() as pid_t;
+    // What is named here is not executed: `become_guest` executes, or says why not.
+    let mut command = Command::new("umbra-guest");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // SAFETY: what runs between fork and exec makes system calls only, and allocates nothing.
+    unsafe {
+        command.pre_exec(move || become_guest(parent, pool_fd, program_fd).map(|never| match never {}))
+    };
+    let child = command.spawn().map_err(|error| match error.raw_os_error() {
+        Some(libc::ESRCH) => SetupError::child(TRACE)(io::Error::from_raw_os_error(libc::EPERM)),
+        _ => SetupError::child(EXEC)(error),
+    })?;
+    let pid = child.id() as pid_t;
+    let tracee = Tracee { pid, tid: pid };
+    empty(tracee, pool, stub).inspect_err(|_| {
+        // SAFETY: takes numbers; the process is our child, and not waited for yet.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        tracee.wait_until_gone();
+    })?;
+    Ok(tracee)
+}
+
+/// Makes the program that was just executed an empty process with the stub in it.
+fn empty(tracee: Tracee, pool: &FramePool, stub: Pfn) -> Result<(), SetupError> {
+    match tracee.wait().map_err(SetupError::child("waiting for it"))? {
+        Stop::Signal(libc::SIGTRAP) => {}
+        Stop::Gone(status) => return Err(SetupError::child("executing it")(gone(status))),
+        other => {
+            let what = io::Error::other(format!("it stopped with {other:?}"));
+            return Err(SetupError::child("executing it")(what));
+        }
+    }
+    tracee.set_options().map_err(SetupError::child("ptrace(PTRACE_SETOPTIONS)"))?;
+    let rights = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+    let stub_frame = [STUB, PAGE_SIZE, rights, MAP_FLAGS as u64, POOL_FD, stub.offset()];
+    tracee
+        .call_at(stub::BOOT_CODE, libc::SYS_mmap, &stub_frame)
+        .map_err(SetupError::child("mapping the stub (mmap)"))?;
+    for (start, end) in [(0, STUB), (STUB_END, LINUX_TASK_SIZE)] {
+        tracee.call(libc::SYS_munmap, &[start, end - start]).map_err(SetupError::child(UNMAP))?;
+    }
+    let prctl = |what: c_int, argument: u64| tracee.call(libc::SYS_prctl, &[what as u64, argument, 0, 0, 0]);
+    pool.write(stub, LIST, NAME.to_bytes_with_nul());
+    prctl(libc::PR_SET_NAME, STUB + LIST as u64).map_err(SetupError::child("naming it"))?;
+    prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(SetupError::child("prctl(PR_SET_NO_NEW_PRIVS)"))?;
+    pool.write(stub, LIST, &stub::filter_as_bytes());
+    let filter = [libc::SECCOMP_SET_MODE_FILTER as u64, 0, STUB + LIST as u64];
+    tracee.call(libc::SYS_seccomp, &filter).map_err(SetupError::child("installing its filter (seccomp)"))?;
+    pool.write(stub, LIST, &vec![0; PAGE_SIZE as usize - LIST]);
+    Ok(())
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ptrace engine, for hosts without a KVM that can be used: guest threads are threads of a traced process.
+//!
+//! ```text
+//! PtraceVm ─┬─ Service: a thread of umbra, tracer of the process's first thread     service.rs
+//!           │    └─ the process: the pool as its one descriptor, the stub           child.rs, stub.rs
+//!           ├─ SoftTlb: which host mappings it has of the shadow map                tlb.rs
+//!           └─ Pairs: which CPU tracers and tracees run on                          pair.rs
+//! PtraceVcpu ─ one thread of the process: entry, exit, registers                    vcpu.rs
+//!              its stops as exceptions; reads told from writes                      stop.rs, access.rs
+//!              ptrace(2)                                                            tracee.rs
+//!              and what is known of one that is lost                                snapshot.rs
+//! ```
+//!
+//! # Isolation
+//! The process has no memory but frames of the pool that the shadow map maps, and the stub; no descriptor but the pool; no new
+//! privileges; and a filter that refuses each system call that is not the engine's own, should one ever get past the tracers. It
+//! dies with the thread that serves it and with each tracer that ends without ending its tracee. What a guest can see of the engine
+//! is the stub's page, which holds code and nothing else.
+//!
+//! # What differs from KVM
+//! * Adopted mappings of umbra's own process cannot be shown: another process has no way to map them.
+//! * The guest's CPUID is the host's. A segment base in the kernel's half of the addresses is an exception at the next entry.
+//! * A guest can read the stub's page; jumping there is the page fault that it would be.
+//!
+//! # Locks
+//! `mmu_lock` of the shadow map, then the TLB's, then the service's queue. All others are leaves.
+
+mod access;
+mod child;
+mod error;
+mod interrupt;
+mod pair;
+mod service;
+mod snapshot;
+mod stop;
+mod stub;
+mod tlb;
+mod tracee;
+mod vcpu;
+
+pub use error::SetupError;
+pub use vcpu::PtraceVcpu;
+
+use super::fpu::FpuLayout;
+use super::kvm::{HostFacts, machine_facts};
+use super::{Engine, EngineKind, Vcpu};
+use pair::Pairs;
+use service::Service;
+use shadow_mmu::addr::{PAGE_SIZE, Pfn};
+use shadow_mmu::frame::{Fill, FramePool, FreedFrames};
+use shadow_mmu::inject::Faults;
+use shadow_mmu::mm::watch::HostSlots;
+use shadow_mmu::shadow::{AdBits, Prefaulted, SoftTlb, Tlb};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// Entries of the TLB: a quarter of what Linux lets a process map by default (vm.max_map_count, 65,530), or of what this host does.
+const MOST_ENTRIES: usize = 16_384;
+/// Guest threads at once. Each is a thread of umbra and one of the guest's process.
+const MOST_VCPUS: usize = 1_024;
+
+/// One virtual machine: a process for the guest.
+///
+/// Fields are dropped from top to bottom: the process ends before the stub's frame goes back to the pool.
+#[derive(Debug)]
+pub struct PtraceVm {
+    service: Service,
+    stub: Pfn,
+    tlb: SoftTlb,
+    pairs: Arc<Pairs>,
+    vcpus: AtomicUsize,
+    fpu: FpuLayout,
+    faults: OnceLock<Faults>,
+    facts: HostFacts,
+    pool: Arc<FramePool>,
+}
+
+/// How many entries the TLB may have on this host.
+fn most_entries() -> usize {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    let limit = limit.and_then(|text| text.trim().parse::<usize>().ok());
+    limit.map_or(MOST_ENTRIES, |limit| MOST_ENTRIES.min(limit / 4))
+}
+
+impl PtraceVm {
+    /// A VM whose memory is `pool`, without vCPUs.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub fn new(pool: Arc<FramePool>) -> Result<Arc<Self>, SetupError> {
+        let fpu = FpuLayout::of_this_cpu().ok_or_else(|| {
+            SetupError::child("reading its registers")(io::Error::other(
+                "this CPU has no XSAVE, or the kernel does not use it",
+            ))
+        })?;
+        let stub = pool.alloc(Fill::Zeros)?;
+        pool.write(stub, 0, stub::code());
+        let pairs = Arc::<Pairs>::default();
+        let service = Service::start(&pool, stub, Arc::clone(&pairs)).inspect_err(|_| pool.put(stub))?;
+        Ok(Arc::new(Self {
+            service,
+            stub,
+            tlb: SoftTlb::new(most_entries()),
+            pairs,
+            vcpus: AtomicUsize::new(0),
+            fpu,
+            faults: OnceLock::new(),
+            facts: machine_facts(),
+            pool,
+        }))
+    }
+
+    fn faults(&self) -> Faults {
+        self.faults.get().cloned().unwrap_or_default()
+    }
+
+    fn vcpu_gone(&self) {
+        self.vcpus.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// One more thread of the process.
+    fn new_vcpu(self: &Arc<Self>, root: Pfn) -> Result<PtraceVcpu, SetupError> {
+        if self.vcpus.fetch_add(1, Ordering::Relaxed) >= MOST_VCPUS {
+            self.vcpu_gone();
+            return Err(SetupError::VcpuLimit { limit: MOST_VCPUS });
+        }
+        let made = self.service.ask(|first| first.new_thread()).and_then(|made| made);
+        match made {
+            Ok(tracee) => Ok(PtraceVcpu::new(Arc::clone(self), tracee, root)),
+            Err(error) => {
+                self.vcpu_gone();
+                Err(SetupError::Thread(error))
+            }
+        }
+    }
+}
+
+impl Drop for PtraceVm {
+    fn drop(&mut self) {
+        self.service.end();
+        self.pool.put(self.stub);
+    }
+}
+
+impl Engine for PtraceVm {
+    fn kind(&self) -> EngineKind {
+        EngineKind::Ptrace
+    }
+
+    fn create_vcpu(self: Arc<Self>, root: Pfn) -> Result<Box<dyn Vcpu>, super::SetupError> {
+        Ok(Box::new(self.new_vcpu(root)?))
+    }
+
+    fn tlb(self: Arc<Self>) -> Arc<dyn Tlb> {
+        Arc::new(tlb::PtraceTlb { vm: self })
+    }
+
+    fn host_slots(self: Arc<Self>) -> Result<Arc<dyn HostSlots>, super::SetupError> {
+        Err(super::SetupError::Unsupported {
+            engine: EngineKind::Ptrace,
+            what: "cannot show a guest memory of umbra's own process",
+            instead: "use --engine kvm",
+        })
+    }
+
+    fn max_vcpus(&self) -> usize {
+        MOST_VCPUS
+    }
+
+    fn ad_bits(&self) -> AdBits {
+        AdBits::AfterFlush
+    }
+
+    fn upper_entry(&self) -> Option<(usize, u64)> {
+        None
+    }
+
+    /// What is not marked is not mapped, and costs a stop of its own.
+    fn prefaulted(&self) -> Prefaulted {
+        Prefaulted::Young
+    }
+
+    fn window(&self) -> Option<Range<u64>> {
+        None
+    }
+
+    fn arm(&self, faults: Faults) {
+        let _ = self.faults.set(faults);
+    }
+
+    fn facts(&self) -> &HostFacts {
+        &self.facts
+    }
+
+    fn describe(&self) -> Vec<String> {
+        vec![format!(
+            "the guest's process is {}, with {} mappings of {} at most",
+            self.service.first.pid,
+            self.tlb.len(),
+            most_entries()
+        )]
+    }
+}
+
+/// Whether guests can be run by this engine here: starts a process and one thread in it.
+///
+/// # Errors
+/// [`SetupError`]: why not.
+pub fn probe() -> Result<(), SetupError> {
+    let no_pool = |error| SetupError::child("making a frame pool")(io::Error::other(format!("{error}")));
+    let pool = FramePool::new(16 * PAGE_SIZE, FreedFrames::Keep).map_err(no_pool)?;
+    let vm = PtraceVm::new(Arc::new(pool))?;
+    vm.new_vcpu(Pfn(0)).map(drop)
+}

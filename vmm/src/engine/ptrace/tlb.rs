@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The host's part of the guest's TLB: mappings of the guest's process, made and removed by system calls in it; and the flush
+//! strategy over it. The protocol is that of [`SoftTlb`].
+//!
+//! # Who makes the calls
+//! A thread that traces a tracee, which is stopped while the thread is in here, has that one make them: a fault's fill, and the
+//! flush for a change that the guest itself asked for. It is told by a note of the thread's own ([`with_own`]). Everybody else (aging,
+//! sharing, another guest's thread) has the service do it.
+//!
+//! # Errors
+//! Where unmapping fails the process is killed, and the flush returns when none of its threads runs: no translation is used then.
+
+use super::PtraceVm;
+use super::stub::{MAP_FLAGS, POOL_FD};
+use super::tracee::{Call, Tracee};
+use shadow_mmu::addr::{Access, PAGE_SHIFT, TASK_SIZE};
+use shadow_mmu::shadow::{AdBits, HostMappings, Tlb, Translation, Zapped};
+use std::cell::Cell;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+thread_local! {
+    /// The tracee of this thread, stopped whenever this is looked at.
+    static OWN: Cell<Option<Tracee>> = const { Cell::new(None) };
+}
+
+/// From now on this thread has `tracee` to make calls with; `None`: none. It must be stopped whenever the thread changes the
+/// address space or the shadow map.
+pub(super) fn set_own(tracee: Option<Tracee>) {
+    OWN.set(tracee);
+}
+
+/// Mappings of the guest's process.
+pub(super) struct ProcessMappings<'a> {
+    vm: &'a PtraceVm,
+}
+
+impl<'a> ProcessMappings<'a> {
+    pub(super) fn of(vm: &'a PtraceVm) -> Self {
+        Self { vm }
+    }
+
+    /// Makes `calls` in the guest's process. The TLB's lock is held, so the stub's list is ours.
+    fn make(&self, calls: Vec<Call>) -> io::Result<()> {
+        let stub = self.vm.stub;
+        match OWN.get().filter(|own| own.pid == self.vm.service.first.pid) {
+            Some(own) => own.calls(&calls, &self.vm.pool, stub),
+            None => {
+                let pool = Arc::clone(&self.vm.pool);
+                self.vm.service.ask(move |first| first.calls(&calls, &pool, stub))?
+            }
+        }
+    }
+}
+
+impl HostMappings for ProcessMappings<'_> {
+    type Error = io::Error;
+
+    fn map(&mut self, translation: &Translation) -> io::Result<()> {
+        let mut rights = libc::PROT_READ;
+        if translation.rights.contains(Access::WRITE) {
+            rights |= libc::PROT_WRITE;
+        }
+        if translation.rights.contains(Access::EXEC) {
+            rights |= libc::PROT_EXEC;
+        }
+        let arguments = [
+            translation.gfn.gpa().0,
+            translation.pages << PAGE_SHIFT,
+            rights as u64,
+            (MAP_FLAGS | libc::MAP_POPULATE) as u64,
+            POOL_FD,
+            translation.pfn.offset(),
+        ];
+        self.make(vec![Call { number: libc::SYS_mmap, arguments }])
+    }
+
+    fn unmap(&mut self, pages: &[Range<u64>]) -> io::Result<()> {
+        let calls = pages.iter().map(|pages| {
+            let (start, end) = (pages.start << PAGE_SHIFT, (pages.end << PAGE_SHIFT).min(TASK_SIZE));
+            Call { number: libc::SYS_munmap, arguments: [start, end - start, 0, 0, 0, 0] }
+        });
+        self.make(calls.collect())
+    }
+}
+
+/// The flush strategy of one guest.
+#[derive(Debug)]
+pub(super) struct PtraceTlb {
+    pub(super) vm: Arc<PtraceVm>,
+}
+
+impl PtraceTlb {
+    fn checked(&self, flushed: io::Result<()>) {
+        if let Err(error) = flushed {
+            log::error!("translations cannot be flushed, and the guest is ended: {error}");
+            self.vm.service.kill();
+        }
+    }
+}
+
+impl Tlb for PtraceTlb {
+    fn flush(&self, zapped: &[Zapped]) {
+        self.checked(self.vm.tlb.flush(zapped, &mut ProcessMappings::of(&self.vm)));
+    }
+
+    fn flush_all(&self) {
+        self.checked(self.vm.tlb.flush_all(&mut ProcessMappings::of(&self.vm)));
+    }
+
+    /// A and D are set by fills, and there is no fill while there is an entry.
+    fn ad_bits(&self) -> AdBits {
+        AdBits::AfterFlush
+    }
+}

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One thread of the guest's process, as its tracer sees it: ptrace(2), and system calls that the thread makes for the engine.
+//!
+//! Linux ties a tracee to the *thread* that traces it. So everything here but [`interrupt`](Tracee::interrupt) is to be called by
+//! that thread, and but for [`wait`](Tracee::wait) while the tracee is stopped. From any other thread the kernel answers ESRCH.
+//!
+//! Signals that come to the guest's process from outside (its terminal, an operator) are not the guest's and are not delivered;
+//! SIGKILL is, and ends it.
+
+use super::stub::{self, LIST, LIST_ENTRIES, LIST_ENTRY, STUB};
+use libc::{c_int, c_long, c_uint, pid_t, user_regs_struct};
+use shadow_mmu::addr::Pfn;
+use shadow_mmu::frame::FramePool;
+use std::io;
+
+const PTRACE_SYSEMU: c_uint = 31;
+/// The selectors of 64-bit ring 3.
+pub(super) const USER_CS: u64 = 0x33;
+const USER_SS: u64 = 0x2b;
+/// Interrupts on, and the bit that is always set.
+const PLAIN_FLAGS: u64 = 0x202;
+/// `PTRACE_O_TRACESYSGOOD` makes system call stops SIGTRAP with this bit.
+const SYSGOOD: c_int = 0x80;
+const PTRACE_EVENT_STOP: c_int = 128;
+
+/// Why a tracee stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// It made a system call, which was not carried out.
+    Syscall,
+    /// A signal is about to be delivered to it.
+    Signal(c_int),
+    /// It was attached to.
+    Attached,
+    /// It exists no more. The status as wait(2) gives it.
+    Gone(c_int),
+}
+
+/// One call for a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Call {
+    pub(super) number: c_long,
+    pub(super) arguments: [u64; 6],
+}
+
+/// How it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Resume {
+    /// As the guest: system calls are stops.
+    Guest,
+    /// As the engine: system calls are made.
+    Engine,
+}
+
+/// A thread of the guest's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tracee {
+    pub(super) pid: pid_t,
+    pub(super) tid: pid_t,
+}
+
+fn checked(result: c_long) -> io::Result<()> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Something that a tracee did which the engine did not ask it for.
+fn unexpected(what: impl std::fmt::Display) -> io::Error {
+    io::Error::other(format!("{what}"))
+}
+
+/// In words, why a tracee is gone.
+pub(super) fn gone(status: c_int) -> io::Error {
+    if libc::WIFSIGNALED(status) {
+        unexpected(format!(
+            "the guest's process was ended by signal {} from outside umbra (by hand, or by the OOM killer)",
+            libc::WTERMSIG(status)
+        ))
+    } else {
+        unexpected(format!("the guest's process ended by itself, status {status:#x}"))
+    }
+}
+
+impl Tracee {
+    fn request(self, request: c_uint, address: usize, data: usize) -> io::Result<()> {
+        // SAFETY: the callers pass what the request takes; the kernel checks who may.
+        checked(unsafe { libc::ptrace(request, self.tid, address, data) })
+    }
+
+    /// Attaches to a thread that runs, and waits until it has stopped.
+    pub(super) fn seize(self) -> io::Result<()> {
+        const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+        self.request(libc::PTRACE_SEIZE, 0, OPTIONS as usize)?;
+        self.request(libc::PTRACE_INTERRUPT, 0, 0)?;
+        loop {
+            match self.wait()? {
+                Stop::Attached => return Ok(()),
+                Stop::Gone(status) => return Err(gone(status)),
+                Stop::Signal(_) | Stop::Syscall => self.resume(Resume::Engine)?,
+            }
+        }
+    }
+
+    /// The same options for one that asked to be traced.
+    pub(super) fn set_options(self) -> io::Result<()> {
+        const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+        self.request(libc::PTRACE_SETOPTIONS, 0, OPTIONS as usize)
+    }
+
+    /// Lets it go on.
+    pub(super) fn resume(self, how: Resume) -> io::Result<()> {
+        match how {
+            Resume::Guest => self.request(PTRACE_SYSEMU, 0, 0),
+            Resume::Engine => self.request(libc::PTRACE_CONT, 0, 0),
+        }
+    }
+
+    /// Waits until it stops or is gone.
+    pub(super) fn wait(self) -> io::Result<Stop> {
+        let mut status = 0;
+        loop {
+            // SAFETY: the status is ours, and this thread is the tracer.
+            let result = unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL) };
+            if result == self.tid {
+                break;
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        if !libc::WIFSTOPPED(status) {
+            return Ok(Stop::Gone(status));
+        }
+        Ok(match libc::WSTOPSIG(status) {
+            signal if signal == libc::SIGTRAP | SYSGOOD => Stop::Syscall,
+            _ if status >> 16 == PTRACE_EVENT_STOP => Stop::Attached,
+            signal => Stop::Signal(signal),
+        })
+    }
+
+    /// All general registers, segments and bases.
+    pub(super) fn registers(self) -> io::Result<user_regs_struct> {
+        let mut registers = plain_registers();
+        self.request(libc::PTRACE_GETREGS, 0, (&raw mut registers).addr())?;
+        Ok(registers)
+    }
+
+    /// Sets them.
+    pub(super) fn set_registers(self, registers: &user_regs_struct) -> io::Result<()> {
+        self.request(libc::PTRACE_SETREGS, 0, std::ptr::from_ref(registers).addr())
+    }
+
+    /// What the signal says that it stopped for.
+    pub(super) fn signal_info(self) -> io::Result<libc::siginfo_t> {
+        // SAFETY: a siginfo_t is plain data, and zeros are one.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        self.request(libc::PTRACE_GETSIGINFO, 0, (&raw mut info).addr())?;
+        Ok(info)
+    }
+
+    /// The XSAVE area, up to `state.len()` bytes of it; how many there were.
+    pub(super) fn xstate(self, state: &mut [u8]) -> io::Result<usize> {
+        let mut area = libc::iovec { iov_base: state.as_mut_ptr().cast(), iov_len: state.len() };
+        self.request(libc::PTRACE_GETREGSET, NT_X86_XSTATE, (&raw mut area).addr())?;
+        Ok(area.iov_len)
+    }
+
+    /// Sets it.
+    pub(super) fn set_xstate(self, state: &[u8]) -> io::Result<()> {
+        let area = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
+        self.request(libc::PTRACE_SETREGSET, NT_X86_XSTATE, (&raw const area).addr())
+    }
+
+    /// Which of the two ways into the kernel a system call took.
+    pub(super) fn is_64_bit_call(self) -> io::Result<bool> {
+        const PTRACE_GET_SYSCALL_INFO: c_uint = 0x420e;
+        const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+        /// The head of ptrace_syscall_info; the kernel copies as much as it is asked for.
+        #[repr(C)]
+        #[derive(Default)]
+        struct Head {
+            op: u8,
+            pad: [u8; 3],
+            arch: u32,
+        }
+        let mut head = Head::default();
+        let (size, at) = (size_of::<Head>(), &raw mut head);
+        // SAFETY: the kernel writes at most `size` bytes to `at`.
+        checked(unsafe { libc::ptrace(PTRACE_GET_SYSCALL_INFO, self.tid, size, at) })?;
+        Ok(head.arch == AUDIT_ARCH_X86_64)
+    }
+
+    /// Runs the stub from `rip` with these registers to its `int3`; signals that come meanwhile are dropped.
+    fn run_stub(self, registers: &user_regs_struct) -> io::Result<user_regs_struct> {
+        self.set_registers(registers)?;
+        loop {
+            self.resume(Resume::Engine)?;
+            match self.wait()? {
+                Stop::Signal(libc::SIGTRAP) => {
+                    let registers = self.registers()?;
+                    if stub::is_behind_int3(registers.rip) {
+                        return Ok(registers);
+                    }
+                    // Somebody's signal.
+                }
+                Stop::Signal(
+                    signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGSYS),
+                ) => {
+                    let registers = self.registers()?;
+                    return Err(unexpected(format!(
+                        "signal {signal} at {:#x} in place of system call {}",
+                        registers.rip, registers.rax as i64
+                    )));
+                }
+                Stop::Gone(status) => return Err(gone(status)),
+                // A kick that came late, or somebody's signal. The kick is known from the run state.
+                Stop::Signal(_) | Stop::Attached | Stop::Syscall => {}
+            }
+        }
+    }
+
+    /// Has it make one system call, by the instruction at `site`. Its registers are not what they were.
+    ///
+    /// # Errors
+    /// The call's own, as an OS error. Any other: the tracee is lost.
+    pub(super) fn call_at(self, site: u64, number: c_long, arguments: &[u64]) -> io::Result<u64> {
+        let argument = |n: usize| arguments.get(n).copied().unwrap_or(0);
+        let done = self.run_stub(&user_regs_struct {
+            rip: site,
+            rax: number as u64,
+            rdi: argument(0),
+            rsi: argument(1),
+            rdx: argument(2),
+            r10: argument(3),
+            r8: argument(4),
+            r9: argument(5),
+            ..plain_registers()
+        })?;
+        result(done.rax)
+    }
+
+    /// The same by the stub.
+    pub(super) fn call(self, number: c_long, arguments: &[u64]) -> io::Result<u64> {
+        self.call_at(stub::call(), number, arguments)
+    }
+
+    /// Makes a further thread of the process, which waits for a tracer. For the thread that runs no guest.
+    pub(super) fn new_thread(self) -> io::Result<Self> {
+        let tid = self.call_at(stub::clone(), libc::SYS_clone, &[stub::CLONE_FLAGS as u64])?;
+        Ok(Self { pid: self.pid, tid: tid as pid_t })
+    }
+
+    /// Has it make many calls, in as few stops as the list allows. `stub` is the stub's frame; the caller sees to it that nobody
+    /// else uses the list.
+    ///
+    /// # Errors
+    /// As for [`call_at`](Self::call_at): some of the calls may have been made.
+    pub(super) fn calls(self, calls: &[Call], pool: &FramePool, stub: Pfn) -> io::Result<()> {
+        if let [call] = calls {
+            return self.call(call.number, &call.arguments).map(drop);
+        }
+        for calls in calls.chunks(LIST_ENTRIES) {
+            let mut list = Vec::with_capacity(calls.len() * LIST_ENTRY);
+            for call in calls {
+                list.extend((call.number as u64).to_le_bytes());
+                call.arguments.iter().for_each(|word| list.extend(word.to_le_bytes()));
+                list.extend([0; 8]);
+            }
+            pool.write(stub, LIST, &list);
+            let first = STUB + LIST as u64;
+            let end = first + list.len() as u64;
+            let entry = user_regs_struct { rip: stub::list(), rbx: first, rbp: end, ..plain_registers() };
+            match self.run_stub(&entry) {
+                Ok(done) if done.rbx == end => {}
+                Ok(done) => {
+                    result(done.rax)?;
+                    return Err(unexpected("a list of system calls was left before its end"));
+                }
+                // A guest may have forbidden its thread to read anything (PKRU). One by one nothing is read.
+                Err(_) => {
+                    calls.iter().try_for_each(|call| self.call(call.number, &call.arguments).map(drop))?
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the thread, and waits until it has. For the tracer, while the tracee is stopped.
+    pub(super) fn exit(self) -> io::Result<()> {
+        self.set_registers(&user_regs_struct {
+            rip: stub::call(),
+            rax: libc::SYS_exit as u64,
+            ..plain_registers()
+        })?;
+        loop {
+            self.resume(Resume::Engine)?;
+            if let Stop::Gone(_) = self.wait()? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Tracee {
+    /// Waits until it exists no more: it ends already.
+    pub(super) fn wait_until_gone(self) {
+        while let Ok(stop) = self.wait() {
+            if let Stop::Gone(_) = stop {
+                return;
+            }
+        }
+    }
+}
+
+const NT_X86_XSTATE: usize = 0x202;
+
+/// Registers with which the stub can run.
+pub(super) fn plain_registers() -> user_regs_struct {
+    user_regs_struct {
+        r15: 0,
+        r14: 0,
+        r13: 0,
+        r12: 0,
+        rbp: 0,
+        rbx: 0,
+        r11: 0,
+        r10: 0,
+        r9: 0,
+        r8: 0,
+        rax: 0,
+        rcx: 0,
+        rdx: 0,
+        rsi: 0,
+        rdi: 0,
+        // No system call to be restarted.
+        orig_rax: u64::MAX,
+        rip: 0,
+        cs: USER_CS,
+        eflags: PLAIN_FLAGS,
+        rsp: 0,
+        ss: USER_SS,
+        fs_base: 0,
+        gs_base: 0,
+        ds: 0,
+        es: 0,
+        fs: 0,
+        gs: 0,
+    }
+}
+
+/// What a system call's rax says.
+fn result(rax: u64) -> io::Result<u64> {
+    if rax > -4096i64 as u64 {
+        Err(io::Error::from_raw_os_error((rax as i64).wrapping_neg() as i32))
+    } else {
+        Ok(rax)
+    }
+}

@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest thread's vCPU: a thread of the guest's process, traced by the thread that runs this.
+//!
+//! # Entry and exit
+//! All registers are written before each entry: while the thread was outside it may have made calls for the engine. System calls are
+//! stops and are not carried out (PTRACE_SYSEMU). Faults are stops before SIGSEGV: the TLB is filled from the shadow map where that
+//! allows the access, and the thread goes on; else it is a page fault of the guest, after which the entry is filled ahead, for the
+//! access is about to be repeated.
+//!
+//! # Attaching
+//! A tracee belongs to the *thread* that traces it, and a vCPU is made by another than runs it. So the thread of the process waits in
+//! the stub, traced by nobody, until the vCPU is first run or dropped. The filter holds it meanwhile, and it executes nothing but the
+//! stub.
+//!
+//! # Reads and writes
+//! The kernel does not tell which a fault was. The instruction at rip does; where it does not, the access is taken for a read, which is
+//! safe. If the same fault comes back while the TLB has kept all its entries, it was none: then it is a write.
+//!
+//! # Cost
+//! By `umbra bench syscall` and `umbra bench fault`. A stop and back is four system calls and two switches between threads: set
+//! registers, resume, wait, get registers; a fault has two more for what the signal says and one call in the process for the fill.
+
+use super::PtraceVm;
+use super::access::AccessDecoder;
+use super::interrupt::TraceeInterrupt;
+use super::pair::Pair;
+use super::snapshot::snapshot;
+use super::stop::{self, Meaning};
+use super::stub;
+use super::tlb::{ProcessMappings, set_own};
+use super::tracee::{Resume, Stop, Tracee, gone, plain_registers};
+use crate::engine::kick::{Kicker, Requests, RunState};
+use crate::engine::shortage::Shortage;
+use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
+use crate::inject::points::{SYNC_REGS, VCPU_RUN};
+use libc::user_regs_struct;
+use shadow_mmu::addr::{Access, Gpa, LINUX_TASK_SIZE, PAGE_SIZE, Pfn};
+use shadow_mmu::inject::Effect;
+use shadow_mmu::shadow::{Filled, Walker};
+use std::io;
+use std::sync::Arc;
+
+/// CF, PF, AF, ZF, SF, TF, DF, OF, RF, AC, ID: the flags that a guest chooses.
+const USER_FLAGS: u64 = 0x0025_0dd5;
+/// Bit 1, always set, and IF.
+const FIXED_FLAGS: u64 = 0x202;
+/// The longest instruction.
+const CODE_BYTES: usize = 15;
+const GENERAL_PROTECTION: u8 = 13;
+
+pub(super) fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
+    EngineError { what: what.into(), source, snapshot: None }
+}
+
+/// The exception that the CPU raises instead of running with these registers, or that this engine does: a base in the kernel's half
+/// is lawful, but ptrace sets none.
+fn refused(regs: &Regs) -> Option<Exit> {
+    let lower = |address: u64| address < LINUX_TASK_SIZE;
+    let is_canonical = ((regs.rip << 16) as i64 >> 16) as u64 == regs.rip;
+    if !is_canonical || !lower(regs.fs_base) || !lower(regs.gs_base) {
+        Some(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 })
+    } else if !lower(regs.rip) || stub::contains(regs.rip) {
+        Some(Exit::PageFault { addr: Gpa(regs.rip), access: Access::EXEC })
+    } else {
+        None
+    }
+}
+
+fn to_user(regs: &Regs) -> user_regs_struct {
+    let Regs {
+        rax,
+        rbx,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        rbp,
+        rsp,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        rip,
+        rflags,
+        fs_base,
+        gs_base,
+    } = *regs;
+    user_regs_struct {
+        rax,
+        rbx,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        rbp,
+        rsp,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        rip,
+        eflags: rflags & USER_FLAGS | FIXED_FLAGS,
+        fs_base,
+        gs_base,
+        ..plain_registers()
+    }
+}
+
+/// How far the vCPU is with its thread.
+#[derive(Debug)]
+enum Hold {
+    /// It waits in the stub, traced by nobody.
+    Waiting,
+    /// This thread traces it.
+    Traced(Pair),
+    /// It is gone, or nothing is known of it any more.
+    Lost,
+}
+
+/// A fault that was answered as a read for want of knowing better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct TakenForRead {
+    rip: u64,
+    addr: u64,
+    /// [`SoftTlb::drops`](shadow_mmu::shadow::SoftTlb::drops) before it was filled.
+    drops: u64,
+}
+
+/// One virtual CPU of a [`PtraceVm`], over one root table.
+#[derive(Debug)]
+pub struct PtraceVcpu {
+    vm: Arc<PtraceVm>,
+    tracee: Tracee,
+    hold: Hold,
+    walker: Walker,
+    state: Arc<RunState>,
+    kicker: Arc<Kicker>,
+    regs: Regs,
+    /// To be loaded with the next entry.
+    xsave: Option<Vec<u8>>,
+    time_stamps: TimeStamps,
+    /// What the process's thread has been told of that.
+    time_stamps_set: TimeStamps,
+    /// The access that the next entry repeats.
+    expected: Option<(Gpa, Access)>,
+    taken_for_read: Option<TakenForRead>,
+    decoder: AccessDecoder,
+    shortage: Shortage,
+}
+
+impl PtraceVcpu {
+    /// For `tracee`, which waits in the stub.
+    pub(super) fn new(vm: Arc<PtraceVm>, tracee: Tracee, root: Pfn) -> Self {
+        let state = Arc::new(RunState::new(TraceeInterrupt::new(tracee.pid, tracee.tid)));
+        let lease = state.begin_lease();
+        let kicker = Arc::new(Kicker { state: Arc::clone(&state), lease, faults: vm.faults() });
+        Self {
+            walker: Walker::new(Arc::clone(&vm.pool), root),
+            xsave: None,
+            vm,
+            tracee,
+            hold: Hold::Waiting,
+            state,
+            kicker,
+            regs: Regs::default(),
+            time_stamps: TimeStamps::OfTheCpu,
+            time_stamps_set: TimeStamps::OfTheCpu,
+            expected: None,
+            taken_for_read: None,
+            decoder: AccessDecoder::new(),
+            shortage: Shortage::default(),
+        }
+    }
+
+    fn attach(&mut self) -> Result<(), EngineError> {
+        match self.hold {
+            Hold::Traced(_) => return Ok(()),
+            Hold::Lost => return Err(lost("running a vCPU", io::Error::other("it failed before"))),
+            Hold::Waiting => {}
+        }
+        self.tracee.seize().map_err(|source| lost("attaching to a thread of the guest's process", source))?;
+        self.hold = Hold::Traced(self.vm.pairs.join(self.tracee));
+        set_own(Some(self.tracee));
+        Ok(())
+    }
+
+    /// What was asked of the vCPU while it was outside, for its thread in the process.
+    fn prepare(&mut self) -> Result<(), EngineError> {
+        if let Some(mut xsave) = self.xsave.take() {
+            // The kernel takes its own length only.
+            xsave.resize(self.vm.fpu.host_bytes(), 0);
+            self.tracee
+                .set_xstate(&xsave)
+                .map_err(|source| lost("PTRACE_SETREGSET of the XSAVE area", source))?;
+        }
+        if self.time_stamps != self.time_stamps_set {
+            let setting = match self.time_stamps {
+                TimeStamps::OfTheCpu => libc::PR_TSC_ENABLE,
+                TimeStamps::Trapped => libc::PR_TSC_SIGSEGV,
+            };
+            self.tracee
+                .call(libc::SYS_prctl, &[libc::PR_SET_TSC as u64, setting as u64])
+                .map_err(|source| lost("prctl(PR_SET_TSC) in the guest's process", source))?;
+            self.time_stamps_set = self.time_stamps;
+        }
+        if let Some((addr, access)) = self.expected.take() {
+            self.fill(addr, access)?;
+        }
+        Ok(())
+    }
+
+    fn fill(&self, addr: Gpa, access: Access) -> Result<Filled, EngineError> {
+        self.vm.tlb.fill(&self.walker, addr.gfn(), access, &mut ProcessMappings::of(&self.vm)).map_err(
+            |source| lost(format!("mapping guest frame {:#x} in the guest's process", addr.gfn().0), source),
+        )
+    }
+
+    /// One run of the thread, to its next stop.
+    fn enter(&mut self) -> Result<Stop, EngineError> {
+        self.tracee.set_registers(&to_user(&self.regs)).map_err(|source| lost("PTRACE_SETREGS", source))?;
+        let Hold::Traced(pair) = &mut self.hold else {
+            return Err(lost("running a vCPU", io::Error::other("it is not attached")));
+        };
+        let (tracee, service) = (self.tracee, &self.vm.service);
+        let stop = pair
+            .around(|| tracee.resume(Resume::Guest).and_then(|()| tracee.wait()), || service.watch_pairs());
+        stop.map_err(|source| lost("PTRACE_SYSEMU", source))
+    }
+
+    /// What an armed plan does to this entry: `Ok(true)`: it comes to nothing, and is tried again.
+    fn injected(&mut self) -> Result<bool, EngineError> {
+        let faults = &self.kicker.faults;
+        if let Some(errno) = faults.fail(&SYNC_REGS) {
+            return Err(lost("PTRACE_SETREGS", io::Error::from_raw_os_error(errno)));
+        }
+        match faults.hit(&VCPU_RUN) {
+            Effect::Fail(libc::EINTR | libc::EAGAIN) => Ok(true),
+            Effect::Fail(libc::ENOMEM) => {
+                let error = lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(libc::ENOMEM));
+                let Some(pause) = self.shortage.pause() else { return Err(error) };
+                self.shortage.wait(pause, || self.state.wants(Requests::all()));
+                Ok(true)
+            }
+            Effect::Fail(errno) => Err(lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(errno))),
+            Effect::Exit(reason) => Err(lost(
+                "the vCPU stopped for no reason of the guest's",
+                io::Error::other(format!("injected exit reason {reason}")),
+            )),
+            _ => {
+                self.shortage = Shortage::default();
+                Ok(false)
+            }
+        }
+    }
+
+    /// Runs until there is something to report. Every error is the end of this vCPU.
+    fn drive(&mut self) -> Result<Exit, EngineError> {
+        self.attach()?;
+        self.prepare()?;
+        loop {
+            if let Some(exit) = refused(&self.regs) {
+                return Ok(exit);
+            }
+            if let Err(requests) = self.state.enter(Requests::empty()) {
+                self.state.take(requests);
+                return Ok(Exit::Kicked);
+            }
+            let stop = match self.injected() {
+                Ok(false) => self.enter().map(Some),
+                Ok(true) => Ok(None),
+                Err(error) => Err(error),
+            };
+            self.state.leave();
+            let Some(stop) = stop? else { continue };
+            let registers = match stop {
+                Stop::Gone(status) => {
+                    self.hold = Hold::Lost;
+                    return Err(lost("the guest is gone", gone(status)));
+                }
+                _ => self.tracee.registers().map_err(|source| lost("PTRACE_GETREGS", source))?,
+            };
+            self.regs = stop::from_user(&registers);
+            let meaning = match stop {
+                Stop::Syscall => stop::syscall(self.tracee, &registers, &mut self.regs),
+                Stop::Signal(signal) => self.signal(signal, &registers),
+                Stop::Attached | Stop::Gone(_) => Ok(Meaning::Nothing),
+            };
+            match meaning.map_err(|source| lost("asking a tracee why it stopped", source))? {
+                Meaning::Exit(exit) => return Ok(exit),
+                Meaning::Nothing => {}
+                Meaning::Fault(addr) => {
+                    if let Some(exit) = self.fault(addr)? {
+                        return Ok(exit);
+                    }
+                }
+                Meaning::NoMemory(addr) => {
+                    let source = io::Error::other("SIGBUS: no memory, or it failed");
+                    return Err(lost(
+                        format!("the host has nothing behind the guest's page at {addr:#x}"),
+                        source,
+                    ));
+                }
+                Meaning::Filtered => {
+                    let source = io::Error::other("SIGSYS from the engine's own filter");
+                    return Err(lost(
+                        format!("a system call got past the tracer at {:#x}", self.regs.rip),
+                        source,
+                    ));
+                }
+            }
+        }
+    }
+
+    fn signal(&mut self, signal: libc::c_int, registers: &user_regs_struct) -> io::Result<Meaning> {
+        if signal == TraceeInterrupt::SIGNAL {
+            // A kick; whether it is still wanted the run state knows.
+            return Ok(Meaning::Nothing);
+        }
+        let info = self.tracee.signal_info()?;
+        let mut regs = self.regs;
+        let meaning = stop::signal(signal, &info, registers, &mut regs, || self.read_xstate())?;
+        self.regs = regs;
+        Ok(meaning)
+    }
+
+    fn read_xstate(&self) -> io::Result<Vec<u8>> {
+        let mut state = vec![0; self.vm.fpu.host_bytes()];
+        let bytes = self.tracee.xstate(&mut state)?;
+        state.truncate(bytes);
+        self.vm.fpu.sanitised(&state)
+    }
+
+    /// The access at `addr` failed in the process: the TLB has it now, or it is a page fault of the guest.
+    fn fault(&mut self, addr: u64) -> Result<Option<Exit>, EngineError> {
+        let (rip, gpa) = (self.regs.rip, Gpa(addr));
+        let drops = self.vm.tlb.drops();
+        let again = TakenForRead { rip, addr, drops };
+        let access = match self.access(addr) {
+            Access::READ if self.taken_for_read.take() == Some(again) => Access::READ | Access::WRITE,
+            access => access,
+        };
+        match self.fill(gpa, access)? {
+            Filled::No => {
+                self.expected = Some((gpa, access));
+                let access = if access.contains(Access::WRITE) { Access::WRITE } else { access };
+                Ok(Some(Exit::PageFault { addr: gpa, access }))
+            }
+            Filled::Mapped | Filled::Already => {
+                if access == Access::READ {
+                    self.taken_for_read = Some(again);
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// What the instruction at rip wanted of `addr`.
+    fn access(&mut self, addr: u64) -> Access {
+        let rip = self.regs.rip;
+        let in_instruction = addr.wrapping_sub(rip) < CODE_BYTES as u64;
+        if in_instruction && !self.vm.tlb.rights(Gpa(addr).gfn()).contains(Access::EXEC) {
+            return Access::EXEC;
+        }
+        let mut code = [0; CODE_BYTES];
+        let bytes = self.walker.fetch(Gpa(rip), &mut code);
+        match self.decoder.access_at(&code[..bytes], &self.regs, addr) {
+            // Code that went away between the fault and here.
+            Access::EXEC if !in_instruction => Access::READ,
+            access => access,
+        }
+    }
+}
+
+impl Vcpu for PtraceVcpu {
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        self.drive().map_err(|error| {
+            let snapshot = match self.hold {
+                Hold::Traced(_) => Some(Box::new(snapshot(self.tracee, self.regs))),
+                Hold::Waiting | Hold::Lost => None,
+            };
+            // Nothing of the guest runs on with a part of it in an unknown state.
+            self.vm.service.kill();
+            EngineError { snapshot, ..error }
+        })
+    }
+
+    fn regs(&self) -> &Regs {
+        &self.regs
+    }
+
+    fn regs_mut(&mut self) -> &mut Regs {
+        &mut self.regs
+    }
+
+    fn set_time_stamps(&mut self, time_stamps: TimeStamps) {
+        self.time_stamps = time_stamps;
+    }
+
+    fn xsave(&self) -> Result<Vec<u8>, EngineError> {
+        match (&self.xsave, &self.hold) {
+            (Some(state), _) => Ok(state.clone()),
+            (None, Hold::Waiting) => Ok(self.vm.fpu.initial()),
+            (None, _) => {
+                self.read_xstate().map_err(|source| lost("PTRACE_GETREGSET of the XSAVE area", source))
+            }
+        }
+    }
+
+    fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError> {
+        self.xsave =
+            Some(self.vm.fpu.sanitised(state).map_err(|source| lost("loading an XSAVE area", source))?);
+        Ok(())
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::<Kicker>::clone(&self.kicker)
+    }
+}
+
+impl Drop for PtraceVcpu {
+    fn drop(&mut self) {
+        if let Hold::Waiting = self.hold
+            && let Err(error) = self.attach()
+        {
+            log::debug!("a thread of the guest's process cannot be ended alone: {error}");
+            self.vm.service.kill();
+        }
+        if let Hold::Traced(_) = self.hold {
+            if let Err(error) = self.tracee.exit() {
+                log::debug!("a thread of the guest's process was not ended alone: {error}");
+                self.vm.service.kill();
+                self.tracee.wait_until_gone();
+            }
+            set_own(None);
+        }
+        self.vm.vcpu_gone();
+    }
+}
+
+/// Whether an instruction's bytes may reach into the next page.
+const _: () = assert!((CODE_BYTES as u64) < PAGE_SIZE);
