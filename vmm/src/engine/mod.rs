@@ -25,6 +25,7 @@ pub mod choice;
 mod fpu;
 mod kick;
 pub mod kvm;
+mod opcode;
 pub mod ptrace;
 mod shortage;
 mod snapshot;

@@ -24,7 +24,6 @@ mod host;
 mod host_slots;
 mod interrupt;
 mod monitor;
-mod opcode;
 mod probe;
 mod probe_guest;
 mod raw_vcpu;

@@ -162,7 +162,7 @@ impl Monitor {
     }
 
     /// The pool that the monitor's frames are from.
-    pub(super) fn pool(&self) -> &FramePool {
+    pub(super) fn pool(&self) -> &Arc<FramePool> {
         &self.pool
     }
 

@@ -37,15 +37,16 @@
 use super::KvmVm;
 use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, lost, switch_root_and_back};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
-use super::opcode::software_interrupt;
 use super::raw_vcpu::{CR4_TSD, RawVcpu};
 use super::snapshot::snapshot;
 use crate::engine::kick::{Kicker, Requests};
+use crate::engine::opcode::{INT, gate_of_idt};
 use crate::engine::shortage::Shortage;
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::SyncReg;
 use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
+use shadow_mmu::shadow::Walker;
 use std::io;
 use std::sync::Arc;
 
@@ -63,8 +64,6 @@ const GENERAL_PROTECTION: u8 = 13;
 /// Vectors that say the monitor is broken, or the machine: NMI, double fault, invalid TSS, machine check.
 const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
 
-/// What a general-protection fault's error code says besides a gate's number: it is one of the IDT.
-const GATE_OF_IDT: u32 = 1 << 1;
 /// Bits of a page fault's error code.
 const FAULT_WRITE: u32 = 1 << 1;
 const FAULT_USER: u32 = 1 << 2;
@@ -311,9 +310,10 @@ impl KvmVcpu {
         self.regs.rsp = frame.rsp;
         self.regs.rflags = frame.rflags;
         if vector == INVALID_OPCODE {
-            let interrupt = software_interrupt(self.vm.monitor.pool(), self.root, frame.rip);
-            if let Some(gate) = interrupt {
-                let error_code = u32::from(gate) << 3 | GATE_OF_IDT;
+            // Natively a program that does it gets SIGSEGV, not SIGILL.
+            let (mut code, pool) = ([0; 2], Arc::clone(self.vm.monitor.pool()));
+            if Walker::new(pool, self.root).fetch(Gpa(frame.rip), &mut code) == 2 && code[0] == INT {
+                let error_code = gate_of_idt(code[1]);
                 return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code });
             }
         }

@@ -132,6 +132,8 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: Pfn) -> Result<(), SetupError> 
         }
     }
     tracee.set_options().map_err(SetupError::child("ptrace(PTRACE_SETOPTIONS)"))?;
+    // Threads begin with this, and have no tracer yet who would keep a signal from ending the process.
+    tracee.block_signals(u64::MAX).map_err(SetupError::child("ptrace(PTRACE_SETSIGMASK)"))?;
     let rights = (libc::PROT_READ | libc::PROT_EXEC) as u64;
     let stub_frame = [STUB, PAGE_SIZE, rights, MAP_FLAGS as u64, POOL_FD, stub.offset()];
     tracee

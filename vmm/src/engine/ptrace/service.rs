@@ -14,7 +14,7 @@ use shadow_mmu::frame::FramePool;
 use std::fmt;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 type Work = Box<dyn FnOnce(Tracee) + Send>;
@@ -26,6 +26,8 @@ pub(super) struct Service {
     thread: Option<JoinHandle<()>>,
     /// The process's first thread.
     pub(super) first: Tracee,
+    /// Why the engine ended the process, where it did.
+    killed: OnceLock<String>,
 }
 
 impl fmt::Debug for Service {
@@ -58,7 +60,7 @@ impl Service {
             .map_err(SetupError::child("a thread that serves it"))?;
         let died = || SetupError::child("a thread that serves it")(io::Error::other("it panicked"));
         let first = told.recv().map_err(|_| died())??;
-        Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), first })
+        Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), first, killed: OnceLock::new() })
     }
 
     /// Has the service look after tied [`Pairs`] from now on, until there are none. Does not wait.
@@ -96,8 +98,14 @@ impl Service {
         answered.recv().map_err(|_| ended())
     }
 
-    /// Ends the process. None of its threads runs when this returns.
-    pub(super) fn kill(&self) {
+    /// Why the engine ended the process, where it did.
+    pub(super) fn killed(&self) -> Option<&str> {
+        self.killed.get().map(String::as_str)
+    }
+
+    /// Ends the process, because of `why`. None of its threads runs when this returns.
+    pub(super) fn kill(&self, why: &dyn fmt::Display) {
+        self.killed.get_or_init(|| why.to_string());
         let pid = self.first.pid;
         // SAFETY: takes numbers; the process is our child and not waited for before `drop`, so the number is its.
         unsafe { libc::kill(pid, libc::SIGKILL) };

@@ -13,8 +13,8 @@
 //!
 //! # Filter
 //! From the end of the process's start on, a seccomp filter stands behind PTRACE_SYSEMU: a call is made only if it comes from one of
-//! the stub's three `syscall` instructions and is one that the engine makes: mapping frames of the pool, unmapping, making a thread,
-//! ending one, and what `rdtsc` does. Everything else is SIGSYS. So even a guest thread that ran without its tracer could do
+//! the stub's `syscall` instructions and is one that the engine makes: mapping frames of the pool, unmapping, making a thread,
+//! waiting for its tracer, ending it, and what `rdtsc` does. Everything else is SIGSYS. So even a guest thread that ran without its tracer could do
 //! nothing to the host, and no more than that to its own process.
 
 use libc::{sock_filter, sock_fprog};
@@ -57,7 +57,8 @@ global_asm!(
     "jz 2f",
     "int3",
     "2:", // the new thread waits for its tracer here
-    "pause",
+    "mov eax, {pause}",
+    "syscall",
     "jmp 2b",
     "umbra_stub_list:", // rbx: the first entry, rbp: behind the last
     "mov rax, [rbx]",
@@ -78,6 +79,7 @@ global_asm!(
     "int3",
     "umbra_stub_end:",
     ".popsection",
+    pause = const libc::SYS_pause,
 );
 
 unsafe extern "C" {
@@ -128,16 +130,10 @@ pub(super) fn contains(rip: u64) -> bool {
     (STUB..STUB_END).contains(&rip)
 }
 
-/// Where rip may be when the filter sees a call: behind the three `syscall` instructions.
-fn sites() -> [u64; 3] {
-    let code = code();
-    let mut found = [0; 3];
-    // The three are the only 0f 05 in there; a test holds that.
-    let sites = code.windows(2).enumerate().filter(|(_, bytes)| bytes == b"\x0f\x05");
-    for (site, (offset, _)) in found.iter_mut().zip(sites) {
-        *site = STUB + offset as u64 + SYSCALL_BYTES;
-    }
-    found
+/// Where rip may be when the filter sees a call: behind the `syscall` instructions. They are the only 0f 05 in there, a test holds.
+fn sites() -> Vec<u64> {
+    let calls = code().windows(2).enumerate().filter(|(_, bytes)| bytes == b"\x0f\x05");
+    calls.map(|(offset, _)| STUB + offset as u64 + SYSCALL_BYTES).collect()
 }
 
 // Offsets in seccomp_data.
@@ -204,7 +200,7 @@ pub(super) fn filter() -> Vec<sock_filter> {
     filter.push(load(IP_HIGH));
     filter.extend(must_be((STUB >> 32) as u32));
     filter.push(load(IP_LOW));
-    filter.extend(one_of(&sites.map(|site| site as u32)));
+    filter.extend(one_of(&sites.iter().map(|&site| site as u32).collect::<Vec<_>>()));
     // Frames of the pool, in place of others, and nothing else.
     let mut frames = vec![load(low(3)), mask(!libc::MAP_POPULATE)];
     frames.extend(must_be(MAP_FLAGS as u32));
@@ -212,6 +208,7 @@ pub(super) fn filter() -> Vec<sock_filter> {
     filter.extend(case(libc::SYS_mmap, &frames));
     filter.extend(case(libc::SYS_munmap, &[]));
     filter.extend(case(libc::SYS_clone, &argument_is(0, CLONE_FLAGS as u64)));
+    filter.extend(case(libc::SYS_pause, &[]));
     filter.extend(case(libc::SYS_exit, &[]));
     filter.extend(case(libc::SYS_prctl, &argument_is(0, libc::PR_SET_TSC as u64)));
     filter.push(REFUSE);
@@ -274,11 +271,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_stub_has_three_calls_and_fits_before_its_list() {
+    fn the_stub_has_four_calls_and_fits_before_its_list() {
         let code = code();
         assert!(code.len() <= LIST, "{}", code.len());
-        assert_eq!(code.windows(2).filter(|bytes| bytes == b"\x0f\x05").count(), 3);
-        assert_eq!(sites()[0], call() + SYSCALL_BYTES);
+        let mut decoder = iced_x86::Decoder::with_ip(64, code, STUB, iced_x86::DecoderOptions::NONE);
+        let calls = decoder.iter().filter(|instruction| instruction.code() == iced_x86::Code::Syscall);
+        assert_eq!(calls.map(|call| call.next_ip()).collect::<Vec<_>>(), sites());
+        assert_eq!(sites().len(), 4);
         let ends = (STUB..STUB_END).filter(|&rip| is_behind_int3(rip)).count();
         assert_eq!(ends, 3);
     }

@@ -13,6 +13,7 @@
 use super::PtraceVm;
 use super::stub::{MAP_FLAGS, POOL_FD};
 use super::tracee::{Call, Tracee};
+use crate::inject::points::WINDOW_MADVISE;
 use shadow_mmu::addr::{Access, PAGE_SHIFT, TASK_SIZE};
 use shadow_mmu::shadow::{AdBits, HostMappings, Tlb, Translation, Zapped};
 use std::cell::Cell;
@@ -77,6 +78,12 @@ impl HostMappings for ProcessMappings<'_> {
     }
 
     fn unmap(&mut self, pages: &[Range<u64>]) -> io::Result<()> {
+        let is_everything = matches!(pages, [all] if all.end << PAGE_SHIFT > TASK_SIZE);
+        if !is_everything
+            && let Some(errno) = self.vm.faults.get().and_then(|faults| faults.fail(&WINDOW_MADVISE))
+        {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         let calls = pages.iter().map(|pages| {
             let (start, end) = (pages.start << PAGE_SHIFT, (pages.end << PAGE_SHIFT).min(TASK_SIZE));
             Call { number: libc::SYS_munmap, arguments: [start, end - start, 0, 0, 0, 0] }
@@ -95,7 +102,7 @@ impl PtraceTlb {
     fn checked(&self, flushed: io::Result<()>) {
         if let Err(error) = flushed {
             log::error!("translations cannot be flushed, and the guest is ended: {error}");
-            self.vm.service.kill();
+            self.vm.service.kill(&format_args!("translations could not be flushed: {error}"));
         }
     }
 }

@@ -4,9 +4,10 @@
 //! Linux ties a tracee to the *thread* that traces it. So everything here but [`interrupt`](Tracee::interrupt) is to be called by
 //! that thread, and but for [`wait`](Tracee::wait) while the tracee is stopped. From any other thread the kernel answers ESRCH.
 //!
-//! Signals that come to the guest's process from outside (its terminal, an operator) are not the guest's and are not delivered;
-//! SIGKILL is, and ends it.
+//! Signals that come to the guest's process from outside (its terminal, an operator) are not the guest's. They are blocked, and
+//! where one cannot be blocked it is not delivered; SIGKILL is, and ends the process.
 
+use super::interrupt::TraceeInterrupt;
 use super::stub::{self, LIST, LIST_ENTRIES, LIST_ENTRY, STUB};
 use libc::{c_int, c_long, c_uint, pid_t, user_regs_struct};
 use shadow_mmu::addr::Pfn;
@@ -68,11 +69,11 @@ fn unexpected(what: impl std::fmt::Display) -> io::Error {
     io::Error::other(format!("{what}"))
 }
 
-/// In words, why a tracee is gone.
+/// In words, why a tracee is gone; for one that umbra did not end itself.
 pub(super) fn gone(status: c_int) -> io::Error {
     if libc::WIFSIGNALED(status) {
         unexpected(format!(
-            "the guest's process was ended by signal {} from outside umbra (by hand, or by the OOM killer)",
+            "the guest's process was ended by signal {}, from outside umbra (by hand, or by the OOM killer)",
             libc::WTERMSIG(status)
         ))
     } else {
@@ -93,11 +94,28 @@ impl Tracee {
         self.request(libc::PTRACE_INTERRUPT, 0, 0)?;
         loop {
             match self.wait()? {
-                Stop::Attached => return Ok(()),
+                Stop::Attached => break,
                 Stop::Gone(status) => return Err(gone(status)),
                 Stop::Signal(_) | Stop::Syscall => self.resume(Resume::Engine)?,
             }
         }
+        // What comes from outside stays pending and stops nothing; faults and kicks do.
+        let stops = [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGTRAP,
+            libc::SIGSYS,
+            TraceeInterrupt::SIGNAL,
+        ];
+        self.block_signals(!stops.iter().fold(0, |mask, signal| mask | 1 << (signal - 1)))
+    }
+
+    /// Blocks these signals (bit 0 is signal 1) for the tracee. Threads that it makes begin with the same.
+    pub(super) fn block_signals(self, mask: u64) -> io::Result<()> {
+        const PTRACE_SETSIGMASK: c_uint = 0x420b;
+        self.request(PTRACE_SETSIGMASK, size_of::<u64>(), (&raw const mask).addr())
     }
 
     /// The same options for one that asked to be traced.

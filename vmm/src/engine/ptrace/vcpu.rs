@@ -30,6 +30,7 @@ use super::stub;
 use super::tlb::{ProcessMappings, set_own};
 use super::tracee::{Resume, Stop, Tracee, gone, plain_registers};
 use crate::engine::kick::{Kicker, Requests, RunState};
+use crate::engine::opcode::{INT, gate_of_idt};
 use crate::engine::shortage::Shortage;
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use crate::inject::points::{SYNC_REGS, VCPU_RUN};
@@ -283,7 +284,8 @@ impl PtraceVcpu {
             let registers = match stop {
                 Stop::Gone(status) => {
                     self.hold = Hold::Lost;
-                    return Err(lost("the guest is gone", gone(status)));
+                    let source = self.vm.service.killed().map_or_else(|| gone(status), io::Error::other);
+                    return Err(lost("the guest's process has ended", source));
                 }
                 _ => self.tracee.registers().map_err(|source| lost("PTRACE_GETREGS", source))?,
             };
@@ -294,6 +296,12 @@ impl PtraceVcpu {
                 Stop::Attached | Stop::Gone(_) => Ok(Meaning::Nothing),
             };
             match meaning.map_err(|source| lost("asking a tracee why it stopped", source))? {
+                Meaning::Exit(Exit::Exception { vector: GENERAL_PROTECTION, .. }) => {
+                    let mut code = [0; 2];
+                    let is_int = self.walker.fetch(Gpa(self.regs.rip), &mut code) == 2 && code[0] == INT;
+                    let error_code = if is_int { gate_of_idt(code[1]) } else { 0 };
+                    return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code });
+                }
                 Meaning::Exit(exit) => return Ok(exit),
                 Meaning::Nothing => {}
                 Meaning::Fault(addr) => {
@@ -387,7 +395,7 @@ impl Vcpu for PtraceVcpu {
                 Hold::Waiting | Hold::Lost => None,
             };
             // Nothing of the guest runs on with a part of it in an unknown state.
-            self.vm.service.kill();
+            self.vm.service.kill(&error);
             EngineError { snapshot, ..error }
         })
     }
@@ -431,12 +439,12 @@ impl Drop for PtraceVcpu {
             && let Err(error) = self.attach()
         {
             log::debug!("a thread of the guest's process cannot be ended alone: {error}");
-            self.vm.service.kill();
+            self.vm.service.kill(&error);
         }
         if let Hold::Traced(_) = self.hold {
             if let Err(error) = self.tracee.exit() {
                 log::debug!("a thread of the guest's process was not ended alone: {error}");
-                self.vm.service.kill();
+                self.vm.service.kill(&error);
                 self.tracee.wait_until_gone();
             }
             set_own(None);
