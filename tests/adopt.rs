@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, kvm, run, stderr, umbra};
+use common::{STATIC, cc, code, finish, folder, guests, kvm, run, stderr, umbra};
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
 use shadow_mmu::frame::FreedFrames;
 use shadow_mmu::mm::watch::Watch;
@@ -427,7 +427,7 @@ fn a_system_call_with_adopted_memory_is_efault() {
 /// The bundled guest alone: what it sees of its own memory is what the demo promises of the host's.
 #[test]
 fn the_watcher_without_a_board_watches_itself() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(&mut run(&["--check"], &["watcher"]), b"", LIMIT);

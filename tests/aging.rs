@@ -13,7 +13,7 @@
 mod common;
 
 use common::pages::{Exactness, NEVER, Running, exactness, pages, reports, row};
-use common::{code, finish, folder, kvm, run, stderr};
+use common::{code, finish, folder, guests, run, stderr};
 use serde_json::Value;
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
@@ -40,7 +40,7 @@ fn assert_adds_up(report: &Value) {
 
 #[test]
 fn what_was_touched_is_young_and_what_was_only_brought_in_is_not() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for bits in ["on", "off"] {
@@ -64,7 +64,7 @@ fn what_was_touched_is_young_and_what_was_only_brought_in_is_not() {
 
 #[test]
 fn on_sigusr1_what_is_idle_is_old_and_what_is_used_is_not() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for bits in ["on", "off"] {
@@ -95,7 +95,7 @@ fn on_sigusr1_what_is_idle_is_old_and_what_is_used_is_not() {
 
 #[test]
 fn the_table_has_its_rows_and_the_heat_line_its_key() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (output, at) = pages("aging-text", &["--age", NEVER, "--wss"], &["touch", "20"]);
@@ -121,7 +121,7 @@ fn the_table_has_its_rows_and_the_heat_line_its_key() {
 
 #[test]
 fn sigusr1_means_what_it_always_does_where_nobody_asks_for_reports() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let mut guest = Running::start("aging-usr1", &["--age", "20ms"], &["keep", "4"]);
@@ -144,7 +144,7 @@ fn assert_well_formed(svg: &str) {
 
 #[test]
 fn a_heat_map_is_a_picture_with_title_axes_and_legend() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("aging-heatmap");
@@ -172,7 +172,7 @@ fn a_heat_map_is_a_picture_with_title_axes_and_legend() {
 
 #[test]
 fn aging_and_stalls_are_in_the_statistics() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let options = ["--age", NEVER, "--stats=json", "--fault-around", "off"];

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{code, finish, kvm, stderr, umbra};
+use common::{code, finish, guests, stderr, umbra};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::process::{Command, Output};
@@ -73,7 +73,7 @@ fn refused(words: &str, status: i32, says: &str) {
 
 #[test]
 fn demand_paging_has_the_metrics_of_the_selftest_for_each_contestant() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let report = report("demand_paging -v 2 -b 256K -u MISSING -d 1");
@@ -111,7 +111,7 @@ fn demand_paging_has_the_metrics_of_the_selftest_for_each_contestant() {
 
 #[test]
 fn what_cannot_be_measured_is_refused() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     refused("demand_paging -u MINOR", FAILED, "MISSING");
@@ -137,7 +137,7 @@ fn what_cannot_be_measured_is_refused() {
 /// A limit on open files under which umbra starts and no guest does.
 #[test]
 fn a_benchmark_without_umbra_has_failed_and_says_once_why() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for words in [
@@ -150,6 +150,8 @@ fn a_benchmark_without_umbra_has_failed_and_says_once_why() {
     ] {
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -n 14; exec \"$0\" bench --runs 1 \"$@\""]).arg(umbra().get_program());
+        let umbra = umbra();
+        command.envs(umbra.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.args(words.split_whitespace()).env_remove("RUST_LOG");
         let output = finish(&mut command, b"", LIMIT);
         let said = stderr(&output);
@@ -168,7 +170,7 @@ const ACCESSES: [&str; 5] = [
 
 #[test]
 fn access_tracking_goes_through_the_phases_of_the_selftest() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let report = report("access_tracking -v 2 -b 2M");
@@ -190,7 +192,7 @@ fn access_tracking_goes_through_the_phases_of_the_selftest() {
 
 #[test]
 fn dirty_log_logs_every_write_whatever_the_method() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for options in ["", "-g", "-m write-protect", "-m write-protect -g", "-M ring"] {
@@ -220,7 +222,7 @@ fn dirty_log_logs_every_write_whatever_the_method() {
 
 #[test]
 fn dirty_log_with_random_writes_finds_some_pages() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let report = report("dirty_log -b 2M -i 2 -a -r 7 -w 30");
@@ -243,7 +245,7 @@ fn dirty_log_with_random_writes_finds_some_pages() {
 
 #[test]
 fn age_measures_each_state_beside_linux_and_the_limit() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let report = report("age --pages 3000");
@@ -261,7 +263,7 @@ fn age_measures_each_state_beside_linux_and_the_limit() {
 
 #[test]
 fn age_overhead_runs_the_same_work_with_and_without() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let report = report("age --overhead --bytes 2M --interval 10ms --window 50ms");
@@ -309,7 +311,7 @@ fn has_ksmd(report: &Value) -> bool {
 
 #[test]
 fn ksm_saves_what_the_mix_gives_and_has_the_same_rows_for_both_sides() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let _turn = ksmd_turn();
@@ -340,7 +342,7 @@ fn ksm_saves_what_the_mix_gives_and_has_the_same_rows_for_both_sides() {
 
 #[test]
 fn ksm_counts_what_an_image_lets_be_saved() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let _turn = ksmd_turn();
@@ -352,7 +354,7 @@ fn ksm_counts_what_an_image_lets_be_saved() {
 
 #[test]
 fn ksm_goes_through_the_modes_of_the_selftest() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for checked in ["-M", "-M -p 600", "-U", "-Z -p 5", "-Z -z 1", "-M -t 1"] {
@@ -367,7 +369,7 @@ fn ksm_goes_through_the_modes_of_the_selftest() {
 
 #[test]
 fn ksm_refuses_what_makes_no_sense() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for (words, says) in [

@@ -5,13 +5,14 @@
 
 mod common;
 
-use common::{folder, kvm, stderr, umbra};
+use common::{engine, folder, guests, stderr, umbra};
 use shadow_mmu::inject::Outcome;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+use vmm::engine::{EngineChoice, EngineKind};
 use vmm::inject::Plan;
 use vmm::inject::campaign::{Campaign, Case, Deck, Ending, Failure, Judge, Kind, Native, Observed, judge};
 
@@ -20,7 +21,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 fn campaign<'a>(seed: u64, runs: u64, keep: &Path, judge: Judge, stop: &'a AtomicBool) -> Campaign<'a> {
     Campaign {
-        deck: Deck::new(seed),
+        // Runs say which engine they take unless they are told.
+        deck: Deck {
+            engine: (engine() == EngineKind::Ptrace).then_some(EngineChoice::Ptrace),
+            ..Deck::new(seed)
+        },
         first: 0,
         runs,
         jobs: 2,
@@ -35,7 +40,7 @@ fn campaign<'a>(seed: u64, runs: u64, keep: &Path, judge: Judge, stop: &'a Atomi
 /// The small campaign of the default test run. A failure of it prints its plan and how to replay it.
 #[test]
 fn a_small_campaign_is_clean_and_most_points_fire_in_it() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let keep = folder("campaign-small").join("kept");
@@ -67,7 +72,7 @@ fn nobody_runs_out_of_memory(case: &Case, native: &Native, seen: &Observed) -> R
 /// What the judge is told to call wrong is found, and comes down to the one rule that does it.
 #[test]
 fn a_planted_failure_is_found_kept_and_shrunk_to_its_rule() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let keep = folder("campaign-planted").join("kept");
@@ -108,7 +113,7 @@ fn a_planted_failure_is_found_kept_and_shrunk_to_its_rule() {
 /// umbra under a limit that no run can hold, as if it hung: the run is killed, and judged so.
 #[test]
 fn a_run_that_does_not_end_is_killed_and_is_a_failure() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let keep = folder("campaign-hang").join("kept");
@@ -128,7 +133,7 @@ fn a_run_that_does_not_end_is_killed_and_is_a_failure() {
 
 #[test]
 fn the_command_says_in_json_what_came_of_it() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("campaign-json");
@@ -147,7 +152,7 @@ fn the_command_says_in_json_what_came_of_it() {
 
 #[test]
 fn a_signal_ends_a_campaign_with_what_was_judged_so_far() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("campaign-signal");
@@ -200,7 +205,7 @@ fn what_makes_no_campaign_is_refused() {
 /// What umbra says of itself at the end of a run under a plan.
 #[test]
 fn a_report_goes_to_the_file_that_is_named_and_finds_nothing_left() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("campaign-report");

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, kvm, run, stderr, umbra};
+use common::{STATIC, cc, code, finish, folder, guests, kvm, run, stderr, umbra};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -36,7 +36,7 @@ fn hello() -> Vec<u8> {
 }
 
 fn refused_elf(test: &str, elf: &[u8], words: &[&str]) {
-    if kvm() {
+    if guests() {
         assert_refused(&finish(&mut run(&[], &[file(test, elf)]), b"", LIMIT), words);
     }
 }
@@ -55,14 +55,69 @@ fn load_headers(elf: &[u8]) -> Vec<usize> {
 
 #[test]
 fn no_kvm_device() {
-    let output = finish(run(&[], &["hello"]).env("UMBRA_KVM_DEVICE", "/nonexistent/kvm"), b"", LIMIT);
-    assert_refused(&output, &["/nonexistent/kvm does not exist"]);
+    let mut command = run(&["--engine", "kvm"], &["hello"]);
+    let output = finish(command.env("UMBRA_KVM_DEVICE", "/nonexistent/kvm"), b"", LIMIT);
+    assert_refused(&output, &["cannot use KVM", "/nonexistent/kvm does not exist"]);
 }
 
 #[test]
 fn a_device_that_is_not_kvm() {
-    let output = finish(run(&[], &["hello"]).env("UMBRA_KVM_DEVICE", "/dev/null"), b"", LIMIT);
+    let output =
+        finish(run(&["--engine", "kvm"], &["hello"]).env("UMBRA_KVM_DEVICE", "/dev/null"), b"", LIMIT);
     assert_refused(&output, &["/dev/null"]);
+}
+
+/// Without a device, `auto` takes ptrace and says so in one line; where that cannot be had either, one line says why of both.
+#[test]
+fn auto_without_a_device_takes_ptrace_or_says_why_neither() {
+    let mut command = run(&[], &["hello"]);
+    command.env("UMBRA_KVM_DEVICE", "/nonexistent/kvm").env("UMBRA_ENGINE", "auto");
+    let output = finish(&mut command, b"", LIMIT);
+    let said = stderr(&output);
+    match vmm::engine::ptrace::probe() {
+        Ok(()) => {
+            assert_eq!((code(output.status), said.lines().count()), (0, 1), "{said}");
+            assert!(said.contains("/nonexistent/kvm") && said.contains("page faults"), "{said}");
+        }
+        Err(error) => assert_refused(&output, &["/nonexistent/kvm does not exist", &error.to_string()]),
+    }
+}
+
+#[test]
+fn the_engine_is_the_options_or_else_the_environments() {
+    let stats = |options: &[&str], environment: &str| {
+        let mut command = run(&[options, &["--stats=json"]].concat(), &["hello"]);
+        let output = finish(command.env("UMBRA_ENGINE", environment), b"", LIMIT);
+        let line = stderr(&output).lines().find(|line| line.starts_with('{')).map(str::to_owned);
+        let stats: Option<serde_json::Value> = line.map(|line| serde_json::from_str(&line).unwrap());
+        (code(output.status), stats, stderr(&output))
+    };
+    let (status, _, said) = stats(&[], "xen");
+    assert!(status == 2 && said.contains("UMBRA_ENGINE is `xen`") && said.lines().count() == 1, "{said}");
+    let (status, _, said) = stats(&["--engine", "xen"], "kvm");
+    assert!(status == 2 && said.contains("auto, kvm, ptrace"), "{said}");
+    if kvm() {
+        for (options, environment) in
+            [(&[][..], "kvm"), (&["--engine", "kvm"], "ptrace"), (&["--engine=auto"], "ptrace")]
+        {
+            let (status, stats, said) = stats(options, environment);
+            assert_eq!(status, 0, "{said}");
+            let stats = stats.unwrap();
+            assert_eq!(stats["engine"], "kvm", "{said}");
+            assert_ne!(stats["kvm_backend"], "none", "{said}");
+        }
+    }
+    for (options, environment) in [(&[][..], "ptrace"), (&["--engine", "ptrace"], "kvm")] {
+        let (status, stats, said) = stats(options, environment);
+        match vmm::engine::ptrace::probe() {
+            Ok(()) => {
+                let stats = stats.unwrap();
+                assert_eq!((status, &stats["engine"]), (0, &"ptrace".into()), "{said}");
+                assert_eq!(stats["kvm_backend"], "none", "{said}");
+            }
+            Err(error) => assert!(status == FAILED && said.contains(&error.to_string()), "{said}"),
+        }
+    }
 }
 
 #[test]
@@ -83,7 +138,7 @@ fn no_permission() {
     std::fs::rename(&device, &shown).or_else(|_| std::fs::copy(&device, &shown).map(drop)).unwrap();
     std::fs::set_permissions(&shown, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let mut command = Command::new(&copy);
-    command.args(["run", "hello"]).env("UMBRA_KVM_DEVICE", &shown).uid(65534).gid(65534);
+    command.args(["run", "--engine", "kvm", "hello"]).env("UMBRA_KVM_DEVICE", &shown).uid(65534).gid(65534);
     let output = finish(&mut command, b"", LIMIT);
     std::fs::remove_file(&copy).unwrap();
     std::fs::remove_file(&shown).unwrap();
@@ -107,7 +162,7 @@ fn not_an_elf() {
 
 #[test]
 fn a_dynamic_elf() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("dynamic");
@@ -161,7 +216,7 @@ fn an_entry_outside() {
 
 #[test]
 fn random_bytes_in_the_headers_never_do_harm() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let good = hello();
@@ -183,7 +238,7 @@ fn random_bytes_in_the_headers_never_do_harm() {
 
 #[test]
 fn more_memory_than_the_limit() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("memory");
@@ -210,7 +265,7 @@ fn more_memory_than_the_limit() {
 
 #[test]
 fn a_program_that_does_not_fit_is_refused() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("too-big");
@@ -268,7 +323,7 @@ fn the_usage_of_run_names_the_program_once_and_its_arguments_after_it() {
 
 #[test]
 fn options_behind_the_program_are_the_programs_own() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(&mut run(&[], &["touch", "--pages", "1", "--seed", "3"]), b"", LIMIT);
@@ -277,7 +332,7 @@ fn options_behind_the_program_are_the_programs_own() {
 
 #[test]
 fn the_environment_is_what_env_gives() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let source = "#include <stdio.h>\nextern char **environ;\nint main() { for (char **e = environ; *e; e++) puts(*e); }";
@@ -294,16 +349,31 @@ fn doctor_says_what_is_there() {
     assert!(report["host"]["kernel"].is_string(), "{report}");
     if kvm() {
         assert!(output.status.success(), "{report}");
+        assert_eq!((&report["engine"], &report["kvm"]["usable"]), (&"kvm".into(), &true.into()), "{report}");
         assert!(report["flush"]["chosen"].is_array() || report["flush"]["chosen"].is_string(), "{report}");
     }
-    let hidden = umbra().arg("doctor").env("UMBRA_KVM_DEVICE", "/nonexistent/kvm").output().unwrap();
-    assert!(String::from_utf8_lossy(&hidden.stdout).contains("/nonexistent/kvm"));
-    assert_eq!(code(hidden.status), 1);
+    // It covers both, and one is enough.
+    let traced = vmm::engine::ptrace::probe().is_ok();
+    let hidden = |options: &[&str]| {
+        let mut command = umbra();
+        command.arg("doctor").args(options).env("UMBRA_KVM_DEVICE", "/nonexistent/kvm").output().unwrap()
+    };
+    let text = hidden(&[]);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("/nonexistent/kvm"));
+    assert_eq!(code(text.status), i32::from(!traced));
+    let report: serde_json::Value = serde_json::from_slice(&hidden(&["--json"]).stdout).unwrap();
+    assert_eq!(
+        (&report["kvm"]["usable"], &report["ptrace"]["usable"]),
+        (&false.into(), &traced.into()),
+        "{report}"
+    );
+    assert_eq!(report["engine"].as_str(), traced.then_some("ptrace"), "{report}");
+    assert_eq!(report["ptrace"]["obstacle"].is_string(), !traced, "{report}");
 }
 
 #[test]
 fn benchmarks_have_the_promised_shape() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(
@@ -314,7 +384,7 @@ fn benchmarks_have_the_promised_shape() {
     assert_eq!(code(output.status), 0, "{}", stderr(&output));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["bench"], "fault");
-    for key in ["kvm_backend", "kernel", "cpu", "cpus"] {
+    for key in ["engine", "kvm_backend", "kernel", "cpu", "cpus"] {
         assert!(!report["host"][key].is_null(), "{report}");
     }
     for row in report["rows"].as_array().unwrap() {

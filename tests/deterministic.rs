@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, kvm, run, stderr};
+use common::{STATIC, cc, code, finish, folder, guests, kvm, run, stderr};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -67,7 +67,7 @@ fn same_twice(test: &str, seeds: &[u64], options: &[&str], line: &str) -> BTreeS
 
 #[test]
 fn a_seed_decides_every_exit_and_every_notifier_event() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let test = "deterministic-images";
@@ -85,7 +85,7 @@ fn a_seed_decides_every_exit_and_every_notifier_event() {
 
 #[test]
 fn aging_and_sharing_go_by_virtual_time() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let test = "deterministic-jobs";
@@ -130,7 +130,7 @@ fn aging_and_sharing_go_by_virtual_time() {
 /// The release of an address space is the run's end; so is what a guest is told of time, chance and itself.
 #[test]
 fn time_and_chance_come_from_the_seed() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = cc(
@@ -182,7 +182,7 @@ fn time_and_chance_come_from_the_seed() {
 /// Two runs with each of a hundred seeds.
 #[test]
 fn a_hundred_seeds_give_equal_digests_twice() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let mut digests = BTreeSet::new();
@@ -219,7 +219,7 @@ fn found_and_replayed(options: &[&str], line: &str) -> String {
 
 #[test]
 fn a_planted_race_is_found_by_search_and_replayed() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let text = found_and_replayed(&[], "race exits");
@@ -231,7 +231,7 @@ fn a_planted_race_is_found_by_search_and_replayed() {
 
 #[test]
 fn a_race_between_two_instructions_is_found_by_single_steps() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     found_and_replayed(&["--quantum", "steps"], "race steps");
@@ -243,7 +243,7 @@ fn a_race_between_two_instructions_is_found_by_single_steps() {
 /// The trap flag is umbra's own: a program that pushes, pops and saves its flags finds them as they are without it.
 #[test]
 fn a_guest_does_not_see_that_it_is_single_stepped() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = cc(
@@ -310,7 +310,7 @@ fn a_guest_does_not_see_that_it_is_single_stepped() {
 
 #[test]
 fn a_thread_that_spins_does_not_hang_the_run() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let spins = "race spin --threads 3";
@@ -324,7 +324,7 @@ fn a_thread_that_spins_does_not_hang_the_run() {
 
 #[test]
 fn a_guest_that_dies_is_told_with_the_command_that_replays_it() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program =
@@ -348,7 +348,7 @@ fn a_guest_that_dies_is_told_with_the_command_that_replays_it() {
 /// However late they come: virtual time stands still while nobody can run.
 #[test]
 fn input_that_one_thread_waits_for_is_the_same_whenever_it_comes() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let path = folder("deterministic-input").join("trace");
@@ -398,7 +398,7 @@ fn under_plan(folder: &Path, plan: &str, line: &str) -> (String, Vec<u8>, Value)
 /// Ticks, delays and slow fetches go by virtual time, so how fast the host is decides nothing.
 #[test]
 fn a_plan_does_the_same_in_each_run_with_a_seed() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("deterministic-plans");
@@ -445,7 +445,7 @@ fn a_plan_does_the_same_in_each_run_with_a_seed() {
 
 #[test]
 fn a_guest_in_which_nothing_can_wake_anybody_is_ended() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = cc(
@@ -485,7 +485,7 @@ fn a_guest_in_which_nothing_can_wake_anybody_is_ended() {
 
 #[test]
 fn a_seed_that_does_not_end_is_told_as_such() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = cc(&folder("deterministic-endless"), "endless", "int main(void) { for (;;) ; }", STATIC);

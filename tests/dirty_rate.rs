@@ -9,7 +9,7 @@
 mod common;
 
 use common::pages::{Running, reports, row};
-use common::{STATIC, cc, code, finish, folder, kvm, run, stderr};
+use common::{STATIC, cc, code, finish, folder, guests, run, stderr};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ const METHODS: [&[&str]; 6] = [
 
 #[test]
 fn a_dirty_rate_counts_what_is_written_and_not_what_is_read() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for method in METHODS {
@@ -51,7 +51,7 @@ fn a_dirty_rate_counts_what_is_written_and_not_what_is_read() {
 
 #[test]
 fn no_write_is_lost_whatever_the_ring_holds() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for method in METHODS {
@@ -83,7 +83,7 @@ fn no_write_is_lost_whatever_the_ring_holds() {
 /// That a thread which waits for its ring is reached is a test of `guest::thread`'s; here its last wait must not be lost.
 #[test]
 fn a_guest_that_fills_its_ring_over_and_over_can_be_ended() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let options = ["--dirty-rate=600m", "--dirty-log", "ring:128", "--timeout", "500ms"];
@@ -95,7 +95,7 @@ fn a_guest_that_fills_its_ring_over_and_over_can_be_ended() {
 
 #[test]
 fn a_guest_that_writes_everywhere_is_told_of_in_few_words() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // A page in each of 5,120 parts of 128 MiB, every second one: 20 times as many as have a bit a page. All but one are
@@ -134,7 +134,7 @@ fn a_guest_that_writes_everywhere_is_told_of_in_few_words() {
 
 #[test]
 fn threads_come_and_go_while_their_rings_are_emptied() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let source = r#"
@@ -195,7 +195,7 @@ fn the_demo_logs_no_writes() {
 
 #[test]
 fn a_method_that_cannot_be_is_refused_before_the_guest_runs() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for how in [["--dirty-log", "ring"], ["--ad-bits", "off"]] {

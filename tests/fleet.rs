@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, kvm, native_images, run, stderr};
+use common::{STATIC, cc, code, finish, folder, guests, native_images, run, stderr};
 use serde_json::Value;
 use shadow_mmu::addr::PAGE_SIZE;
 use std::collections::BTreeMap;
@@ -115,7 +115,7 @@ impl Running {
 
 #[test]
 fn copies_of_a_program_each_do_what_one_does() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let one = finish(Command::new(native_images("fleet-native").join("hello")).args([""; 0]), b"", LIMIT);
@@ -130,7 +130,7 @@ fn copies_of_a_program_each_do_what_one_does() {
 
 #[test]
 fn frames_go_from_guest_to_guest_and_nothing_of_the_one_is_seen_by_the_other() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let native = native_images("fleet-torture");
@@ -152,7 +152,7 @@ fn frames_go_from_guest_to_guest_and_nothing_of_the_one_is_seen_by_the_other() {
 
 #[test]
 fn stdin_is_the_first_guests_and_its_status_counts_first() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = program("fleet-status");
@@ -182,7 +182,7 @@ fn stdin_is_the_first_guests_and_its_status_counts_first() {
 
 #[test]
 fn a_signal_to_umbra_and_the_time_limit_end_all_guests() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let mut running = Running::start("fleet-signal", &["--guests", "3", "--memory", "8M"], &["idle"]);
@@ -203,7 +203,7 @@ fn a_signal_to_umbra_and_the_time_limit_end_all_guests() {
 
 #[test]
 fn what_a_guest_leaves_behind_the_others_get() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // Room for one to eat, not for both.
@@ -221,7 +221,7 @@ fn what_a_guest_leaves_behind_the_others_get() {
 
 #[test]
 fn a_guest_that_needs_a_frame_when_none_is_left_is_killed_and_the_others_live_on() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let options = ["--guests", "3", "--pool", "16M", "--check"];
@@ -241,7 +241,7 @@ fn a_guest_that_needs_a_frame_when_none_is_left_is_killed_and_the_others_live_on
 
 #[test]
 fn numbers_of_several_guests_are_an_object_a_guest_and_those_of_one_are_as_they_were() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let stats = |options: &[&str]| {
@@ -272,7 +272,7 @@ fn numbers_of_several_guests_are_an_object_a_guest_and_those_of_one_are_as_they_
 
 #[test]
 fn every_pool_is_large_enough_or_said_to_be_too_small() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let elf = guest_images::find("hello").unwrap().elf;
@@ -323,7 +323,7 @@ fn bad_numbers_of_guests_and_what_shows_one_guest_are_refused_in_one_line() {
         // clap says what the usage is; umbra's own are one line.
         assert!(said.starts_with("error: ") || said.trim_end().lines().count() == 1, "{said}");
     }
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(&mut run(&["--guests", "64", "--pool", "1M"], &["hello"]), b"", LIMIT);

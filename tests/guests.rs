@@ -5,14 +5,14 @@
 
 mod common;
 
-use common::{assert_same, code, finish, kvm, native_images, run, stderr, umbra};
+use common::{assert_same, code, finish, guests, native_images, run, stderr, umbra};
 use std::process::Command;
 use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn compare(test: &str, cases: &[&[&str]], options: &[&str]) {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let native = native_images(test);
@@ -49,7 +49,7 @@ fn usage_errors_of_a_guest_are_passed_through() {
 
 #[test]
 fn a_sequential_touch_costs_a_handful_of_exits() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(&mut run(&["--stats=json"], &["touch", "--pages", "10000"]), b"", LIMIT);
@@ -61,7 +61,7 @@ fn a_sequential_touch_costs_a_handful_of_exits() {
 
 #[test]
 fn a_random_touch_wastes_next_to_no_memory() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let touch = ["touch", "--pages", "20000", "--order", "stride:7919"];
@@ -86,7 +86,7 @@ fn images_are_listed_and_extracted() {
 
 #[test]
 fn the_time_limit_ends_a_guest() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(&mut run(&["--timeout", "300ms"], &["threads", "--seconds", "60"]), b"", LIMIT);

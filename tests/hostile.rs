@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{STATIC, assert_same, cc, code, finish, folder, kvm, run, stderr};
+use common::{STATIC, assert_same, cc, code, finish, folder, guests, run, stderr};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ const SEGV: i32 = 128 + libc::SIGSEGV;
 
 #[test]
 fn jumping_to_the_monitor() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // The monitor's pages, what is around them, and the edges of what addresses there are.
@@ -59,7 +59,7 @@ fn jumping_to_the_monitor() {
 
 #[test]
 fn every_page_of_the_monitor_may_be_jumped_to() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // Including the system call's own entry, wherever it is: a jump there is a system call, or a fault, with junk.
@@ -84,7 +84,7 @@ fn every_page_of_the_monitor_may_be_jumped_to() {
 
 #[test]
 fn privileged_instructions() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let instructions = [
@@ -121,7 +121,7 @@ fn privileged_instructions() {
 
 #[test]
 fn bad_addresses_in_rip_and_rsp() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for (n, body) in [
@@ -143,7 +143,7 @@ fn bad_addresses_in_rip_and_rsp() {
 
 #[test]
 fn wild_pointers_to_every_system_call() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let body = r#"
@@ -183,7 +183,7 @@ fn wild_pointers_to_every_system_call() {
 
 #[test]
 fn exhausting_mappings() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let body = r#"
@@ -204,7 +204,7 @@ fn exhausting_mappings() {
 
 #[test]
 fn page_tables_all_over_the_address_space() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // One page every gibibyte, mapped, touched, and unmapped: tables come and go, and none are left over.
@@ -227,7 +227,7 @@ fn page_tables_all_over_the_address_space() {
 
 #[test]
 fn exhausting_threads() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let body = r#"
@@ -254,7 +254,7 @@ fn exhausting_threads() {
 
 #[test]
 fn control_c_ends_an_endless_loop_at_once() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for (name, body) in [
@@ -282,7 +282,7 @@ fn control_c_ends_an_endless_loop_at_once() {
 
 #[test]
 fn a_death_is_explained() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let body = r#"
@@ -312,7 +312,7 @@ fn a_death_is_explained() {
 
 #[test]
 fn signals_sent_to_itself_end_it_as_on_linux() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("raise");
@@ -328,7 +328,7 @@ fn signals_sent_to_itself_end_it_as_on_linux() {
 
 #[test]
 fn a_closed_pipe_ends_it_as_on_linux() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program =

@@ -18,7 +18,7 @@ mod promises;
 #[path = "inject/sweep.rs"]
 mod sweep;
 
-use common::{code, finish, folder, kvm, stderr, umbra};
+use common::{code, engine, finish, folder, guests, kvm, stderr, umbra};
 use guest::Guest;
 use serde_json::Value;
 use shadow_mmu::inject::Outcome;
@@ -159,7 +159,7 @@ fn a_plan_that_cannot_be_followed_starts_nothing() {
 
 #[test]
 fn a_plan_that_never_fired_says_so() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("inject-never");

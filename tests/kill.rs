@@ -10,7 +10,7 @@
 
 mod common;
 
-use common::{finish, folder, kvm, run, stderr, umbra};
+use common::{finish, folder, guests, run, stderr, umbra};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -254,7 +254,7 @@ fn shared_memory(pid: u32) -> Vec<String> {
 
 #[test]
 fn umbra_killed_at_any_moment_leaves_nothing_behind_and_the_next_run_works() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (times, seed) = (number("UMBRA_KILLS", 40), number("UMBRA_SEED", 6));

@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{STATIC, assert_same, cc, code, finish, folder, kvm, native_images, run, stderr};
+use common::{STATIC, assert_same, cc, code, finish, folder, guests, native_images, run, stderr};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -130,7 +130,7 @@ fn report_when(test: &str, options: &[&str], args: [&str; 4], good: impl Fn(&Val
 
 #[test]
 fn equal_pages_of_all_guests_share_frames_and_the_counters_add_up() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let pace = format!("--ksm={FAST}");
@@ -150,7 +150,7 @@ fn equal_pages_of_all_guests_share_frames_and_the_counters_add_up() {
 
 #[test]
 fn nothing_is_shared_that_nobody_let_be_shared() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let pace = format!("--ksm=madvise,{FAST}");
@@ -169,7 +169,7 @@ fn nothing_is_shared_that_nobody_let_be_shared() {
 
 #[test]
 fn guests_of_different_domains_do_not_share_and_are_told_so() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let pace = format!("--ksm={FAST}");
@@ -193,7 +193,7 @@ fn guests_of_different_domains_do_not_share_and_are_told_so() {
 
 #[test]
 fn a_limit_keeps_pages_apart_and_zeros_may_be_kept() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let pace = format!("--ksm={FAST},max-page-sharing=10,no-zero-pages");
@@ -237,7 +237,7 @@ impl Obeying {
 
 #[test]
 fn a_guest_that_stops_to_share_more_than_there_is_is_killed_with_a_warning_and_the_other_lives_on() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = program("ksm-storm");
@@ -268,7 +268,7 @@ fn a_guest_that_stops_to_share_more_than_there_is_is_killed_with_a_warning_and_t
 
 #[test]
 fn guests_that_share_compute_what_they_do_alone() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let native = native_images("ksm-torture");
@@ -283,7 +283,7 @@ fn guests_that_share_compute_what_they_do_alone() {
 
 #[test]
 fn a_report_is_a_table_and_a_picture_and_statistics_have_the_counters() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("ksm-picture");

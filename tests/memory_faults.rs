@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{code, finish, folder, kvm, stderr, text, umbra};
+use common::{code, finish, folder, guests, stderr, text, umbra};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
@@ -34,7 +34,7 @@ fn inject_into(plan: &Path, options: &[&str], program: &[&str], input: &[u8]) ->
 
 /// Runs `victim ARGS` under a plan, audited. Standard output in lines, the status, and the account.
 fn victim(test: &str, toml: &str, args: &[&str]) -> Option<(Vec<String>, i32, serde_json::Value)> {
-    if !kvm() {
+    if !guests() {
         return None;
     }
     let program = [&["victim"], args].concat();
@@ -64,7 +64,7 @@ fn on_page(n: u64, rest: &str) -> String {
 
 #[test]
 fn addresses_are_the_same_in_each_run() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     for _ in 0..2 {
@@ -229,7 +229,7 @@ fn pressure_that_is_over_gives_the_memory_back() {
 
 #[test]
 fn guests_that_share_a_pool_fail_one_by_one() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let toml = format!("{}\nvm = 1", on_page(5, "memory = 'poison'"));
@@ -242,7 +242,7 @@ fn guests_that_share_a_pool_fail_one_by_one() {
 
 #[test]
 fn a_program_without_a_handler_dies_and_the_report_says_where_and_why() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let toml = "[[fault]]\npoint = 'page'\nat = 'mappings'\nnth = 3\nmemory = 'poison'";
@@ -260,7 +260,7 @@ fn a_program_without_a_handler_dies_and_the_report_says_where_and_why() {
 
 #[test]
 fn sharing_goes_on_beside_traps_and_flips() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let toml = "seed = 3\nallow-corruption = true\n
@@ -277,7 +277,7 @@ fn sharing_goes_on_beside_traps_and_flips() {
 #[test]
 fn a_real_program_dies_of_its_poisoned_heap_and_computes_the_same_on_slow_memory() {
     let busybox = Path::new("/bin/busybox");
-    if !kvm() || !busybox.exists() {
+    if !guests() || !busybox.exists() {
         println!("skipped: needs KVM and /bin/busybox");
         return;
     }
@@ -309,7 +309,7 @@ fn reaching(name: &str) -> (&'static str, String) {
 
 #[test]
 fn every_ready_plan_does_something_and_umbra_stays_in_order() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let list = umbra().args(["inject", "--list", "--json"]).output().unwrap();

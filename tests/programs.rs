@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{STATIC, assert_same, cc, finish, folder, kvm, run, text};
+use common::{STATIC, assert_same, cc, finish, folder, guests, run, text};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -24,7 +24,7 @@ fn compare(program: &Path, args: &[&str], input: &[u8]) {
 
 #[test]
 fn busybox_works_on_four_mebibytes() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let busybox = Path::new("/bin/busybox");
@@ -87,7 +87,7 @@ fn main() {
 
 #[test]
 fn a_rust_program_with_three_threads() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("rust-program");
@@ -182,7 +182,7 @@ int main(int argc, char **argv) {
 
 #[test]
 fn a_c_program_with_threads_signals_and_a_heap() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("c-program");
@@ -195,7 +195,7 @@ fn a_c_program_with_threads_signals_and_a_heap() {
 
 #[test]
 fn vector_registers_survive_faults_system_calls_and_threads() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let source = r#"

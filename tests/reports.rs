@@ -10,6 +10,7 @@ use common::{STATIC, cc, folder, kvm};
 use shadow_mmu::addr::Gpa;
 use shadow_mmu::shadow::{FaultAroundPolicy, Spte};
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vmm::crash;

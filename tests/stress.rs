@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{STATIC, assert_same, cc, code, finish, folder, kvm, native_images, run, stderr};
+use common::{STATIC, assert_same, cc, code, finish, folder, guests, native_images, run, stderr};
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::Command;
@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(900);
 
 #[test]
 fn a_thousand_tortures() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let native = native_images("torture");
@@ -31,7 +31,7 @@ fn a_thousand_tortures() {
 
 #[test]
 fn a_torture_in_scarce_memory_and_without_fault_around() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let native = native_images("torture-scarce");
@@ -46,7 +46,7 @@ fn a_torture_in_scarce_memory_and_without_fault_around() {
 
 #[test]
 fn threads_race_with_unmap_for_a_minute() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let native = native_images("threads");
@@ -199,7 +199,7 @@ fn i58_guests_that_change_what_they_share_read_what_they_wrote_for_a_minute() {
     const GUESTS: usize = 3;
     /// Of each variant.
     const SECONDS: &str = "20";
-    if !kvm() {
+    if !guests() {
         return;
     }
     let program = churn("churn");

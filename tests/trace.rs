@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, kvm, run, stderr, umbra};
+use common::{STATIC, cc, code, finish, folder, guests, kvm, run, stderr, umbra};
 use serde_json::Value;
 use std::ffi::CString;
 use std::fs::File;
@@ -35,7 +35,7 @@ fn within(event: &Value, start: u64, end: u64) -> bool {
 
 #[test]
 fn a_guest_runs_as_without_and_every_event_is_one_object() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let plain = finish(&mut run(&[], &["hello"]), b"", LIMIT);
@@ -61,7 +61,7 @@ fn a_guest_runs_as_without_and_every_event_is_one_object() {
 
 #[test]
 fn reasons_and_ranges_are_those_of_the_guests_calls() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // Each page is touched between two calls, so that there is something to take away.
@@ -111,7 +111,7 @@ fn reasons_and_ranges_are_those_of_the_guests_calls() {
 
 #[test]
 fn text_has_its_columns() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let output = finish(&mut run(&["--trace", "notifier"], &["hello"]), b"", LIMIT);
@@ -141,7 +141,7 @@ fn text_has_its_columns() {
 
 #[test]
 fn a_trace_is_whole_when_the_guest_dies_and_says_what_the_report_says() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let source = r#"
@@ -176,7 +176,7 @@ fn a_trace_is_whole_when_the_guest_dies_and_says_what_the_report_says() {
 
 #[test]
 fn a_guest_does_not_wait_for_its_trace() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let mut command = run(&["--trace", "notifier=json"], &["torture", "1", "--ops", "3000"]);
@@ -202,7 +202,7 @@ fn a_guest_does_not_wait_for_its_trace() {
 
 #[test]
 fn a_trace_that_cannot_be_written_is_told_and_the_status_is_the_guests() {
-    if !kvm() || !std::path::Path::new("/dev/full").exists() {
+    if !guests() || !std::path::Path::new("/dev/full").exists() {
         return;
     }
     let options = ["--trace", "notifier", "--trace-file", "/dev/full"];
@@ -255,7 +255,7 @@ fn terminate(child: &mut Child) -> ExitStatus {
 
 #[test]
 fn a_reader_that_stopped_does_not_keep_umbra_from_being_ended() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (path, reader) = fifo(&folder("trace-stopped-reader"));
@@ -309,7 +309,7 @@ fn bad_options_are_explained() {
 
 #[test]
 fn a_pass_of_aging_is_a_line_for_each_block() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     // The only pass is the one at the end: the program's block and the stack's.

@@ -10,27 +10,55 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
+use vmm::engine::kvm::host_facts;
+use vmm::engine::{EngineChoice, EngineKind};
 
-/// Whether guests can be run here. Prints one line if not. Where the environment has `UMBRA_REQUIRE_KVM`, as on machines that
-/// are known to have KVM, a missing device is a failure.
-pub fn kvm() -> bool {
-    let device = vmm::cli::kvm_device();
-    if device.exists() {
-        return true;
+/// The engine in use: the one that `UMBRA_ENGINE` names, else KVM where its device can be used, else ptrace. Where the
+/// environment has `UMBRA_REQUIRE_KVM`, as on machines that are known to have KVM, a device that cannot be used is a failure;
+/// not so if `UMBRA_ENGINE` is ptrace.
+pub fn engine() -> EngineKind {
+    let config = vmm::cli::engine();
+    if config.choice == EngineChoice::Ptrace {
+        return EngineKind::Ptrace;
     }
-    assert!(
-        std::env::var_os("UMBRA_REQUIRE_KVM").is_none(),
-        "{} is required here and missing",
-        device.display()
-    );
-    println!("skipped: no {}", device.display());
-    false
+    let obstacle = host_facts(&config.kvm_device).obstacle;
+    if let Some(obstacle) = &obstacle {
+        assert!(std::env::var_os("UMBRA_REQUIRE_KVM").is_none(), "KVM is required here: {obstacle}");
+    }
+    match (config.choice, obstacle) {
+        (EngineChoice::Auto, Some(_)) => EngineKind::Ptrace,
+        _ => EngineKind::Kvm,
+    }
 }
 
-/// The command under test.
+/// Whether guests can be run here, by the engine in use. Prints one line if not.
+pub fn guests() -> bool {
+    let obstacle = match engine() {
+        EngineKind::Kvm => host_facts(&vmm::cli::kvm_device()).obstacle,
+        EngineKind::Ptrace => vmm::engine::ptrace::probe().err().map(|error| error.to_string()),
+    };
+    if let Some(obstacle) = &obstacle {
+        println!("skipped: {obstacle}");
+    }
+    obstacle.is_none()
+}
+
+/// Whether guests can be run here by KVM, for tests of what no other engine has. Prints one line if not.
+pub fn kvm() -> bool {
+    if engine() == EngineKind::Ptrace {
+        println!("skipped: the engine in use is ptrace");
+        return false;
+    }
+    guests()
+}
+
+/// The command under test, which takes the engine in use without a word.
 pub fn umbra() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_umbra-under-test"));
     command.stdin(Stdio::null()).env_remove("RUST_LOG");
+    if engine() == EngineKind::Ptrace {
+        command.env(vmm::cli::ENGINE, "ptrace");
+    }
     command
 }
 

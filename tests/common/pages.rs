@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
+use vmm::engine::EngineKind;
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// An interval so long that the only pass, and the only reading, is the one at the end.
@@ -26,11 +27,8 @@ pub enum Exactness {
 #[allow(dead_code, reason = "not every test looks at A")]
 pub fn exactness(bits: &str) -> Exactness {
     let facts = vmm::engine::kvm::host_facts(&vmm::cli::kvm_device());
-    if bits == "off" || facts.kvm_backend.walks_in_software() {
-        Exactness::Exact
-    } else {
-        Exactness::CpuGuesses
-    }
+    let in_software = super::engine() == EngineKind::Ptrace || facts.kvm_backend.walks_in_software();
+    if bits == "off" || in_software { Exactness::Exact } else { Exactness::CpuGuesses }
 }
 
 /// Every report of this kind on stderr.

@@ -17,7 +17,7 @@ fn assert_unseen(folder: &Path, guest: &Guest, plan: &str) -> Injected {
 
 #[test]
 fn a_vcpu_that_is_interrupted_at_every_other_entry_computes_the_same() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-eintr"), images("inject-eintr"));
@@ -72,7 +72,7 @@ fn a_flush_whose_discards_are_refused_is_made_by_other_means() {
 
 #[test]
 fn slow_flushes_kicks_and_listeners_lose_no_store() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-slow"), images("inject-slow"));
@@ -156,7 +156,7 @@ const WAITS: &str = r#"
 
 #[test]
 fn a_late_timer_ends_waits_later_and_keeps_no_one_from_being_woken() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("inject-timer");
@@ -174,7 +174,7 @@ fn a_late_timer_ends_waits_later_and_keeps_no_one_from_being_woken() {
 
 #[test]
 fn a_system_call_that_is_refused_returns_that_error_and_does_nothing() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("inject-syscall");
@@ -206,7 +206,7 @@ fn a_system_call_that_is_refused_returns_that_error_and_does_nothing() {
 
 #[test]
 fn a_file_that_cannot_be_read_or_reads_wrong_is_the_guests_affair() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("inject-file");
@@ -242,7 +242,7 @@ fn a_file_that_cannot_be_read_or_reads_wrong_is_the_guests_affair() {
 
 #[test]
 fn a_pool_that_the_host_refuses_starts_nothing_and_says_what_to_do() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-grow"), images("inject-grow"));
@@ -254,7 +254,7 @@ fn a_pool_that_the_host_refuses_starts_nothing_and_says_what_to_do() {
 
 #[test]
 fn a_thread_that_the_host_refuses_is_eagain_to_the_guest() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-thread"), images("inject-thread"));
@@ -273,7 +273,7 @@ fn a_thread_that_the_host_refuses_is_eagain_to_the_guest() {
 /// A pool of 40 MiB and three times 24 MiB one after the other: frames that could not be given back are handed out again.
 #[test]
 fn frames_that_the_host_does_not_take_back_are_used_again() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let folder = folder("inject-punch");
@@ -286,7 +286,7 @@ fn frames_that_the_host_does_not_take_back_are_used_again() {
 /// `mix` writes random pages while the scanner is held between its steps, and checks every byte.
 #[test]
 fn a_scanner_that_loses_its_cpu_between_its_steps_loses_no_write() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-merge"), images("inject-merge"));

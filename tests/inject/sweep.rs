@@ -26,7 +26,7 @@ const TABLE: &str = "point = 'table-alloc'\nerror = 'ENOMEM'";
 
 #[test]
 fn every_frame_of_a_guest_may_be_refused_once() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-frames"), images("inject-frames"));
@@ -39,7 +39,7 @@ fn every_frame_of_a_guest_may_be_refused_once() {
 
 #[test]
 fn every_page_table_of_a_guest_may_be_refused_once() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-tables"), images("inject-tables"));
@@ -50,7 +50,7 @@ fn every_page_table_of_a_guest_may_be_refused_once() {
 
 #[test]
 fn every_memory_call_of_a_guest_may_be_refused_once() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-calls"), images("inject-calls"));
@@ -62,7 +62,7 @@ fn every_memory_call_of_a_guest_may_be_refused_once() {
 
 #[test]
 fn every_thread_of_a_guest_may_be_refused_once() {
-    if !kvm() {
+    if !guests() {
         return;
     }
     let (folder, images) = (folder("inject-threads"), images("inject-threads"));

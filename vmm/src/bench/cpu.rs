@@ -8,7 +8,6 @@
 use super::{Contestant, Host, Measure, NativeImage, Report, measure, output, ratios, umbra};
 use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result};
-use std::process::Command;
 
 const PAGES: &str = "256";
 
@@ -22,13 +21,11 @@ pub fn bench_cpu(
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let (umbra, native) = (umbra()?, NativeImage::new("touch")?);
+    let native = NativeImage::new("touch")?;
     let passes = passes.max(2).to_string();
     let work = ["--time", "--pages", PAGES, "--passes", passes.as_str(), "--spin", "20000"];
     let rows: Vec<Measure<'_>> = vec![
-        Contestant::required("umbra", || {
-            seconds(&output(Command::new(&umbra).args(["run", "touch"]).args(work))?)
-        }),
+        Contestant::required("umbra", || seconds(&output(umbra()?.args(["run", "touch"]).args(work))?)),
         Contestant::optional("native", || seconds(&output(native.command().args(work))?)),
     ];
     let (rows, missing) = measure("s", runs, rows, progress)?;

@@ -13,7 +13,6 @@
 use super::{Contestant, Host, Measure, Report, measure, output, ratios, umbra};
 use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result};
-use std::process::Command;
 
 /// Runs the benchmark over `pages` pages, `runs` times each.
 ///
@@ -25,13 +24,11 @@ pub fn bench_fault(
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let umbra = umbra()?;
     let run = |options: &'static [&'static str]| {
-        let umbra = umbra.clone();
         move || {
             // Room for the pages, their tables, and the reserve that pages ahead of need stay clear of.
             let memory = format!("{}K", (pages * 4 * 5 / 4).max(1 << 10) + (16 << 10));
-            let mut command = Command::new(&umbra);
+            let mut command = umbra()?;
             command.args(["run", "--memory", &memory]).args(options);
             command.args(["touch", "--prime", "--time", "--pages", &pages.to_string()]);
             microseconds_a_page(&output(&mut command)?, pages)

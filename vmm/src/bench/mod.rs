@@ -25,6 +25,7 @@ mod userfault;
 pub use memstress::{Memstress, Pass, Work};
 pub use userfault::WindowHandler;
 
+use crate::engine::EngineKind;
 use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result, bail};
 use contestant::{Contestant, take_turns};
@@ -49,7 +50,9 @@ pub use start::bench_start;
 /// What the figures were measured on.
 #[derive(Debug, Clone, Serialize)]
 pub struct Host {
-    /// What KVM runs on.
+    /// What ran the guests.
+    pub engine: EngineKind,
+    /// What KVM runs on; `none` where it did not run them.
     pub kvm_backend: String,
     /// Kernel release.
     pub kernel: String,
@@ -62,6 +65,7 @@ pub struct Host {
 impl From<&HostFacts> for Host {
     fn from(facts: &HostFacts) -> Self {
         Self {
+            engine: facts.engine(),
             kvm_backend: facts.kvm_backend.to_string(),
             kernel: facts.kernel.clone(),
             cpu: facts.cpu.clone(),
@@ -123,8 +127,9 @@ pub struct Report {
 impl Report {
     /// For people.
     pub fn text(&self) -> String {
-        let Host { kvm_backend, kernel, cpu, cpus } = &self.host;
-        let mut out = format!("{} on KVM ({kvm_backend}), Linux {kernel}, {cpu}, {cpus} CPUs\n", self.bench);
+        let Host { engine, kvm_backend, kernel, cpu, cpus } = &self.host;
+        let place = engine.place(kvm_backend);
+        let mut out = format!("{} {place}, Linux {kernel}, {cpu}, {cpus} CPUs\n", self.bench);
         for line in &self.lines {
             out += &format!("{line}\n");
         }
@@ -184,9 +189,16 @@ fn ratios(rows: &[Row], pairs: &[(&str, &str)]) -> BTreeMap<String, f64> {
         .collect()
 }
 
-/// This very program, to run guests as a user would.
-fn umbra() -> Result<PathBuf> {
+/// This very program's file.
+fn executable() -> Result<PathBuf> {
     std::env::current_exe().context("cannot find umbra's own executable")
+}
+
+/// This very program, to run guests as a user would; by the engine that is measured.
+fn umbra() -> Result<Command> {
+    let mut command = Command::new(executable()?);
+    command.env(crate::cli::ENGINE, crate::cli::engine().choice.to_string());
+    Ok(command)
 }
 
 /// Runs a command to its end and returns what it printed.

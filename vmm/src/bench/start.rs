@@ -12,14 +12,14 @@ use std::time::Instant;
 /// # Errors
 /// What keeps umbra from running a guest at all.
 pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
-    let (umbra, native) = (umbra()?, NativeImage::new("hello")?);
+    let native = NativeImage::new("hello")?;
     let timed = |command: &mut Command| -> Result<f64> {
         let began = Instant::now();
         output(command)?;
         Ok(began.elapsed().as_secs_f64() * 1e3)
     };
     let rows: Vec<Measure<'_>> = vec![
-        Contestant::required("umbra", || timed(Command::new(&umbra).args(["run", "hello"]))),
+        Contestant::required("umbra", || timed(umbra()?.args(["run", "hello"]))),
         Contestant::optional("native", || timed(&mut native.command())),
     ];
     let (rows, missing) = measure("ms", runs, rows, progress)?;

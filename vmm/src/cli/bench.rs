@@ -2,7 +2,7 @@
 //! `umbra bench`.
 
 use super::bench_ksm::{self, KsmArgs};
-use super::{kvm_device, parse};
+use super::{choose_engine, engine, parse};
 use crate::bench::{
     AgeOverhead, DemandPaging, DirtyLogWork, NotOk, Report, UffdMode, Work, bench_access_tracking, bench_age,
     bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault, bench_notifier,
@@ -10,6 +10,7 @@ use crate::bench::{
 };
 use crate::causes::one_line;
 use crate::engine::kvm::{HostFacts, host_facts};
+use crate::engine::{EngineChoice, choice};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use shadow_mmu::addr::PAGE_SIZE;
@@ -29,6 +30,9 @@ pub(super) struct BenchArgs {
     /// Runs of each row that count; one more goes before them.
     #[arg(long, global = true, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: u16,
+    /// What runs the guests: auto, kvm or ptrace, as `umbra run --help` has it. Without this option: UMBRA_ENGINE, or else auto.
+    #[arg(long, global = true, value_name = "ENGINE", hide_possible_values = true)]
+    engine: Option<EngineChoice>,
     /// Print as JSON: {bench, host, rows: [{name, unit, min, median, max, runs}], ratios, and if there are any: missing, notes,
     /// lines}.
     #[arg(long, global = true)]
@@ -52,7 +56,7 @@ enum Bench {
     /// From the command to its end, for the smallest guest.
     Start,
     /// What telling 0, 1 and 4 listeners of an invalidation costs: umbra's list, one behind a RwLock, one in an ArcSwap. Needs
-    /// no KVM.
+    /// no engine.
     Notifier {
         /// How long each row is measured in each run.
         #[arg(long, value_name = "DURATION", default_value = "50ms", value_parser = parse::duration)]
@@ -216,11 +220,13 @@ enum Uffd {
 }
 
 pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
-    let facts = host_facts(&kvm_device());
-    let needs_kvm = !matches!(args.bench, Bench::Notifier { .. });
-    if let Some(obstacle) = facts.obstacle.as_ref().filter(|_| needs_kvm) {
-        bail!("cannot use KVM: {obstacle}");
-    }
+    choose_engine(args.engine);
+    let config = engine();
+    let facts = match args.bench {
+        // It runs no guest.
+        Bench::Notifier { .. } => host_facts(&config.kvm_device),
+        _ => choice::facts(&config)?,
+    };
     let live = std::io::stderr().is_terminal();
     let mut progress = |line: &str| {
         if live {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra inject --campaign`.
 
-use super::{Format, parse};
+use super::{Format, choose_engine, engine, parse};
+use crate::engine::{EngineChoice, EngineKind, choice};
 use crate::inject::campaign::{Campaign, Corruption, Deck, Progress, image_names, judge};
 use crate::reactor::{block_signals, pending_signal};
 use anyhow::{Context, Result};
@@ -33,6 +34,9 @@ pub(super) struct CampaignArgs {
     /// Only these bundled guests, by name, with commas.
     #[arg(long, value_name = "LIST", requires = "campaign", value_delimiter = ',', value_parser = image)]
     images: Vec<&'static str>,
+    /// What runs the guests: auto, kvm or ptrace, as `umbra run --help` has it. The commands that replay failures have it too.
+    #[arg(long, value_name = "ENGINE", requires = "campaign", hide_possible_values = true)]
+    engine: Option<EngineChoice>,
     /// Draw flipped bits, too. What a guest says is not looked at then.
     #[arg(long, requires = "campaign")]
     corruption: bool,
@@ -99,6 +103,13 @@ pub(super) fn run(args: &CampaignArgs, format: Format) -> Result<ExitCode> {
     if args.corruption {
         deck.corruption = Corruption::Drawn;
     }
+    choose_engine(args.engine);
+    // Found out once: what each run would say of it were read as what its guest brought about.
+    let found = choice::facts(&engine())?.engine();
+    deck.engine = match found {
+        EngineKind::Kvm => args.engine,
+        EngineKind::Ptrace => Some(EngineChoice::Ptrace),
+    };
     let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
     let stop = AtomicBool::new(false);
     let campaign = Campaign {

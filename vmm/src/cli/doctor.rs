@@ -4,6 +4,7 @@
 use super::kvm_device;
 use crate::causes::one_line;
 use crate::engine::kvm::{Effort, FlushReport, HostFacts, KvmVm, host_facts};
+use crate::engine::{EngineKind, ptrace};
 use crate::report::write_host;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -15,10 +16,11 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// Say what this host offers: KVM and what it runs on, capabilities, and which ways to flush translations work.
+/// Say what this host offers: which engines can run guests; of KVM what it runs on, capabilities, and which ways to flush
+/// translations work.
 ///
-/// The flush methods are tried, not looked up: two vCPUs write through an entry while it is changed. Exit status 0 if guests
-/// can be run, 1 if not.
+/// The flush methods are tried, not looked up: two vCPUs write through an entry while it is changed. So is ptrace: a process is
+/// traced. Exit status 0 if guests can be run, by whatever engine, 1 if not.
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
     /// Times each flush method is tried with each kind of change.
@@ -32,8 +34,27 @@ pub(super) struct DoctorArgs {
 /// Memory of the guest that the probe runs.
 const PROBE_MEMORY: u64 = 4 << 20;
 
+/// Whether an engine can run guests here.
+#[derive(Debug, Serialize)]
+struct Usable {
+    usable: bool,
+    /// Why not, in one line that says what to do.
+    obstacle: Option<String>,
+}
+
+impl From<Option<String>> for Usable {
+    fn from(obstacle: Option<String>) -> Self {
+        Self { usable: obstacle.is_none(), obstacle }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
+    /// What `--engine auto` takes.
+    engine: Option<EngineKind>,
+    kvm: Usable,
+    ptrace: Usable,
+    /// KVM's.
     device: String,
     host: HostFacts,
     flush: Option<FlushReport>,
@@ -47,33 +68,47 @@ struct Report {
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let device = kvm_device();
     let host = host_facts(&device);
+    let (flush, no_kvm) = match &host.obstacle {
+        Some(obstacle) => (None, Some(obstacle.clone())),
+        None => match probe(args.rounds) {
+            Ok(flush) if flush.chosen.is_empty() => {
+                (Some(flush), Some("no way to flush translations works here: use another kernel".to_owned()))
+            }
+            Ok(flush) => (Some(flush), None),
+            Err(error) => (None, Some(one_line(&error))),
+        },
+    };
+    let no_ptrace = ptrace::probe().err().map(|error| error.to_string());
+    let engine = match (&no_kvm, &no_ptrace) {
+        (None, _) => Some(EngineKind::Kvm),
+        (_, None) => Some(EngineKind::Ptrace),
+        _ => None,
+    };
+    let mut advice = Vec::new();
+    let adoptable = match watchable() {
+        Ok(Watchable::EveryKind) => Some("every kind"),
+        Ok(Watchable::NoFiles) => Some("anonymous and shared memory, no files"),
+        Err(error) => {
+            advice.push(format!("mappings of the host cannot be adopted: {error}"));
+            None
+        }
+    };
+    advice.extend(no_kvm.clone());
+    advice.extend(no_ptrace.as_ref().map(|obstacle| format!("ptrace: {obstacle}")));
+    if engine == Some(EngineKind::Ptrace) {
+        advice.push("guests run by ptrace: page faults and changes of mappings cost more than under KVM, and nothing can be adopted".into());
+    }
     let mut report = Report {
+        engine,
+        kvm: no_kvm.into(),
+        ptrace: no_ptrace.into(),
         device: device.display().to_string(),
         host,
-        flush: None,
-        adoptable: None,
-        advice: Vec::new(),
-        ready: false,
+        flush,
+        adoptable,
+        advice,
+        ready: engine.is_some(),
     };
-    match watchable() {
-        Ok(Watchable::EveryKind) => report.adoptable = Some("every kind"),
-        Ok(Watchable::NoFiles) => report.adoptable = Some("anonymous and shared memory, no files"),
-        Err(error) => report.advice.push(format!("mappings of the host cannot be adopted: {error}")),
-    }
-    if let Some(obstacle) = &report.host.obstacle {
-        report.advice.push(obstacle.clone());
-    } else {
-        match probe(args.rounds) {
-            Ok(flush) => {
-                report.ready = !flush.chosen.is_empty();
-                if flush.chosen.is_empty() {
-                    report.advice.push("no way to flush translations works here: use another kernel".into());
-                }
-                report.flush = Some(flush);
-            }
-            Err(error) => report.advice.push(one_line(&error)),
-        }
-    }
     if report.host.cpus < 2 {
         report.advice.push("one CPU: guests with several threads take turns".into());
     }
@@ -100,6 +135,9 @@ fn text(report: &Report) -> String {
 }
 
 fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
+    let word = |engine: &Usable| if engine.usable { "usable" } else { "not usable" };
+    writeln!(out, "kvm       {}", word(&report.kvm))?;
+    writeln!(out, "ptrace    {}", word(&report.ptrace))?;
     writeln!(out, "device    {}", report.device)?;
     write_host(out, &report.host)?;
     if let Some(flush) = &report.flush {
@@ -134,9 +172,10 @@ fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
     for line in &report.advice {
         writeln!(out, "advice    {line}")?;
     }
-    writeln!(
-        out,
-        "{}",
-        if report.ready { "ready: guests can be run" } else { "not ready: guests cannot be run" }
-    )
+    match report.engine {
+        Some(engine) => {
+            writeln!(out, "ready: guests can be run, by {engine} where nothing else is asked for")
+        }
+        None => writeln!(out, "not ready: guests cannot be run"),
+    }
 }

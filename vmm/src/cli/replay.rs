@@ -88,6 +88,11 @@ mod tests {
                 "./umbra run --memory 4M --deterministic --seed 7 --quantum=steps -- race",
             ),
             (
+                &["umbra", "run", "--engine", "ptrace", "--deterministic", "race"],
+                1,
+                "umbra run --engine ptrace --deterministic --seed 7 race",
+            ),
+            (
                 &["umbra", "run", "--deterministic", "--seeds=1..2", "./a b", "--seed", "it's", ""],
                 4,
                 r"umbra run --deterministic --seed 7 './a b' --seed 'it'\''s' ''",

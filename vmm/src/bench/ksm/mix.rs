@@ -130,7 +130,7 @@ impl Content {
                 Ok(content)
             }
             Mix::Image { copies } => {
-                let path = super::super::umbra()?;
+                let path = super::super::executable()?;
                 let mut image =
                     std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
                 image.resize(image.len().next_multiple_of(PAGE_SIZE as usize), 0);

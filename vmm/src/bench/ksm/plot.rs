@@ -106,7 +106,13 @@ mod tests {
     use crate::bench::Host;
 
     fn report(rows: &[(&str, f64)]) -> Report {
-        let host = Host { kvm_backend: "x".into(), kernel: "6".into(), cpu: "<&>".into(), cpus: 2 };
+        let host = Host {
+            engine: crate::engine::EngineKind::Kvm,
+            kvm_backend: "x".into(),
+            kernel: "6".into(),
+            cpu: "<&>".into(),
+            cpus: 2,
+        };
         let rows = rows.iter().map(|(name, value)| Row::of(name, "s", vec![*value])).collect();
         let (ratios, missing, notes, lines) = Default::default();
         Report { bench: "ksm".into(), host, rows, ratios, missing, notes, lines }

@@ -177,7 +177,7 @@ pub fn host_facts(device: &Path) -> HostFacts {
 }
 
 /// The facts that need no device.
-pub(in crate::engine) fn machine_facts() -> HostFacts {
+fn machine_facts() -> HostFacts {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));

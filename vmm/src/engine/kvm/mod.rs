@@ -48,7 +48,7 @@ mod track_tests;
 
 pub use error::SetupError;
 pub use flush::FlushMethod;
-pub(super) use host::machine_facts;
+
 pub use host::{Backend, Capability, HostFacts, host_facts};
 pub use probe::{Change, Effort, FlushReport, FlushRow};
 pub use vcpu::KvmVcpu;

@@ -43,7 +43,7 @@ pub use error::SetupError;
 pub use vcpu::PtraceVcpu;
 
 use super::fpu::FpuLayout;
-use super::kvm::{HostFacts, machine_facts};
+use super::kvm::HostFacts;
 use super::{Engine, EngineKind, Vcpu};
 use pair::Pairs;
 use service::Service;
@@ -108,7 +108,7 @@ impl PtraceVm {
             vcpus: AtomicUsize::new(0),
             fpu,
             faults: OnceLock::new(),
-            facts: machine_facts(),
+            facts: HostFacts::without_kvm(),
             pool,
         }))
     }

@@ -3,6 +3,7 @@
 
 use super::super::Plan;
 use super::program::Program;
+use crate::engine::EngineChoice;
 use std::fmt::Write;
 
 /// How writes are logged.
@@ -19,6 +20,8 @@ pub enum Dirty {
 /// The options of `umbra run`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
+    /// `--engine`, if it is given. It is not drawn.
+    pub engine: Option<EngineChoice>,
     /// MiB for each guest.
     pub memory: u64,
     /// `--fault-around`.
@@ -43,6 +46,7 @@ impl Default for Settings {
     /// Nothing but what every case has.
     fn default() -> Self {
         Self {
+            engine: None,
             memory: 64,
             fault_around: "adaptive",
             guests: 1,
@@ -62,6 +66,9 @@ impl Settings {
         let mut line = format!("--check --memory {}M --fault-around {}", self.memory, self.fault_around);
         // Writing to a string cannot fail.
         let _ = || -> std::fmt::Result {
+            if let Some(engine) = self.engine {
+                write!(line, " --engine {engine}")?;
+            }
             if self.guests > 1 {
                 write!(line, " --guests {}", self.guests)?;
             }
@@ -126,6 +133,7 @@ mod tests {
     #[test]
     fn settings_are_words_of_the_command_line() {
         let all = Settings {
+            engine: Some(EngineChoice::Ptrace),
             memory: 32,
             fault_around: "64K",
             guests: 2,
@@ -138,8 +146,8 @@ mod tests {
         };
         assert_eq!(
             all.words().join(" "),
-            "--check --memory 32M --fault-around 64K --guests 2 --pool 48M --ksm=all --age 5ms --ad-bits off \
-             --dirty-rate=5ms --dirty-log ring:128"
+            "--check --memory 32M --fault-around 64K --engine ptrace --guests 2 --pool 48M --ksm=all --age 5ms \
+             --ad-bits off --dirty-rate=5ms --dirty-log ring:128"
         );
         let deterministic = Settings { deterministic: Some(17), ..Settings::default() };
         assert!(deterministic.words().join(" ").ends_with(" --deterministic --seed 17"));

@@ -10,6 +10,7 @@ use super::super::{points, regions, words};
 use super::case::{Case, Dirty, Settings};
 use super::dice::Dice;
 use super::program::{Program, image_names};
+use crate::engine::EngineChoice;
 use shadow_mmu::inject::{Effects, Outcome, Point};
 use std::time::Duration;
 
@@ -63,12 +64,14 @@ pub struct Deck {
     pub images: Vec<&'static str>,
     /// Whether data may be corrupted.
     pub corruption: Corruption,
+    /// What runs the guests, if that is to be said. Cases are the same with each.
+    pub engine: Option<EngineChoice>,
 }
 
 impl Deck {
     /// All programs, and no corruption.
     pub fn new(seed: u64) -> Self {
-        Self { seed, images: image_names().collect(), corruption: Corruption::Never }
+        Self { seed, images: image_names().collect(), corruption: Corruption::Never, engine: None }
     }
 
     /// Case `number`.
@@ -76,6 +79,7 @@ impl Deck {
         let dice = &mut Dice::new(self.seed, number);
         let program = Program::draw(&self.images, dice);
         let mut settings = settings(program.memory(), dice);
+        settings.engine = self.engine;
         let plan = self.plan(&program, settings.guests, dice);
         // Last, so that all else of a case is what it would be without it.
         settings.deterministic =
@@ -115,6 +119,7 @@ fn settings(least: u64, dice: &mut Dice) -> Settings {
     let pool = (guests > 1 && dice.one_in(2)).then(|| 16 + memory * u64::from(guests) / 2);
     let single = guests == 1;
     Settings {
+        engine: None,
         memory,
         fault_around: dice.pick(&["adaptive", "adaptive", "off", "16K", "2M"]).unwrap_or("adaptive"),
         guests,
