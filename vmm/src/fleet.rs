@@ -19,6 +19,7 @@ use anyhow::{Context, Result, anyhow};
 use shadow_mmu::addr::PAGE_SIZE;
 use shadow_mmu::frame::{FramePool, OutOfFrames};
 use shadow_mmu::mm::MmError;
+use shadow_mmu::shadow::ShadowError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -151,6 +152,7 @@ fn is_out_of_frames(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause.is::<OutOfFrames>()
             || matches!(cause.downcast_ref(), Some(MmError::NoMemory))
+            || matches!(cause.downcast_ref(), Some(ShadowError::OutOfFrames(_)))
             || cause.downcast_ref().is_some_and(SetupError::is_out_of_frames)
             || matches!(
                 cause.downcast_ref(),
