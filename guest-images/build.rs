@@ -17,7 +17,8 @@ struct Guest {
     pie: bool,
 }
 
-const GUESTS: [Guest; 10] = [
+const GUESTS: [Guest; 11] = [
+    Guest { name: "attack", source: "attack.rs", pie: false },
     Guest { name: "hello", source: "hello.rs", pie: false },
     Guest { name: "hello-pie", source: "hello.rs", pie: true },
     Guest { name: "touch", source: "touch.rs", pie: false },

@@ -15,6 +15,7 @@
 //! | `threads` | the race for a stale translation, or a freed frame that is still within reach |
 //! | `memstress` | threads that touch memory on command, so that what ages and tracks it can be checked and measured |
 //! | `victim` | memory that fails while it is used: each signal, error and wrong byte is told (`umbra inject`) |
+//! | `attack` | code that means harm: natively much of it works, so here umbra alone is right (tests/attack.rs) |
 //! | `watcher` | mappings of umbra's own that are shown to a guest (`umbra run --adopt-demo`) |
 //! | `mix` | memory of which so much is equal and so much is not, to see what page sharing makes of it |
 //! | `race` | a planted bug: updates of a counter that are lost, if threads are interrupted at the wrong moment |
@@ -84,7 +85,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 10] = [
+static IMAGES: [Image; 11] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -138,6 +139,12 @@ static IMAGES: [Image; 10] = [
         summary: "holds pages whose content it knows, and says what becomes of them",
         usage: usage::VICTIM,
         elf: elf!("victim"),
+    },
+    Image {
+        name: "attack",
+        summary: "tries to get out of umbra, or at it, in one of many ways",
+        usage: usage::ATTACK,
+        elf: elf!("attack"),
     },
     Image {
         name: "watcher",

@@ -20,6 +20,9 @@ pub(crate) const RACE: &str = "race exits|steps|spin [--threads N] [--iterations
 /// `torture`.
 pub(crate) const TORTURE: &str = "torture SEED[..LAST] [--ops N] [--pages N] [--trace]";
 
+/// `attack`.
+pub(crate) const ATTACK: &str = "attack list | NAME | raise SIGNAL";
+
 /// `memstress`.
 pub(crate) const MEMSTRESS: &str = "memstress [--threads N] [--pages N] [--overlap] [--write-percent PCT] \
                                     [--random] [--seed S] [--spin N] < COMMANDS";

@@ -73,7 +73,7 @@ pub use vma::{Backing, Vma, VmaFlags};
 #[cfg(feature = "mmu-notifier")]
 pub(crate) use write_logs::WriteLogging;
 
-use crate::addr::{Hva, HvaRange, PAGE_SIZE, Pfn, TASK_SIZE};
+use crate::addr::{Hva, HvaRange, LINUX_TASK_SIZE, PAGE_SIZE, Pfn, TASK_SIZE};
 use crate::frame::{Fill, FramePool, OutOfFrames, Purpose};
 use crate::inject::Faults;
 use crate::notifier::Notifiers;
@@ -88,7 +88,7 @@ use vma::VmaSet;
 use write_logs::WriteLogs;
 
 /// New mappings are placed below this address, top down; above it is room for the stack.
-pub const MMAP_BASE: Hva = Hva(TASK_SIZE - (16 << 20));
+pub const MMAP_BASE: Hva = Hva(LINUX_TASK_SIZE - (16 << 20));
 const PAGE_TABLE_LOCKS: usize = 64;
 
 /// Why an operation on the address space was refused. Each is one errno of Linux's.

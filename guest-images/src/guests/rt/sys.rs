@@ -60,10 +60,12 @@ const EXIT_GROUP: usize = 231;
 /// What a system call returns: a number, or an error.
 pub type Return = Result<usize, Errno>;
 
+/// Any system call, by its number.
+///
 /// # Safety
 /// The kernel does what the call says, to this process: see the call's manual page.
 #[inline(always)]
-unsafe fn syscall(number: usize, args: [usize; 6]) -> Return {
+pub unsafe fn syscall(number: usize, args: [usize; 6]) -> Return {
     let result: isize;
     // SAFETY: the registers are those of the x86-64 system-call ABI; `syscall` clobbers rcx and r11, and
     // memory, which is asm's default. What the call does is the caller's business.

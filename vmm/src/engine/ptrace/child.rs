@@ -9,11 +9,12 @@
 //!
 //! Its first thread never runs guest code. It makes the others, and unmaps for threads of umbra that trace none.
 
+use super::StubFrames;
 use super::error::{EXEC, SetupError, TRACE, UNMAP};
 use super::stub::{self, LIST, MAP_FLAGS, POOL_FD, STUB, STUB_END};
 use super::tracee::{Stop, Tracee, gone};
 use libc::{c_char, c_int, pid_t};
-use shadow_mmu::addr::{LINUX_TASK_SIZE, PAGE_SIZE, Pfn};
+use shadow_mmu::addr::{LINUX_TASK_SIZE, PAGE_SIZE};
 use shadow_mmu::frame::FramePool;
 use std::ffi::CStr;
 use std::fs::File;
@@ -91,12 +92,12 @@ fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::c
     Err(io::Error::last_os_error())
 }
 
-/// Starts the process, whose tracer the calling thread is from then on, and empties it. `stub` is a frame of `pool` with the
-/// stub's code.
+/// Starts the process, whose tracer the calling thread is from then on, and empties it. `stub` are frames of `pool`, of
+/// which this fills in the first.
 ///
 /// # Errors
 /// [`SetupError`]; no process is left then.
-pub(super) fn start(pool: &FramePool, stub: Pfn) -> Result<Tracee, SetupError> {
+pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupError> {
     let program = boot_file().map_err(SetupError::child(EXEC))?;
     let (pool_fd, program_fd) = (pool.file().as_raw_fd(), program.as_raw_fd());
     let parent = std::process::id() as pid_t;
@@ -122,7 +123,7 @@ pub(super) fn start(pool: &FramePool, stub: Pfn) -> Result<Tracee, SetupError> {
 }
 
 /// Makes the program that was just executed an empty process with the stub in it.
-fn empty(tracee: Tracee, pool: &FramePool, stub: Pfn) -> Result<(), SetupError> {
+fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), SetupError> {
     match tracee.wait().map_err(SetupError::child("waiting for it"))? {
         Stop::Signal(libc::SIGTRAP) => {}
         Stop::Gone(status) => return Err(SetupError::child("executing it")(gone(status))),
@@ -134,21 +135,25 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: Pfn) -> Result<(), SetupError> 
     tracee.set_options().map_err(SetupError::child("ptrace(PTRACE_SETOPTIONS)"))?;
     // Threads begin with this, and have no tracer yet who would keep a signal from ending the process.
     tracee.block_signals(u64::MAX).map_err(SetupError::child("ptrace(PTRACE_SETSIGMASK)"))?;
-    let rights = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-    let stub_frame = [STUB, PAGE_SIZE, rights, MAP_FLAGS as u64, POOL_FD, stub.offset()];
-    tracee
-        .call_at(stub::BOOT_CODE, libc::SYS_mmap, &stub_frame)
-        .map_err(SetupError::child("mapping the stub (mmap)"))?;
+    pool.write(stub.code, 0, &stub::page());
+    for (at, rights, pfn) in
+        [(STUB, libc::PROT_READ | libc::PROT_EXEC, stub.code), (LIST, libc::PROT_READ, stub.list)]
+    {
+        let arguments = [at, PAGE_SIZE, rights as u64, MAP_FLAGS as u64, POOL_FD, pfn.offset()];
+        tracee
+            .call_at(stub::BOOT_CODE, libc::SYS_mmap, &arguments)
+            .map_err(SetupError::child("mapping the stub (mmap)"))?;
+    }
     for (start, end) in [(0, STUB), (STUB_END, LINUX_TASK_SIZE)] {
         tracee.call(libc::SYS_munmap, &[start, end - start]).map_err(SetupError::child(UNMAP))?;
     }
     let prctl = |what: c_int, argument: u64| tracee.call(libc::SYS_prctl, &[what as u64, argument, 0, 0, 0]);
-    pool.write(stub, LIST, NAME.to_bytes_with_nul());
-    prctl(libc::PR_SET_NAME, STUB + LIST as u64).map_err(SetupError::child("naming it"))?;
+    pool.write(stub.list, 0, NAME.to_bytes_with_nul());
+    prctl(libc::PR_SET_NAME, LIST).map_err(SetupError::child("naming it"))?;
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(SetupError::child("prctl(PR_SET_NO_NEW_PRIVS)"))?;
-    pool.write(stub, LIST, &stub::filter_as_bytes());
-    let filter = [libc::SECCOMP_SET_MODE_FILTER as u64, 0, STUB + LIST as u64];
+    pool.write(stub.list, 0, &stub::filter_as_bytes());
+    let filter = [libc::SECCOMP_SET_MODE_FILTER as u64, 0, LIST];
     tracee.call(libc::SYS_seccomp, &filter).map_err(SetupError::child("installing its filter (seccomp)"))?;
-    pool.write(stub, LIST, &vec![0; PAGE_SIZE as usize - LIST]);
+    pool.zero(stub.list);
     Ok(())
 }

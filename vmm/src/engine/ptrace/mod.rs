@@ -16,12 +16,13 @@
 //! The process has no memory but frames of the pool that the shadow map maps, and the stub; no descriptor but the pool; no new
 //! privileges; and a filter that refuses each system call that is not the engine's own, should one ever get past the tracers. It
 //! dies with the thread that serves it and with each tracer that ends without ending its tracee. What a guest can see of the engine
-//! is the stub's page, which holds code and nothing else.
+//! are the stub's pages: the same code in every process, and the last addresses that were mapped.
 //!
 //! # What differs from KVM
 //! * Adopted mappings of umbra's own process cannot be shown: another process has no way to map them.
-//! * The guest's CPUID is the host's. A segment base in the kernel's half of the addresses is an exception at the next entry.
-//! * A guest can read the stub's page; jumping there is the page fault that it would be.
+//! * The guest's CPUID is the host's.
+//! * A guest can read the stub's pages. Code there does what it does with the guest's registers, until it makes a call or comes to
+//!   an `int3`; that is the page fault that jumping there would have been.
 //!
 //! # Locks
 //! `mmu_lock` of the shadow map, then the TLB's, then the service's queue. All others are leaves.
@@ -48,7 +49,7 @@ use super::{Engine, EngineKind, Vcpu};
 use pair::Pairs;
 use service::Service;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
-use shadow_mmu::frame::{Fill, FramePool, FreedFrames};
+use shadow_mmu::frame::{Fill, FramePool, FreedFrames, OutOfFrames};
 use shadow_mmu::inject::Faults;
 use shadow_mmu::mm::watch::HostSlots;
 use shadow_mmu::shadow::{AdBits, Prefaulted, SoftTlb, Tlb};
@@ -68,7 +69,7 @@ const MOST_VCPUS: usize = 1_024;
 #[derive(Debug)]
 pub struct PtraceVm {
     service: Service,
-    stub: Pfn,
+    stub: StubFrames,
     tlb: SoftTlb,
     pairs: Arc<Pairs>,
     vcpus: AtomicUsize,
@@ -76,6 +77,27 @@ pub struct PtraceVm {
     faults: OnceLock<Faults>,
     facts: HostFacts,
     pool: Arc<FramePool>,
+}
+
+/// The frames of a process's stub.
+#[derive(Debug, Clone, Copy)]
+struct StubFrames {
+    code: Pfn,
+    list: Pfn,
+}
+
+impl StubFrames {
+    fn new(pool: &FramePool) -> Result<Self, OutOfFrames> {
+        let code = pool.alloc(Fill::Zeros)?;
+        let list = pool.alloc(Fill::Zeros).inspect_err(|_| pool.put(code))?;
+        Ok(Self { code, list })
+    }
+
+    /// When nobody maps them any more.
+    fn put(self, pool: &FramePool) {
+        pool.put(self.code);
+        pool.put(self.list);
+    }
 }
 
 /// How many entries the TLB may have on this host.
@@ -96,10 +118,9 @@ impl PtraceVm {
                 "this CPU has no XSAVE, or the kernel does not use it",
             ))
         })?;
-        let stub = pool.alloc(Fill::Zeros)?;
-        pool.write(stub, 0, stub::code());
+        let stub = StubFrames::new(&pool)?;
         let pairs = Arc::<Pairs>::default();
-        let service = Service::start(&pool, stub, Arc::clone(&pairs)).inspect_err(|_| pool.put(stub))?;
+        let service = Service::start(&pool, stub, Arc::clone(&pairs)).inspect_err(|_| stub.put(&pool))?;
         Ok(Arc::new(Self {
             service,
             stub,
@@ -141,7 +162,7 @@ impl PtraceVm {
 impl Drop for PtraceVm {
     fn drop(&mut self) {
         self.service.end();
-        self.pool.put(self.stub);
+        self.stub.put(&self.pool);
     }
 }
 

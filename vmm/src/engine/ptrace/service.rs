@@ -5,11 +5,11 @@
 //! Others send it work to do with that first thread, one piece after another, and wait for the answer. Work never waits for a lock
 //! that somebody holds who waits for it: it makes system calls in the guest's process, nothing else.
 
+use super::StubFrames;
 use super::child;
 use super::error::SetupError;
 use super::pair::{self, LOOK, Pairs};
 use super::tracee::Tracee;
-use shadow_mmu::addr::Pfn;
 use shadow_mmu::frame::FramePool;
 use std::fmt;
 use std::io;
@@ -37,11 +37,15 @@ impl fmt::Debug for Service {
 }
 
 impl Service {
-    /// Starts a process whose stub is the frame `stub` of `pool`.
+    /// Starts a process whose stub is in the frames `stub` of `pool`.
     ///
     /// # Errors
     /// [`SetupError`].
-    pub(super) fn start(pool: &Arc<FramePool>, stub: Pfn, pairs: Arc<Pairs>) -> Result<Self, SetupError> {
+    pub(super) fn start(
+        pool: &Arc<FramePool>,
+        stub: StubFrames,
+        pairs: Arc<Pairs>,
+    ) -> Result<Self, SetupError> {
         let (work, works) = channel::<Work>();
         let (tell, told) = sync_channel(1);
         let pool = Arc::clone(pool);

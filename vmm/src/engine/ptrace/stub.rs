@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The stub: the one page of the engine in the guest's process, through which that process makes system calls for the engine.
+//! The stub: the two pages of the engine in the guest's process, through which that process makes system calls for the engine.
 //!
-//! It lies right above what a guest may map ([`TASK_SIZE`]), in a frame of the pool: read and execute there, written by umbra
-//! through its own mapping. It has no secrets and needs no protection from the guest: a `syscall` that a guest thread executes, in
-//! the stub or anywhere, is a stop of that thread like any other (PTRACE_SYSEMU), and a stop with rip in here is reported as the
-//! page fault that jumping here would have been.
+//! They lie right above what a guest may map ([`TASK_SIZE`]), in frames of the pool, written by umbra through its own mapping. They
+//! have no secrets and need no protection from the guest: a `syscall` that a guest thread executes, in the stub or anywhere, is a
+//! stop of that thread like any other (PTRACE_SYSEMU), and a stop with rip in here is reported as the page fault that jumping here
+//! would have been.
 //!
 //! ```text
-//! 0x000  code: one call; clone; a list of calls       entered with registers set, left by int3
-//! 0x100  list: up to 60 calls of 64 bytes, number and six arguments in the order of registers below
+//! code  read, execute   one call; clone; bases; a list of calls: entered with registers set, left by int3, of which the rest is full
+//! list  read            up to 73 calls of 56 bytes: number and six arguments in the order of registers below
 //! ```
+//!
+//! The code has no byte at which a guest could jump in and find an instruction that stores to memory or returns; a test holds that.
 //!
 //! # Filter
 //! From the end of the process's start on, a seccomp filter stands behind PTRACE_SYSEMU: a call is made only if it comes from one of
@@ -23,14 +25,14 @@ use std::arch::global_asm;
 
 /// Where it is in the guest's process.
 pub(super) const STUB: u64 = TASK_SIZE;
+/// Where its list is.
+pub(super) const LIST: u64 = STUB + PAGE_SIZE;
 /// First byte behind it.
-pub(super) const STUB_END: u64 = STUB + PAGE_SIZE;
-/// Where the list is.
-pub(super) const LIST: usize = 0x100;
+pub(super) const STUB_END: u64 = LIST + PAGE_SIZE;
 /// Bytes of an entry of the list.
-pub(super) const LIST_ENTRY: usize = 64;
+pub(super) const LIST_ENTRY: usize = 56;
 /// Entries of the list.
-pub(super) const LIST_ENTRIES: usize = (PAGE_SIZE as usize - LIST) / LIST_ENTRY;
+pub(super) const LIST_ENTRIES: usize = PAGE_SIZE as usize / LIST_ENTRY;
 /// The descriptor of the pool in the guest's process, its only one.
 pub(super) const POOL_FD: u64 = 0;
 
@@ -46,36 +48,42 @@ pub(super) const CLONE_FLAGS: i32 = libc::CLONE_VM
 
 global_asm!(
     ".pushsection .rodata",
-    ".globl umbra_stub_begin, umbra_stub_call, umbra_stub_clone, umbra_stub_list, umbra_stub_end",
+    ".globl umbra_stub_begin, umbra_stub_call, umbra_stub_clone, umbra_stub_bases, umbra_stub_list",
+    ".globl umbra_stub_end",
     "umbra_stub_begin:",
     "umbra_stub_call:", // registers as for the call
     "syscall",
     "int3",
     "umbra_stub_clone:",
     "syscall",
-    "test eax, eax",
-    "jz 2f",
+    "xchg eax, ecx",
+    "jrcxz 2f",
+    "xchg eax, ecx",
     "int3",
     "2:", // the new thread waits for its tracer here
-    "mov eax, {pause}",
+    "lea eax, [rcx + {pause}]",
     "syscall",
+    "xor ecx, ecx",
     "jmp 2b",
-    "umbra_stub_list:", // rbx: the first entry, rbp: behind the last
-    "mov rax, [rbx]",
-    "mov rdi, [rbx + 8]",
-    "mov rsi, [rbx + 16]",
-    "mov rdx, [rbx + 24]",
-    "mov r10, [rbx + 32]",
-    "mov r8, [rbx + 40]",
-    "mov r9, [rbx + 48]",
-    "3:",
+    "umbra_stub_bases:", // rax: of fs, rdx: of gs
+    "wrfsbase rax",
+    "wrgsbase rdx",
+    "int3",
+    "umbra_stub_list:", // rsp: the first entry, rbp: behind the last
+    "pop rax",
+    "pop rdi",
+    "pop rsi",
+    "pop rdx",
+    "pop r10",
+    "pop r8",
+    "pop r9",
     "syscall",
-    "cmp rax, -4095",
-    "jae 4f",
-    "add rbx, 64",
-    "cmp rbx, rbp",
+    "bt rax, 63", // an error is negative, an address is not
+    "jc 4f",
+    "cmp rsp, rbp",
     "jb umbra_stub_list",
-    "4:", // rbx: the entry that failed, or rbp
+    "xor eax, eax",
+    "4:", // rax: 0, or what the call said that failed
     "int3",
     "umbra_stub_end:",
     ".popsection",
@@ -86,15 +94,24 @@ unsafe extern "C" {
     static umbra_stub_begin: u8;
     static umbra_stub_call: u8;
     static umbra_stub_clone: u8;
+    static umbra_stub_bases: u8;
     static umbra_stub_list: u8;
     static umbra_stub_end: u8;
 }
 
 /// Bytes of a `syscall` instruction.
 const SYSCALL_BYTES: u64 = 2;
+const INT3: u8 = 0xcc;
+
+/// What the first page holds: the code, and nothing that does anything behind it.
+pub(super) fn page() -> Vec<u8> {
+    let mut page = code().to_vec();
+    page.resize(PAGE_SIZE as usize, INT3);
+    page
+}
 
 /// The code.
-pub(super) fn code() -> &'static [u8] {
+fn code() -> &'static [u8] {
     let (begin, end) = (&raw const umbra_stub_begin, &raw const umbra_stub_end);
     // SAFETY: both labels are of one piece of read-only data of this program, one behind the other.
     unsafe { std::slice::from_raw_parts(begin, end.addr() - begin.addr()) }
@@ -112,12 +129,17 @@ pub(super) fn call() -> u64 {
 /// Whether `rip` is behind an `int3` of the stub or of the boot program: where a call for the engine ends.
 pub(super) fn is_behind_int3(rip: u64) -> bool {
     let offset = rip.wrapping_sub(STUB + 1);
-    rip == BOOT_END || usize::try_from(offset).is_ok_and(|at| code().get(at) == Some(&0xcc))
+    rip == BOOT_END || usize::try_from(offset).is_ok_and(|at| code().get(at) == Some(&INT3))
 }
 
 /// Where making a thread begins.
 pub(super) fn clone() -> u64 {
     at(&raw const umbra_stub_clone)
+}
+
+/// Where the bases of fs and gs are set, to any address that the CPU takes. Only for those that `wrfsbase` gave a guest.
+pub(super) fn bases() -> u64 {
+    at(&raw const umbra_stub_bases)
 }
 
 /// Where a list of calls begins.
@@ -218,7 +240,7 @@ pub(super) fn filter() -> Vec<sock_filter> {
 /// The filter as the stub's list holds it while it is installed: `sock_fprog`, then its instructions.
 pub(super) fn filter_as_bytes() -> Vec<u8> {
     let filter = filter();
-    let instructions = STUB + (LIST + size_of::<sock_fprog>()) as u64;
+    let instructions = LIST + size_of::<sock_fprog>() as u64;
     let mut bytes = (filter.len() as u16).to_le_bytes().to_vec();
     bytes.resize(8, 0);
     bytes.extend(instructions.to_le_bytes());
@@ -271,15 +293,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_stub_has_four_calls_and_fits_before_its_list() {
+    fn wherever_a_guest_jumps_into_the_stub_nothing_is_stored() {
+        use iced_x86::{Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, OpAccess};
+        let page = page();
+        let mut factory = InstructionInfoFactory::new();
+        for at in 0..code().len() {
+            let instruction = Decoder::with_ip(64, &page[at..], STUB, DecoderOptions::NONE).decode();
+            assert_ne!(instruction.flow_control(), FlowControl::Return, "{at}: {:?}", instruction.code());
+            let reads =
+                |access| matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+            let info = factory.info(&instruction);
+            assert!(
+                instruction.is_invalid() || info.used_memory().iter().all(|memory| reads(memory.access())),
+                "{at}: {:?}",
+                instruction.code()
+            );
+        }
+    }
+
+    #[test]
+    fn the_filter_knows_every_call_of_the_stub() {
         let code = code();
-        assert!(code.len() <= LIST, "{}", code.len());
         let mut decoder = iced_x86::Decoder::with_ip(64, code, STUB, iced_x86::DecoderOptions::NONE);
         let calls = decoder.iter().filter(|instruction| instruction.code() == iced_x86::Code::Syscall);
         assert_eq!(calls.map(|call| call.next_ip()).collect::<Vec<_>>(), sites());
         assert_eq!(sites().len(), 4);
         let ends = (STUB..STUB_END).filter(|&rip| is_behind_int3(rip)).count();
-        assert_eq!(ends, 3);
+        assert_eq!(ends, 4);
     }
 
     #[test]
@@ -290,6 +330,6 @@ mod tests {
 
     #[test]
     fn the_filter_and_its_header_fit_into_the_list() {
-        assert!(LIST + filter_as_bytes().len() <= PAGE_SIZE as usize);
+        assert!(filter_as_bytes().len() <= PAGE_SIZE as usize);
     }
 }

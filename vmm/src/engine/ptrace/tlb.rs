@@ -44,12 +44,12 @@ impl<'a> ProcessMappings<'a> {
 
     /// Makes `calls` in the guest's process. The TLB's lock is held, so the stub's list is ours.
     fn make(&self, calls: Vec<Call>) -> io::Result<()> {
-        let stub = self.vm.stub;
+        let list = self.vm.stub.list;
         match OWN.get().filter(|own| own.pid == self.vm.service.first.pid) {
-            Some(own) => own.calls(&calls, &self.vm.pool, stub),
+            Some(own) => own.calls(&calls, &self.vm.pool, list),
             None => {
                 let pool = Arc::clone(&self.vm.pool);
-                self.vm.service.ask(move |first| first.calls(&calls, &pool, stub))?
+                self.vm.service.ask(move |first| first.calls(&calls, &pool, list))?
             }
         }
     }

@@ -8,11 +8,12 @@
 //! where one cannot be blocked it is not delivered; SIGKILL is, and ends the process.
 
 use super::interrupt::TraceeInterrupt;
-use super::stub::{self, LIST, LIST_ENTRIES, LIST_ENTRY, STUB};
+use super::stub::{self, LIST, LIST_ENTRIES, LIST_ENTRY};
 use libc::{c_int, c_long, c_uint, pid_t, user_regs_struct};
-use shadow_mmu::addr::Pfn;
+use shadow_mmu::addr::{LINUX_TASK_SIZE, Pfn};
 use shadow_mmu::frame::FramePool;
 use std::io;
+use std::mem::offset_of;
 
 const PTRACE_SYSEMU: c_uint = 31;
 /// The selectors of 64-bit ring 3.
@@ -168,6 +169,27 @@ impl Tracee {
         self.request(libc::PTRACE_SETREGS, 0, std::ptr::from_ref(registers).addr())
     }
 
+    /// Sets them for a guest, whose bases of fs and gs may be where `wrfsbase` puts them and ptrace does not.
+    pub(super) fn set_guest_registers(self, registers: &user_regs_struct) -> io::Result<()> {
+        if registers.fs_base < LINUX_TASK_SIZE && registers.gs_base < LINUX_TASK_SIZE {
+            return self.set_registers(registers);
+        }
+        let bases = user_regs_struct {
+            rip: stub::bases(),
+            rax: registers.fs_base,
+            rdx: registers.gs_base,
+            ..plain_registers()
+        };
+        self.run_stub(&bases)?;
+        // One by one, all but these two and the segments behind them.
+        let registers = std::ptr::from_ref(registers).cast::<u64>();
+        (0..offset_of!(user_regs_struct, fs_base) / size_of::<u64>()).try_for_each(|n| {
+            // SAFETY: it is made of words, and has more than these.
+            let word = unsafe { *registers.add(n) };
+            self.request(libc::PTRACE_POKEUSER, n * size_of::<u64>(), word as usize)
+        })
+    }
+
     /// What the signal says that it stopped for.
     pub(super) fn signal_info(self) -> io::Result<libc::siginfo_t> {
         // SAFETY: a siginfo_t is plain data, and zeros are one.
@@ -268,32 +290,26 @@ impl Tracee {
         Ok(Self { pid: self.pid, tid: tid as pid_t })
     }
 
-    /// Has it make many calls, in as few stops as the list allows. `stub` is the stub's frame; the caller sees to it that nobody
-    /// else uses the list.
+    /// Has it make many calls, in as few stops as the list allows. `list` is the list's frame; the caller sees to it that nobody
+    /// else uses it.
     ///
     /// # Errors
     /// As for [`call_at`](Self::call_at): some of the calls may have been made.
-    pub(super) fn calls(self, calls: &[Call], pool: &FramePool, stub: Pfn) -> io::Result<()> {
+    pub(super) fn calls(self, calls: &[Call], pool: &FramePool, list: Pfn) -> io::Result<()> {
         if let [call] = calls {
             return self.call(call.number, &call.arguments).map(drop);
         }
         for calls in calls.chunks(LIST_ENTRIES) {
-            let mut list = Vec::with_capacity(calls.len() * LIST_ENTRY);
+            let mut entries = Vec::with_capacity(calls.len() * LIST_ENTRY);
             for call in calls {
-                list.extend((call.number as u64).to_le_bytes());
-                call.arguments.iter().for_each(|word| list.extend(word.to_le_bytes()));
-                list.extend([0; 8]);
+                entries.extend((call.number as u64).to_le_bytes());
+                call.arguments.iter().for_each(|word| entries.extend(word.to_le_bytes()));
             }
-            pool.write(stub, LIST, &list);
-            let first = STUB + LIST as u64;
-            let end = first + list.len() as u64;
-            let entry = user_regs_struct { rip: stub::list(), rbx: first, rbp: end, ..plain_registers() };
+            pool.write(list, 0, &entries);
+            let end = LIST + entries.len() as u64;
+            let entry = user_regs_struct { rip: stub::list(), rsp: LIST, rbp: end, ..plain_registers() };
             match self.run_stub(&entry) {
-                Ok(done) if done.rbx == end => {}
-                Ok(done) => {
-                    result(done.rax)?;
-                    return Err(unexpected("a list of system calls was left before its end"));
-                }
+                Ok(done) => drop(result(done.rax)?),
                 // A guest may have forbidden its thread to read anything (PKRU). One by one nothing is read.
                 Err(_) => {
                     calls.iter().try_for_each(|call| self.call(call.number, &call.arguments).map(drop))?

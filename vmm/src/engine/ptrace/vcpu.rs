@@ -53,14 +53,12 @@ pub(super) fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
     EngineError { what: what.into(), source, snapshot: None }
 }
 
-/// The exception that the CPU raises instead of running with these registers, or that this engine does: a base in the kernel's half
-/// is lawful, but ptrace sets none.
+/// The exception that the CPU raises instead of running with these registers.
 fn refused(regs: &Regs) -> Option<Exit> {
-    let lower = |address: u64| address < LINUX_TASK_SIZE;
-    let is_canonical = ((regs.rip << 16) as i64 >> 16) as u64 == regs.rip;
-    if !is_canonical || !lower(regs.fs_base) || !lower(regs.gs_base) {
+    let is_canonical = |address: u64| ((address << 16) as i64 >> 16) as u64 == address;
+    if ![regs.rip, regs.fs_base, regs.gs_base].into_iter().all(is_canonical) {
         Some(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 })
-    } else if !lower(regs.rip) || stub::contains(regs.rip) {
+    } else if regs.rip >= LINUX_TASK_SIZE || stub::contains(regs.rip) {
         Some(Exit::PageFault { addr: Gpa(regs.rip), access: Access::EXEC })
     } else {
         None
@@ -226,7 +224,9 @@ impl PtraceVcpu {
 
     /// One run of the thread, to its next stop.
     fn enter(&mut self) -> Result<Stop, EngineError> {
-        self.tracee.set_registers(&to_user(&self.regs)).map_err(|source| lost("PTRACE_SETREGS", source))?;
+        self.tracee
+            .set_guest_registers(&to_user(&self.regs))
+            .map_err(|source| lost("PTRACE_SETREGS", source))?;
         let Hold::Traced(pair) = &mut self.hold else {
             return Err(lost("running a vCPU", io::Error::other("it is not attached")));
         };

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The ptrace engine's child, from outside: what it has, and what becomes of it and of umbra when somebody signals it.
+
+use super::common::{code, finish, run, stderr};
+use super::processes::{descendants, outlive, send, wait_for_the_guest};
+use super::{Engine, LIMIT, engine};
+use std::fs;
+use std::io::Read;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+/// First byte past what a guest may map; above it lies the engine's stub.
+const TASK_SIZE: u64 = shadow_mmu::addr::TASK_SIZE;
+
+/// Whether the engine in use has a child. Says so if not.
+fn has_child() -> bool {
+    let is_ptrace = engine() == Some(Engine::Ptrace);
+    if !is_ptrace {
+        println!("skipped: the engine in use has no child process");
+    }
+    is_ptrace
+}
+
+/// The one child of umbra.
+fn child_of(umbra: &Child) -> u32 {
+    let all = descendants(umbra.id());
+    let [child] = &all[..] else { panic!("not one child: {all:?}") };
+    assert_eq!(child.parent, umbra.id());
+    child.pid
+}
+
+/// An umbra whose guest spins in four threads, and its child.
+fn spinning(mark: &str) -> (Child, u32) {
+    let mut umbra = outlive(mark).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_the_guest(&mut umbra);
+    let child = child_of(&umbra);
+    (umbra, child)
+}
+
+fn end(mut umbra: Child) {
+    umbra.kill().unwrap();
+    umbra.wait().unwrap();
+}
+
+/// The value of `field` in a status file.
+fn field(status: &str, field: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {field} in {status}")).trim().to_owned()
+}
+
+#[test]
+fn the_child_has_no_descriptor_but_the_pool_and_no_privileges() {
+    if !has_child() {
+        return;
+    }
+    let (umbra, child) = spinning("child-status");
+    let fds: Vec<_> =
+        fs::read_dir(format!("/proc/{child}/fd")).unwrap().map(|it| it.unwrap().path()).collect();
+    assert_eq!(fds.len(), 1, "{fds:?}");
+    let pool = fs::read_link(&fds[0]).unwrap();
+    assert!(pool.starts_with("/memfd:"), "{}", pool.display());
+    let threads = |pid: u32| -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        tasks.map(|it| it.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    let tracers = threads(umbra.id());
+    let tasks = threads(child);
+    assert!(tasks.len() >= 4, "{tasks:?}");
+    for task in tasks {
+        let status = fs::read_to_string(format!("/proc/{child}/task/{task}/status")).unwrap();
+        assert_eq!(field(&status, "NoNewPrivs"), "1", "{status}");
+        assert_eq!(field(&status, "Seccomp"), "2", "{status}");
+        assert!(tracers.contains(&field(&status, "TracerPid")), "{tracers:?} {status}");
+    }
+    assert_eq!(fs::read(format!("/proc/{child}/environ")).unwrap(), b"", "the environment is umbra's own");
+    let words = fs::read(format!("/proc/{child}/cmdline")).unwrap();
+    let words = String::from_utf8_lossy(&words);
+    assert!(!words.contains("outlive") && !words.contains('/'), "umbra's command line: {words:?}");
+    end(umbra);
+}
+
+#[test]
+fn the_child_maps_the_pool_and_the_stub_and_nothing_else() {
+    if !has_child() {
+        return;
+    }
+    let (umbra, child) = spinning("child-maps");
+    let pool = fs::read_link(format!("/proc/{child}/fd/0")).unwrap();
+    let maps = fs::read_to_string(format!("/proc/{child}/maps")).unwrap();
+    let (mut pools, mut stubs) = (0, 0);
+    for line in maps.lines() {
+        // start-end rights offset device inode path
+        let mut words = line.splitn(6, ' ');
+        let (range, rights) = (words.next().unwrap(), words.next().unwrap());
+        let path = words.nth(3).unwrap_or_default().trim();
+        let (start, end) = range.split_once('-').unwrap();
+        let [start, end] = [start, end].map(|digits| u64::from_str_radix(digits, 16).unwrap());
+        if path == "[vsyscall]" {
+            continue;
+        }
+        if start >= TASK_SIZE {
+            assert!(rights.starts_with("r-x") && end - start == 4096 && end < 1 << 47, "{line}");
+            stubs += 1;
+        } else {
+            assert!(end <= TASK_SIZE && path == pool.to_str().unwrap(), "{line}");
+            pools += 1;
+        }
+    }
+    assert!(stubs == 1 && pools > 0, "{maps}");
+    end(umbra);
+}
+
+#[test]
+fn a_child_killed_from_outside_is_a_clear_failure() {
+    if !has_child() {
+        return;
+    }
+    let (mut umbra, child) = spinning("child-killed");
+    send(child, libc::SIGKILL);
+    let mut said = String::new();
+    umbra.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(code(umbra.wait().unwrap()), 125, "{said}");
+    assert!(said.contains("killed") && !said.contains("panicked"), "{said}");
+    assert_eq!(descendants(umbra.id()), []);
+}
+
+#[test]
+fn signals_to_the_child_from_outside_change_nothing() {
+    if !has_child() {
+        return;
+    }
+    let program = ["torture", "1..12"];
+    let expected = finish(&mut run(&["--check"], &program), b"", LIMIT);
+    assert_eq!(code(expected.status), 0, "{}", stderr(&expected));
+    let mut command = run(&["--check"], &program);
+    let mut umbra = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut sent = 0;
+    while umbra.try_wait().unwrap().is_none() {
+        for child in descendants(umbra.id()) {
+            for signal in
+                [libc::SIGTERM, libc::SIGSTOP, libc::SIGUSR1, libc::SIGINT, libc::SIGTSTP, libc::SIGCONT]
+            {
+                // SAFETY: takes plain numbers. It may be gone already, its number is not given to another so soon.
+                sent += u32::from(unsafe { libc::kill(child.pid as i32, signal) } == 0);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(3));
+    }
+    let output = umbra.wait_with_output().unwrap();
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+    assert_eq!(output.stdout, expected.stdout);
+    assert!(sent > 0, "the guest was over too soon");
+}
