@@ -12,13 +12,17 @@
 //! 2. *Flush*: have the host unmap every page that an entry covers, forget the entries. Who flushes changed sptes before.
 //!
 //! So a fill is either before the flush, and what it mapped is unmapped by it, or after it, and its walk sees the changed spte:
-//! there is no third case in which a mapping of an old spte is left when the flush returns (`a_fill_races_a_zap`). The host's
+//! there is no third case in which a mapping of an old spte is left when the flush returns (`r34_a_fill_races_a_zap`). The host's
 //! unmapping returns when no CPU has the translation any more, whoever runs in that process, so nobody has to be kicked.
 //!
 //! # Marks
 //! An entry allows what the marks of each of its leaves say already, and no more: no access without A, no write without D. A page
 //! that was only read is mapped read-only; its first write faults, and the fill for it sets D. Whoever clears A or D must flush
 //! ([`AdBits::AfterFlush`](super::AdBits::AfterFlush)).
+//!
+//! # Errors
+//! Where the host could neither map nor unmap, something may be mapped that nobody knows. An entry without rights stands for it: no
+//! access finds it good enough, and each flush of its pages tries again.
 
 use super::tlb::Zapped;
 use super::walker::{Translation, Walker};
@@ -169,10 +173,24 @@ impl State {
     fn drop_everything<M: HostMappings>(&mut self, host: &mut M) -> Result<(), M::Error> {
         self.drops += 1;
         self.entries.clear();
-        host.unmap(std::slice::from_ref(&EVERYTHING))
+        host.unmap(std::slice::from_ref(&EVERYTHING)).inspect_err(|_| self.suspect(EVERYTHING))
     }
 
-    /// Makes room for more: what is mapped in the next part of the address space goes, about `count` entries.
+    /// Something may be mapped at `pages`, of which nothing is known.
+    fn suspect(&mut self, pages: Range<u64>) {
+        let entry = Entry { pages: pages.end - pages.start, pfn: Pfn(0), rights: Access::empty() };
+        self.entries.insert(pages.start, entry);
+    }
+
+    /// Evicts until there are at most `most` entries, and an eighth more: the next ones need room, too.
+    fn limit<M: HostMappings>(&mut self, most: usize, host: &mut M) -> Result<(), M::Error> {
+        while self.entries.len() > most {
+            self.evict(self.entries.len() - most + most / 8, host)?;
+        }
+        Ok(())
+    }
+
+    /// What is mapped in the next part of the address space goes, about `count` entries.
     fn evict<M: HostMappings>(&mut self, count: usize, host: &mut M) -> Result<(), M::Error> {
         let from = self.hand;
         let next = self.entries.range(from..).nth(count).map(|(&start, _)| start);
@@ -190,8 +208,8 @@ impl SoftTlb {
     /// Makes `access` at `gfn` possible, if the shadow map allows it.
     ///
     /// # Errors
-    /// The host's, if it could not map even when everything else had been unmapped; or it could not unmap, and nothing is known of
-    /// its mappings any more.
+    /// The host's, if it could not map even when everything else had been unmapped; or it could not unmap, and what it had mapped may
+    /// still be used.
     pub fn fill<M: HostMappings>(
         &self,
         walker: &Walker,
@@ -205,13 +223,12 @@ impl SoftTlb {
         }
         let Some(translation) = walker.access(gfn, access) else { return Ok(Filled::No) };
         // A mapping in the middle of another makes two more.
-        while state.entries.len() + 2 > self.most {
-            state.evict(self.most / 8 + 2, host)?;
-        }
+        state.limit(self.most - 2, host)?;
         if host.map(&translation).is_err() {
             // Perhaps for want of mappings; what is mapped there is not known.
             state.drop_everything(host)?;
-            host.map(&translation)?;
+            let pages = translation.gfn.0..translation.gfn.0 + translation.pages;
+            host.map(&translation).inspect_err(|_| state.suspect(pages))?;
         }
         state.note(&translation);
         Ok(Filled::Mapped)
@@ -227,7 +244,10 @@ impl SoftTlb {
             .map(|zap| zap.gfn.0..zap.gfn.0 + (1 << (9 * u32::from(zap.level.saturating_sub(1)))))
             .collect();
         pages.sort_unstable_by_key(|pages| pages.start);
-        self.state.lock().drop_pages(pages.into_iter(), host)
+        let mut state = self.state.lock();
+        state.drop_pages(pages.into_iter(), host)?;
+        // Each page in the middle of an entry has made two of it.
+        state.limit(self.most, host)
     }
 
     /// Drops all.
@@ -258,3 +278,6 @@ impl SoftTlb {
         self.len() == 0
     }
 }
+
+#[cfg(test)]
+mod tests;

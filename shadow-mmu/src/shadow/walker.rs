@@ -7,7 +7,7 @@
 //!
 //! A CPU has its walks ordered against flushes by the flush itself, which reaches each CPU. Here that is the caller's to do: a
 //! walk and what is made of its result happen under a lock that the flush takes, too ([`SoftTlb`](super::SoftTlb)). Tables and
-//! frames are freed after the flush only, so under that lock they stay.
+//! frames are freed after the flush only, so under that lock they stay. A table may be unlinked under it: it is empty then.
 
 use super::Spte;
 use super::entry;
@@ -47,6 +47,25 @@ fn allowed_unseen(spte: Spte) -> Access {
     rights
 }
 
+/// Reads a link.
+fn look(entry: &AtomicU64) -> Link {
+    Link(entry.load(Ordering::Acquire))
+}
+
+/// Reads a link and sets its A. Only while it is present: an empty table is unlinked before the flush, and a mark in the place of
+/// a link that went would keep the next table from being linked there.
+fn go_through(entry: &AtomicU64) -> Link {
+    let mut link = look(entry);
+    while link.is_present() && !link.is_accessed() {
+        let marked = link.0 | Link::ACCESSED;
+        match entry.compare_exchange(link.0, marked, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => return Link(marked),
+            Err(now) => link = Link(now),
+        }
+    }
+    link
+}
+
 impl Walker {
     /// For the tables under `root`, in frames of `pool`.
     pub fn new(pool: Arc<FramePool>, root: Pfn) -> Self {
@@ -58,19 +77,17 @@ impl Walker {
         self.pool.contains(pfn).then(|| self.pool.words(pfn))
     }
 
-    /// The leaf table for `gfn`; `visit` sees each link on the way.
-    fn leaf_table(&self, gfn: Gfn, visit: impl Fn(&AtomicU64, Link)) -> Option<&Table> {
+    /// The leaf table for `gfn`; `follow` reads each link on the way.
+    fn leaf_table(&self, gfn: Gfn, follow: impl Fn(&AtomicU64) -> Link) -> Option<&Table> {
         if gfn.0 >= LOWER_HALF_PAGES {
             return None;
         }
         let mut table = self.table(self.root)?;
         for level in (2..=TOP).rev() {
-            let entry = &table[index(gfn.0, level)];
-            let link = Link(entry.load(Ordering::Acquire));
+            let link = follow(&table[index(gfn.0, level)]);
             if !link.is_present() {
                 return None;
             }
-            visit(entry, link);
             table = self.table(link.pfn())?;
         }
         Some(table)
@@ -79,12 +96,7 @@ impl Walker {
     /// The access, as the CPU makes it: what the leaf of `gfn` translates to, with its neighbours as far as a cached translation
     /// may cover them without hiding an access from their marks. `None`: the shadow map does not allow it, a page fault.
     pub fn access(&self, gfn: Gfn, access: Access) -> Option<Translation> {
-        let table = self.leaf_table(gfn, |entry, link| {
-            if !link.is_accessed() {
-                // Links are removed after a flush only, so this one is what it was but for marks.
-                entry.fetch_or(Link::ACCESSED, Ordering::AcqRel);
-            }
-        })?;
+        let table = self.leaf_table(gfn, go_through)?;
         let at = index(gfn.0, 1);
         let leaf = entry::access(&table[at], access)?;
         if !self.pool.contains(leaf.pfn()) {
@@ -94,7 +106,9 @@ impl Walker {
         let joins = |other: &usize| {
             let spte = Spte(table[*other].load(Ordering::Acquire));
             let expected = i64::from(leaf.pfn().0) + *other as i64 - at as i64;
-            i64::from(spte.pfn().0) == expected && allowed_unseen(spte) == rights
+            i64::from(spte.pfn().0) == expected
+                && allowed_unseen(spte) == rights
+                && self.pool.contains(spte.pfn())
         };
         let before = (0..at).rev().take_while(joins).count();
         let after = (at + 1..ENTRIES as usize).take_while(joins).count();
@@ -113,7 +127,7 @@ impl Walker {
         let mut done = 0;
         while done < bytes.len() {
             let Some(address) = at.checked_add(done as u64) else { break };
-            let Some(table) = self.leaf_table(address.gfn(), |_, _| ()) else { break };
+            let Some(table) = self.leaf_table(address.gfn(), look) else { break };
             let spte = Spte(table[index(address.gfn().0, 1)].load(Ordering::Acquire));
             if !spte.rights().contains(Access::EXEC) || !self.pool.contains(spte.pfn()) {
                 break;
@@ -129,3 +143,6 @@ impl Walker {
         done
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,11 +9,13 @@
 //! | `mm` | the primary, in what it tells the layer |
 //! | `tracking` | aging, access tracking, dirty logs |
 //! | `ksm` | page sharing |
+//! | `soft_tlb` | the CPU's walk and its TLB in software |
 
 mod ksm;
 mod mm;
 mod notifier;
 mod shadow;
+mod soft_tlb;
 mod tracking;
 
 /// One change to one file of shadow-mmu.
@@ -69,6 +71,27 @@ pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[
     ),
     // What a mutant does too early.
     (
+        "shadow/soft_tlb.rs",
+        "let mut state = self.state.lock();\n        if state.find",
+        "let early = crate::mutant::is(crate::mutant::M::FillWalksUnlocked).then(|| walker.access(gfn, access));\n        let mut state = self.state.lock();\n        if state.find",
+    ),
+    // What a mutant looks at without the lock.
+    (
+        "shadow/soft_tlb.rs",
+        "    most: usize,\n}",
+        "    most: usize,\n    noted: crate::sync::atomic::AtomicBool,\n}",
+    ),
+    (
+        "shadow/soft_tlb.rs",
+        "most: most.max(8) }",
+        "most: most.max(8), noted: crate::sync::atomic::AtomicBool::new(false) }",
+    ),
+    (
+        "shadow/soft_tlb.rs",
+        "        state.note(&translation);\n",
+        "        state.note(&translation);\n        self.noted.store(true, crate::sync::atomic::Ordering::Relaxed);\n",
+    ),
+    (
         "shadow/written.rs",
         "let _stable = self.windows.read();",
         "let slots_before = crate::mutant::is(crate::mutant::M::WrittenOfOldSlots).then(|| crate::sync::Arc::clone(&self.slots.read()));\n        let _stable = self.windows.read();",
@@ -77,5 +100,7 @@ pub(crate) const PREPARATIONS: &[(&str, &str, &str)] = &[
 
 /// All of them. One that changes several places has an entry for each.
 pub(crate) fn all() -> impl Iterator<Item = &'static Mutant> {
-    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS, tracking::MUTANTS, ksm::MUTANTS].into_iter().flatten()
+    [shadow::MUTANTS, notifier::MUTANTS, mm::MUTANTS, tracking::MUTANTS, ksm::MUTANTS, soft_tlb::MUTANTS]
+        .into_iter()
+        .flatten()
 }

@@ -48,6 +48,9 @@ mod explore;
 #[path = "shuttle/faults.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod faults;
+#[path = "shuttle/filled.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod filled;
 #[path = "shuttle/intervals.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod intervals;
@@ -69,6 +72,9 @@ mod merging;
 #[path = "shuttle/migration.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod migration;
+#[path = "shuttle/process.rs"]
+#[warn(dead_code, unused, clippy::all)]
+mod process;
 #[path = "shuttle/quarantine.rs"]
 #[warn(dead_code, unused, clippy::all)]
 mod quarantine;

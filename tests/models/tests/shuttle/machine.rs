@@ -10,7 +10,7 @@ use crate::addr::{Access, Gfn, Gpa, Hva, PAGE_SHIFT, PAGE_SIZE};
 use crate::cpu::{CPUS, SoftTlb, Vcpu};
 use crate::frame::{FramePool, FreedFrames};
 use crate::mm::{Backing, FaultRequest, MapFlags, Mm};
-use crate::shadow::{AdBits, FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte};
+use crate::shadow::{AdBits, FaultAroundPolicy, Memslot, ShadowMmu, SlotAccess, Spte, Tlb};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Points, points};
 use std::sync::OnceLock;
@@ -95,7 +95,12 @@ impl Machine {
     }
 
     fn make_shadow_of(&self, slot: Memslot) {
-        let shadow = ShadowMmu::new(Arc::clone(&self.mm), self.tlb.clone()).unwrap();
+        self.make_shadow_over(self.tlb.clone(), slot);
+    }
+
+    /// Makes the shadow map with this slot, whose translations are cached by `tlb` and by no CPU of [`cpu`](crate::cpu).
+    pub(crate) fn make_shadow_over(&self, tlb: Arc<dyn Tlb>, slot: Memslot) {
+        let shadow = ShadowMmu::new(Arc::clone(&self.mm), tlb).unwrap();
         shadow.add_slot(slot).unwrap();
         assert!(self.shadow.set(shadow).is_ok(), "a machine has one shadow map");
     }

@@ -70,6 +70,7 @@ global_asm!(
     "wrgsbase rdx",
     "int3",
     "umbra_stub_list:", // rsp: the first entry, rbp: behind the last
+    "3:",
     "pop rax",
     "pop rdi",
     "pop rsi",
@@ -81,7 +82,7 @@ global_asm!(
     "bt rax, 63", // an error is negative, an address is not
     "jc 4f",
     "cmp rsp, rbp",
-    "jb umbra_stub_list",
+    "jb 3b",
     "xor eax, eax",
     "4:", // rax: 0, or what the call said that failed
     "int3",
