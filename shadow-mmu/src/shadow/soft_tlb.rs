@@ -138,6 +138,20 @@ impl State {
         self.entries.insert(start, Entry { pages, pfn, rights: new.rights });
     }
 
+    /// The part of `all` around `gfn` up to what has the same rights already: to map that once more would cost as much as the first
+    /// time, and a run that grows page by page would be mapped whole for each.
+    fn missing(&self, all: Translation, gfn: u64) -> Translation {
+        let is_same = |entry: &Entry| entry.rights == all.rights;
+        let (first, end) = (all.gfn.0, all.gfn.0 + all.pages);
+        let before = self.entries.range(..gfn).rev().map(|(&start, entry)| (start + entry.pages, entry));
+        let before = before.take_while(|&(end, _)| end > first).find(|(_, entry)| is_same(entry));
+        let after = self.entries.range(gfn + 1..end).find(|(_, entry)| is_same(entry));
+        let start = before.map_or(first, |(end, _)| end);
+        let end = after.map_or(end, |(&start, _)| start);
+        let pfn = Pfn(all.pfn.0 + (start - first) as u32);
+        Translation { gfn: Gfn(start), pages: end - start, pfn, rights: all.rights }
+    }
+
     /// Unmaps `pages` where something is mapped there.
     fn drop_pages<M: HostMappings>(
         &mut self,
@@ -224,6 +238,7 @@ impl SoftTlb {
         let Some(translation) = walker.access(gfn, access) else { return Ok(Filled::No) };
         // A mapping in the middle of another makes two more.
         state.limit(self.most - 2, host)?;
+        let translation = state.missing(translation, gfn.0);
         if host.map(&translation).is_err() {
             // Perhaps for want of mappings; what is mapped there is not known.
             state.drop_everything(host)?;

@@ -22,6 +22,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub mod choice;
+#[cfg(test)]
+mod conformance;
 mod fpu;
 mod kick;
 pub mod kvm;

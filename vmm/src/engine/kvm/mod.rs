@@ -43,8 +43,6 @@ mod measure;
 mod testing;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod track_tests;
 
 pub use error::SetupError;
 pub use flush::FlushMethod;

@@ -15,8 +15,8 @@
 
 use crate::engine::Regs;
 use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess,
-    OpKind, Register, UsedMemory,
+    CpuidFeature, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 use shadow_mmu::addr::Access;
 use std::fmt;
@@ -72,6 +72,19 @@ impl AccessDecoder {
         }
         if stored && !loaded { Access::WRITE } else { Access::READ }
     }
+}
+
+/// Bytes of the instruction that `code` begins with; `None` where it is none, or not all of it.
+pub(super) fn length(code: &[u8]) -> Option<usize> {
+    let instruction = Decoder::new(64, code, DecoderOptions::NONE).decode();
+    (!instruction.is_invalid()).then(|| instruction.len())
+}
+
+/// Whether the instruction that `code` begins with is one of the x87 unit's, or of MMX, which is in there.
+pub(super) fn is_x87(code: &[u8]) -> bool {
+    let instruction = Decoder::new(64, code, DecoderOptions::NONE).decode();
+    let x87 = [CpuidFeature::FPU, CpuidFeature::FPU287, CpuidFeature::FPU387, CpuidFeature::MMX];
+    instruction.cpuid_features().iter().any(|feature| x87.contains(feature))
 }
 
 /// Whether the byte at `addr` is part of the operand.

@@ -7,10 +7,12 @@
 //! 2. That program's one system call maps the stub; the stub's unmaps everything else: the program, its stack, the vDSO.
 //! 3. It gives up privileges, and a filter refuses whatever is not the engine's ([`stub::filter`]).
 //!
-//! Its first thread never runs guest code. It makes the others, and unmaps for threads of umbra that trace none.
+//! Its first two threads never run guest code. The second, the worker, makes all others, and unmaps for threads of umbra that trace
+//! none. The first does nothing any more: a process's first thread can be waited for only when all others have been, so who makes a
+//! call with it would not learn that the process was killed while another tracer waits for the caller.
 
 use super::StubFrames;
-use super::error::{EXEC, SetupError, TRACE, UNMAP};
+use super::error::{EXEC, SEIZE, SetupError, TRACE, UNMAP};
 use super::stub::{self, LIST, MAP_FLAGS, POOL_FD, STUB, STUB_END};
 use super::tracee::{Stop, Tracee, gone};
 use libc::{c_char, c_int, pid_t};
@@ -92,8 +94,8 @@ fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::c
     Err(io::Error::last_os_error())
 }
 
-/// Starts the process, whose tracer the calling thread is from then on, and empties it. `stub` are frames of `pool`, of
-/// which this fills in the first.
+/// Starts the process, whose tracer the calling thread is from then on, and empties it: its worker. `stub` are frames of
+/// `pool`, of which this fills in the first.
 ///
 /// # Errors
 /// [`SetupError`]; no process is left then.
@@ -114,12 +116,21 @@ pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupE
     })?;
     let pid = child.id() as pid_t;
     let tracee = Tracee { pid, tid: pid };
-    empty(tracee, pool, stub).inspect_err(|_| {
-        // SAFETY: takes numbers; the process is our child, and not waited for yet.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-        tracee.wait_until_gone();
-    })?;
-    Ok(tracee)
+    let worker = empty(tracee, pool, stub).and_then(|()| {
+        let worker = tracee.new_thread().map_err(SetupError::Thread)?;
+        worker.seize().map_err(SetupError::child(SEIZE))?;
+        Ok(worker)
+    });
+    worker.inspect_err(|_| end(tracee))
+}
+
+/// Ends the process that `worker` is a thread of and waits for it, and for `worker` itself. All others that are traced must be gone
+/// or be waited for by their tracers, or this waits as well. For the thread that started it.
+pub(super) fn end(worker: Tracee) {
+    // SAFETY: takes numbers; the process is our child, and waited for below.
+    unsafe { libc::kill(worker.pid, libc::SIGKILL) };
+    worker.wait_until_gone();
+    Tracee { pid: worker.pid, tid: worker.pid }.wait_until_gone();
 }
 
 /// Makes the program that was just executed an empty process with the stub in it.
@@ -133,8 +144,6 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), Setup
         }
     }
     tracee.set_options().map_err(SetupError::child("ptrace(PTRACE_SETOPTIONS)"))?;
-    // Threads begin with this, and have no tracer yet who would keep a signal from ending the process.
-    tracee.block_signals(u64::MAX).map_err(SetupError::child("ptrace(PTRACE_SETSIGMASK)"))?;
     pool.write(stub.code, 0, &stub::page());
     for (at, rights, pfn) in
         [(STUB, libc::PROT_READ | libc::PROT_EXEC, stub.code), (LIST, libc::PROT_READ, stub.list)]

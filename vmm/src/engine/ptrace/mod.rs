@@ -36,6 +36,8 @@ mod service;
 mod snapshot;
 mod stop;
 mod stub;
+#[cfg(test)]
+mod tests;
 mod tlb;
 mod tracee;
 mod vcpu;
@@ -113,6 +115,11 @@ impl PtraceVm {
     /// # Errors
     /// [`SetupError`].
     pub fn new(pool: Arc<FramePool>) -> Result<Arc<Self>, SetupError> {
+        Self::with_entries(pool, most_entries())
+    }
+
+    /// The same with a TLB of at most `most` entries.
+    fn with_entries(pool: Arc<FramePool>, most: usize) -> Result<Arc<Self>, SetupError> {
         let fpu = FpuLayout::of_this_cpu().ok_or_else(|| {
             SetupError::child("reading its registers")(io::Error::other(
                 "this CPU has no XSAVE, or the kernel does not use it",
@@ -124,7 +131,7 @@ impl PtraceVm {
         Ok(Arc::new(Self {
             service,
             stub,
-            tlb: SoftTlb::new(most_entries()),
+            tlb: SoftTlb::new(most),
             pairs,
             vcpus: AtomicUsize::new(0),
             fpu,
@@ -148,7 +155,7 @@ impl PtraceVm {
             self.vcpu_gone();
             return Err(SetupError::VcpuLimit { limit: MOST_VCPUS });
         }
-        let made = self.service.ask(|first| first.new_thread()).and_then(|made| made);
+        let made = self.service.ask(|worker| worker.new_thread()).and_then(|made| made);
         match made {
             Ok(tracee) => Ok(PtraceVcpu::new(Arc::clone(self), tracee, root)),
             Err(error) => {
@@ -219,7 +226,7 @@ impl Engine for PtraceVm {
     fn describe(&self) -> Vec<String> {
         vec![format!(
             "the guest's process is {}, with {} mappings of {} at most",
-            self.service.first.pid,
+            self.service.worker.pid,
             self.tlb.len(),
             most_entries()
         )]

@@ -2,8 +2,8 @@
 //! The thread of umbra that serves the guest's process: it forked it, so it traces its first thread, and it must live as long as
 //! the process does (PR_SET_PDEATHSIG goes by threads).
 //!
-//! Others send it work to do with that first thread, one piece after another, and wait for the answer. Work never waits for a lock
-//! that somebody holds who waits for it: it makes system calls in the guest's process, nothing else.
+//! Others send it work to do with another thread of the process, the worker, one piece after another, and wait for the answer.
+//! Work never waits for a lock that somebody holds who waits for it: it makes system calls in the guest's process, nothing else.
 
 use super::StubFrames;
 use super::child;
@@ -24,15 +24,15 @@ pub(super) struct Service {
     /// `None` at the end.
     work: Mutex<Option<Sender<Work>>>,
     thread: Option<JoinHandle<()>>,
-    /// The process's first thread.
-    pub(super) first: Tracee,
+    /// The thread of the process that makes calls for the service.
+    pub(super) worker: Tracee,
     /// Why the engine ended the process, where it did.
     killed: OnceLock<String>,
 }
 
 impl fmt::Debug for Service {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Service").field("pid", &self.first.pid).finish_non_exhaustive()
+        f.debug_struct("Service").field("pid", &self.worker.pid).finish_non_exhaustive()
     }
 }
 
@@ -52,10 +52,10 @@ impl Service {
         let thread = std::thread::Builder::new()
             .name("umbra guest".to_owned())
             .spawn(move || match child::start(&pool, stub) {
-                Ok(first) => {
+                Ok(worker) => {
                     // Who asked is there, for it waits.
-                    let _ = tell.send(Ok(first));
-                    serve(first, &works, &pairs);
+                    let _ = tell.send(Ok(worker));
+                    serve(worker, &works, &pairs);
                 }
                 Err(error) => {
                     let _ = tell.send(Err(error));
@@ -63,8 +63,8 @@ impl Service {
             })
             .map_err(SetupError::child("a thread that serves it"))?;
         let died = || SetupError::child("a thread that serves it")(io::Error::other("it panicked"));
-        let first = told.recv().map_err(|_| died())??;
-        Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), first, killed: OnceLock::new() })
+        let worker = told.recv().map_err(|_| died())??;
+        Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), worker, killed: OnceLock::new() })
     }
 
     /// Has the service look after tied [`Pairs`] from now on, until there are none. Does not wait.
@@ -84,7 +84,7 @@ impl Service {
         }
     }
 
-    /// Has `work` done by the tracer of the process's first thread.
+    /// Has `work` done by the tracer of the worker.
     ///
     /// # Errors
     /// The service has ended: the process is gone.
@@ -93,8 +93,8 @@ impl Service {
         work: impl FnOnce(Tracee) -> T + Send + 'static,
     ) -> io::Result<T> {
         let (answer, answered) = sync_channel(1);
-        let work: Work = Box::new(move |first| {
-            let _ = answer.send(pair::with_tracee(first, || work(first)));
+        let work: Work = Box::new(move |worker| {
+            let _ = answer.send(pair::with_tracee(worker, || work(worker)));
         });
         let ended = || io::Error::other("the guest's process has ended");
         let sender = self.work.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(ended)?;
@@ -110,7 +110,7 @@ impl Service {
     /// Ends the process, because of `why`. None of its threads runs when this returns.
     pub(super) fn kill(&self, why: &dyn fmt::Display) {
         self.killed.get_or_init(|| why.to_string());
-        let pid = self.first.pid;
+        let pid = self.worker.pid;
         // SAFETY: takes numbers; the process is our child and not waited for before `drop`, so the number is its.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         // Its threads may still be on a CPU: those of a process that is being killed leave it at once, and are zombies then.
@@ -133,7 +133,7 @@ impl Service {
 }
 
 /// Works until nobody can send any more work, then ends the process.
-fn serve(first: Tracee, works: &Receiver<Work>, pairs: &Pairs) {
+fn serve(worker: Tracee, works: &Receiver<Work>, pairs: &Pairs) {
     loop {
         let next = if pairs.look() {
             works.recv_timeout(LOOK)
@@ -141,12 +141,10 @@ fn serve(first: Tracee, works: &Receiver<Work>, pairs: &Pairs) {
             works.recv().map_err(|_| RecvTimeoutError::Disconnected)
         };
         match next {
-            Ok(work) => work(first),
+            Ok(work) => work(worker),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
-    // SAFETY: takes numbers; the process is our child, and waited for below.
-    unsafe { libc::kill(first.pid, libc::SIGKILL) };
-    first.wait_until_gone();
+    child::end(worker);
 }

@@ -7,6 +7,7 @@
 //! System calls by another door than `syscall` (`int 0x80`, `sysenter`, code of the 32-bit segment) are no calls of a guest's: they
 //! are the general-protection exceptions that they are where nobody serves them.
 
+use super::access::is_x87;
 use super::stub;
 use super::tracee::{Tracee, USER_CS};
 use crate::engine::{Exit, Regs};
@@ -132,6 +133,7 @@ pub(super) fn signal(
     registers: &user_regs_struct,
     regs: &mut Regs,
     xstate: impl FnOnce() -> io::Result<Vec<u8>>,
+    code: impl FnOnce() -> Vec<u8>,
 ) -> io::Result<Meaning> {
     // Codes of the kernel's own are positive; 0 and below are somebody's.
     let by_kernel = info.si_code > 0;
@@ -164,7 +166,7 @@ pub(super) fn signal(
         (libc::SIGTRAP, SI_KERNEL) => exception(BREAKPOINT),
         (libc::SIGTRAP, _) => exception(DEBUG),
         (libc::SIGFPE, FPE_INTDIV) => exception(DIVIDE_ERROR),
-        (libc::SIGFPE, _) => exception(if x87_pending(&xstate()?) { X87 } else { SIMD }),
+        (libc::SIGFPE, _) => exception(float_vector(&xstate()?, code)),
         (libc::SIGBUS, BUS_ADRALN) => exception(ALIGNMENT),
         (libc::SIGBUS, SI_KERNEL) => exception(STACK_SEGMENT),
         (libc::SIGBUS, _) => Meaning::NoMemory(address),
@@ -172,9 +174,12 @@ pub(super) fn signal(
     })
 }
 
-/// Whether the x87 unit has an exception that is not masked.
-fn x87_pending(xstate: &[u8]) -> bool {
+/// Which of the two units raised an exception: the one that has one which is not masked. Both may have, one of them from before;
+/// then `code`, the instruction, says it.
+fn float_vector(xstate: &[u8], code: impl FnOnce() -> Vec<u8>) -> u8 {
     let word = |at: usize| xstate.get(at..at + 2).map_or(0, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
-    let (control, status) = (word(0), word(2));
-    status & !control & 0x3f != 0
+    let (control, status, mxcsr) = (word(0), word(2), word(24));
+    let x87 = status & !control & 0x3f != 0;
+    let simd = mxcsr & !(mxcsr >> 7) & 0x3f != 0;
+    if x87 && (!simd || is_x87(&code())) { X87 } else { SIMD }
 }

@@ -81,6 +81,7 @@ global_asm!(
     "syscall",
     "bt rax, 63", // an error is negative, an address is not
     "jc 4f",
+    "nop", // so that no jump has the byte of a call
     "cmp rsp, rbp",
     "jb 3b",
     "xor eax, eax",

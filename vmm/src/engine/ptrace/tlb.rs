@@ -45,11 +45,11 @@ impl<'a> ProcessMappings<'a> {
     /// Makes `calls` in the guest's process. The TLB's lock is held, so the stub's list is ours.
     fn make(&self, calls: Vec<Call>) -> io::Result<()> {
         let list = self.vm.stub.list;
-        match OWN.get().filter(|own| own.pid == self.vm.service.first.pid) {
+        match OWN.get().filter(|own| own.pid == self.vm.service.worker.pid) {
             Some(own) => own.calls(&calls, &self.vm.pool, list),
             None => {
                 let pool = Arc::clone(&self.vm.pool);
-                self.vm.service.ask(move |first| first.calls(&calls, &pool, list))?
+                self.vm.service.ask(move |worker| worker.calls(&calls, &pool, list))?
             }
         }
     }

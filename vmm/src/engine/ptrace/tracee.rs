@@ -285,7 +285,11 @@ impl Tracee {
     }
 
     /// Makes a further thread of the process, which waits for a tracer. For the thread that runs no guest.
+    ///
+    /// Until the new one is attached to nobody is there to drop signals from outside, which would end the process. So it
+    /// inherits that all are blocked.
     pub(super) fn new_thread(self) -> io::Result<Self> {
+        self.block_signals(u64::MAX)?;
         let tid = self.call_at(stub::clone(), libc::SYS_clone, &[stub::CLONE_FLAGS as u64])?;
         Ok(Self { pid: self.pid, tid: tid as pid_t })
     }

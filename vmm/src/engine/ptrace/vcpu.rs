@@ -21,7 +21,7 @@
 //! registers, resume, wait, get registers; a fault has two more for what the signal says and one call in the process for the fill.
 
 use super::PtraceVm;
-use super::access::AccessDecoder;
+use super::access::{self, AccessDecoder};
 use super::interrupt::TraceeInterrupt;
 use super::pair::Pair;
 use super::snapshot::snapshot;
@@ -185,7 +185,13 @@ impl PtraceVcpu {
             Hold::Lost => return Err(lost("running a vCPU", io::Error::other("it failed before"))),
             Hold::Waiting => {}
         }
-        self.tracee.seize().map_err(|source| lost("attaching to a thread of the guest's process", source))?;
+        if let Err(source) = self.tracee.seize() {
+            // It may be ours all the same, and its process cannot be waited for before it is.
+            self.hold = Hold::Lost;
+            self.vm.service.kill(&source);
+            self.tracee.wait_until_gone();
+            return Err(lost("attaching to a thread of the guest's process", source));
+        }
         self.hold = Hold::Traced(self.vm.pairs.join(self.tracee));
         set_own(Some(self.tracee));
         Ok(())
@@ -334,7 +340,12 @@ impl PtraceVcpu {
         }
         let info = self.tracee.signal_info()?;
         let mut regs = self.regs;
-        let meaning = stop::signal(signal, &info, registers, &mut regs, || self.read_xstate())?;
+        let code = || {
+            let mut code = [0; CODE_BYTES];
+            let bytes = self.walker.fetch(Gpa(registers.rip), &mut code);
+            code[..bytes].to_vec()
+        };
+        let meaning = stop::signal(signal, &info, registers, &mut regs, || self.read_xstate(), code)?;
         self.regs = regs;
         Ok(meaning)
     }
@@ -373,12 +384,15 @@ impl PtraceVcpu {
     /// What the instruction at rip wanted of `addr`.
     fn access(&mut self, addr: u64) -> Access {
         let rip = self.regs.rip;
-        let in_instruction = addr.wrapping_sub(rip) < CODE_BYTES as u64;
+        let mut code = [0; CODE_BYTES];
+        let bytes = self.walker.fetch(Gpa(rip), &mut code);
+        // Data may begin right behind it.
+        let offset = addr.wrapping_sub(rip);
+        let in_instruction = offset < CODE_BYTES as u64
+            && access::length(&code[..bytes]).is_none_or(|length| offset < length as u64);
         if in_instruction && !self.vm.tlb.rights(Gpa(addr).gfn()).contains(Access::EXEC) {
             return Access::EXEC;
         }
-        let mut code = [0; CODE_BYTES];
-        let bytes = self.walker.fetch(Gpa(rip), &mut code);
         match self.decoder.access_at(&code[..bytes], &self.regs, addr) {
             // Code that went away between the fault and here.
             Access::EXEC if !in_instruction => Access::READ,

@@ -5,9 +5,9 @@
 //! The guest is a few instructions in an address space of its own, with guest addresses as in there. Its data has a memslot
 //! for itself, so that a log is about nothing else.
 
-use super::testing::{CODE, DATA, RW, RX, STACK_TOP, start, test_device};
-use super::{Effort, KvmVcpu, KvmVm};
-use crate::engine::{Exit, Kick, Vcpu};
+use super::guest::{CODE, DATA, RW, RX, STACK_TOP, start};
+use super::{machines, marks_are_exact};
+use crate::engine::{Engine, Exit, Kick, Vcpu};
 use shadow_mmu::addr::{Access, Gfn, Hva, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, PageAge};
@@ -56,7 +56,7 @@ const STORE: [u8; 40] = [
 /// A VM over an address space, as umbra puts it together.
 struct Guest {
     pool: Arc<FramePool>,
-    kvm: Arc<KvmVm>,
+    engine: Arc<dyn Engine>,
     mm: Arc<Mm>,
     shadow: Arc<ShadowMmu>,
     control: Pfn,
@@ -65,15 +65,12 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(code: &[u8]) -> Option<Self> {
-        let device = test_device()?;
-        let pool = Arc::new(FramePool::new(64 << 20, FreedFrames::Keep).unwrap());
-        let kvm = KvmVm::new(&device, Arc::clone(&pool)).unwrap();
-        kvm.probe_flush(Effort::Quick).unwrap();
+    fn over(pool: Arc<FramePool>, engine: Arc<dyn Engine>, code: &[u8]) -> Self {
         let mm = Mm::new(Arc::clone(&pool)).unwrap();
-        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), kvm.tlb()).unwrap());
-        let (index, entry) = kvm.monitor_entry();
-        shadow.set_upper(index, entry);
+        let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), Arc::clone(&engine).tlb()).unwrap());
+        if let Some((index, entry)) = engine.upper_entry() {
+            shadow.set_upper(index, entry);
+        }
         let (data, behind) = (SLOT.0, SLOT.0 + PAGES);
         for (first, end) in [(0, data), (data, behind), (behind, LOWER_HALF_PAGES)] {
             let hva = Hva(first * PAGE_SIZE);
@@ -93,17 +90,17 @@ impl Guest {
         map(DATA, PAGES, RW);
         let control = pfn(CONTROL);
         let data = (0..PAGES).map(|n| pfn(DATA + n * PAGE_SIZE)).collect();
-        Some(Self { pool, kvm, mm, shadow, control, data })
+        Self { pool, engine, mm, shadow, control, data }
     }
 
-    fn vcpu(&self) -> KvmVcpu {
-        let mut vcpu = self.kvm.create_vcpu(self.shadow.root()).unwrap();
-        start(&mut vcpu);
+    fn vcpu(&self) -> Box<dyn Vcpu> {
+        let mut vcpu = Arc::clone(&self.engine).create_vcpu(self.shadow.root()).unwrap();
+        start(&mut *vcpu);
         vcpu
     }
 
     /// Runs until something else than a fault that can be resolved.
-    fn run(&self, vcpu: &mut KvmVcpu, mmu: &mut VcpuMmu) -> Exit {
+    fn run(&self, vcpu: &mut dyn Vcpu, mmu: &mut VcpuMmu) -> Exit {
         loop {
             match vcpu.run().unwrap() {
                 Exit::PageFault { addr, access } => _ = self.shadow.fault(mmu, addr, access).unwrap(),
@@ -148,50 +145,52 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
 /// neither.
 #[test]
 fn i48_a_pass_finds_exactly_the_pages_that_a_real_cpu_accessed() {
-    let Some(guest) = Guest::new(&TOUCH) else { return };
-    let (mut vcpu, mut mmu) = (guest.vcpu(), VcpuMmu::new(Fixed(16)));
-    guest.mm.age();
-    let config = DirtyLogConfig {
-        method: DirtyMethod::DirtyBit,
-        records: DirtyRecords::Bitmap,
-        protect: ProtectOn::Get,
-        initially: Initially::Clean,
-    };
-    guest.shadow.enable_dirty_log(SLOT, config).unwrap();
-    let mut seed = 1;
-    for round in 0..40 {
-        let (mut accessed, mut written) = (BTreeSet::new(), BTreeSet::new());
-        for _ in 0..[0, 4, 40][round % 3] {
-            let n = random(&mut seed) % PAGES;
-            start(&mut vcpu);
-            vcpu.regs_mut().rdi = DATA + n * PAGE_SIZE;
-            accessed.insert(n);
-            if random(&mut seed).is_multiple_of(2) {
-                vcpu.regs_mut().rip = TOUCH_WRITE;
-                written.insert(n);
-            }
-            assert_eq!(guest.run(&mut vcpu, &mut mmu), Exit::Syscall);
-        }
+    for (pool, engine) in machines(FreedFrames::Keep) {
+        let guest = Guest::over(pool, engine, &TOUCH);
+        let (mut vcpu, mut mmu) = (guest.vcpu(), VcpuMmu::new(Fixed(16)));
         guest.mm.age();
-        let mut young = BTreeSet::new();
-        guest.mm.for_each_age(|_, range, age| {
-            let pages = range.page_numbers().filter(|page| (SLOT.0..SLOT.0 + PAGES).contains(page));
-            if age == PageAge::Passes(0) {
-                young.extend(pages.map(|page| page - SLOT.0));
+        let config = DirtyLogConfig {
+            method: DirtyMethod::DirtyBit,
+            records: DirtyRecords::Bitmap,
+            protect: ProtectOn::Get,
+            initially: Initially::Clean,
+        };
+        guest.shadow.enable_dirty_log(SLOT, config).unwrap();
+        let mut seed = 1;
+        for round in 0..40 {
+            let (mut accessed, mut written) = (BTreeSet::new(), BTreeSet::new());
+            for _ in 0..[0, 4, 40][round % 3] {
+                let n = random(&mut seed) % PAGES;
+                start(&mut *vcpu);
+                vcpu.regs_mut().rdi = DATA + n * PAGE_SIZE;
+                accessed.insert(n);
+                if random(&mut seed).is_multiple_of(2) {
+                    vcpu.regs_mut().rip = TOUCH_WRITE;
+                    written.insert(n);
+                }
+                assert_eq!(guest.run(&mut *vcpu, &mut mmu), Exit::Syscall);
             }
-        });
-        if guest.kvm.facts().kvm_backend.walks_in_software() {
-            assert_eq!(young, accessed, "round {round}");
-        } else {
-            // The CPU may set A ahead of accesses too, for what has a leaf.
-            assert!(young.is_superset(&accessed), "round {round}: {accessed:?} in {young:?}");
-            // What it has cached would not be seen in the next round.
-            guest.kvm.tlb().flush_all();
+            guest.mm.age();
+            let mut young = BTreeSet::new();
+            guest.mm.for_each_age(|_, range, age| {
+                let pages = range.page_numbers().filter(|page| (SLOT.0..SLOT.0 + PAGES).contains(page));
+                if age == PageAge::Passes(0) {
+                    young.extend(pages.map(|page| page - SLOT.0));
+                }
+            });
+            if marks_are_exact(&*guest.engine) {
+                assert_eq!(young, accessed, "round {round}");
+            } else {
+                // The CPU may set A ahead of accesses too, for what has a leaf.
+                assert!(young.is_superset(&accessed), "round {round}: {accessed:?} in {young:?}");
+                // What it has cached would not be seen in the next round.
+                Arc::clone(&guest.engine).tlb().flush_all();
+            }
+            let dirty = BTreeSet::from_iter(guest.shadow.get_dirty_log(SLOT).unwrap().iter());
+            assert_eq!(dirty, written, "round {round}");
         }
-        let dirty = BTreeSet::from_iter(guest.shadow.get_dirty_log(SLOT).unwrap().iter());
-        assert_eq!(dirty, written, "round {round}");
+        guest.check();
     }
-    guest.check();
 }
 
 /// What a collector has: rings, and how it harvests.
@@ -293,10 +292,14 @@ impl Collector<'_> {
 }
 
 fn oracle(config: DirtyLogConfig) {
-    let Some(guest) = Guest::new(&STORE) else { return };
+    machines(FreedFrames::Keep)
+        .for_each(|(pool, engine)| oracle_of(&Guest::over(pool, engine, &STORE), config));
+}
+
+fn oracle_of(guest: &Guest, config: DirtyLogConfig) {
     guest.control(0).store(1, Ordering::SeqCst);
     guest.control(1).store(PAGES - 1, Ordering::SeqCst);
-    let mut collector = Collector { guest: &guest, config, rings: Vec::new() };
+    let mut collector = Collector { guest, config, rings: Vec::new() };
     let mut vcpus = Vec::new();
     for id in 0..2 {
         let mut vcpu = guest.vcpu();
@@ -324,7 +327,7 @@ fn oracle(config: DirtyLogConfig) {
     }
     std::thread::scope(|scope| {
         let stopper = Stop(&stop, kickers);
-        let (guest, stop) = (&guest, &stop);
+        let stop = &stop;
         let threads: Vec<_> = vcpus
             .into_iter()
             .map(|(mut vcpu, mut mmu)| {
@@ -334,7 +337,7 @@ fn oracle(config: DirtyLogConfig) {
                             std::thread::yield_now();
                             continue;
                         }
-                        assert_eq!(guest.run(&mut vcpu, &mut mmu), Exit::Kicked);
+                        assert_eq!(guest.run(&mut *vcpu, &mut mmu), Exit::Kicked);
                     }
                 })
             })

@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What only this engine has: a process for the guest. What is in it and what is not, what its filter refuses, and what
+//! becomes of everybody when it is killed. What every engine must do is in `conformance`.
+
+#![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+
+use super::*;
+use crate::engine::conformance::flush::{COUNT, wait_for_change, zapped};
+use crate::engine::conformance::guest::{self, CODE, DATA, RW, SYSCALL, start};
+use crate::engine::{EngineError, Exit};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use stub::{MAP_FLAGS, POOL_FD, STUB, STUB_END};
+
+type Guest = guest::Guest<PtraceVm>;
+
+/// mov [rdi], rdi; add rdi, rsi; dec rcx; jnz to it; syscall
+const TOUCH: [u8; 14] = [0x48, 0x89, 0x3f, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf5, 0x0f, 0x05, 0x90];
+
+/// A guest with a TLB of `most` entries, or `None` where this host forbids tracing.
+fn guest_with_entries(code: &[u8], most: usize) -> Option<Guest> {
+    if let Err(error) = probe() {
+        println!("skipped: {error}");
+        return None;
+    }
+    let pool = Arc::new(FramePool::new(64 << 20, FreedFrames::Keep).unwrap());
+    let vm = PtraceVm::with_entries(Arc::clone(&pool), most).unwrap();
+    Some(Guest::over(pool, vm, code))
+}
+
+fn guest(code: &[u8]) -> Option<Guest> {
+    guest_with_entries(code, MOST_ENTRIES)
+}
+
+impl Guest {
+    fn vcpu(&self) -> PtraceVcpu {
+        let mut vcpu = self.vm.new_vcpu(self.root).unwrap();
+        start(&mut vcpu);
+        vcpu.regs_mut().rdi = DATA;
+        vcpu
+    }
+
+    fn pid(&self) -> libc::pid_t {
+        self.vm.service.worker.pid
+    }
+
+    fn proc(&self, file: &str) -> PathBuf {
+        format!("/proc/{}/{file}", self.pid()).into()
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        // SAFETY: takes numbers; the process is our child.
+        assert_eq!(unsafe { libc::kill(self.pid(), signal) }, 0);
+    }
+
+    /// The states of its threads, a letter each.
+    fn threads(&self) -> Vec<char> {
+        let Ok(tasks) = fs::read_dir(self.proc("task")) else { return Vec::new() };
+        let stats = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        stats.filter_map(|stat| stat.rsplit(')').next()?.trim_start().chars().next()).collect()
+    }
+
+    fn is_dead(&self) -> bool {
+        self.threads().iter().all(|state| matches!(state, 'Z' | 'X'))
+    }
+
+    fn mappings(&self) -> Vec<String> {
+        fs::read_to_string(self.proc("maps")).unwrap().lines().map(str::to_owned).collect()
+    }
+}
+
+/// The process is gone: whoever runs a vCPU of it is told so.
+fn assert_lost(result: Result<Exit, EngineError>) {
+    let error = result.unwrap_err().to_string();
+    let told = ["was ended by signal 9", "No such process", "has ended", "failed before"];
+    assert!(told.iter().any(|told| error.contains(told)), "{error}");
+}
+
+#[test]
+fn the_process_has_the_pool_the_stub_and_nothing_of_umbras() {
+    let Some(guest) = guest(&TOUCH) else { return };
+    let mut vcpu = guest.vcpu();
+    (0..4).for_each(|n| _ = guest.map_new(DATA + n * PAGE_SIZE, RW));
+    (vcpu.regs_mut().rsi, vcpu.regs_mut().rcx) = (PAGE_SIZE, 4);
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+
+    let descriptors: Vec<_> =
+        fs::read_dir(guest.proc("fd")).unwrap().map(|fd| fd.unwrap().file_name()).collect();
+    assert_eq!(descriptors, [POOL_FD.to_string().as_str()]);
+    let (theirs, ours) = (fs::metadata(guest.proc("fd/0")).unwrap(), guest.pool.file().metadata().unwrap());
+    assert_eq!((theirs.dev(), theirs.ino()), (ours.dev(), ours.ino()));
+
+    let stub = format!("{STUB:x}-{STUB_END:x} r-xs");
+    let mut stubs = 0;
+    for line in guest.mappings() {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        stubs += usize::from(line.starts_with(&stub));
+        let of_the_pool = fields[4] == ours.ino().to_string() && fields[1].ends_with('s');
+        assert!(of_the_pool || fields.last() == Some(&"[vsyscall]"), "{line}");
+    }
+    assert_eq!(stubs, 1);
+
+    let status = fs::read_to_string(guest.proc("status")).unwrap();
+    for line in ["NoNewPrivs:\t1", "Seccomp:\t2", "Name:\tumbra-guest"] {
+        assert!(status.lines().any(|have| have == line), "{line} in {status}");
+    }
+    // What they are read from is unmapped.
+    for file in ["cmdline", "environ"] {
+        assert!(fs::read(guest.proc(file)).is_ok_and(|bytes| bytes.is_empty()), "{file}");
+    }
+}
+
+#[test]
+fn the_process_ends_with_the_vm() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    assert_eq!(guest.vcpu().run().unwrap(), Exit::Syscall);
+    let proc = guest.proc("");
+    assert!(proc.exists());
+    drop(guest);
+    assert!(!proc.exists());
+}
+
+#[test]
+fn the_process_ends_with_the_thread_that_serves_it() {
+    let Some(guest) = guest(&COUNT) else { return };
+    let frame = guest.map_new(DATA, RW);
+    let mut vcpu = guest.vcpu();
+    std::thread::scope(|scope| {
+        let runner = scope.spawn(move || vcpu.run());
+        wait_for_change(&guest, frame);
+        assert!(guest.vm.service.ask(|_| panic!("a test's: this thread is to end")).is_err());
+        assert_lost(runner.join().unwrap());
+    });
+    while !guest.is_dead() {
+        std::thread::yield_now();
+    }
+    assert!(guest.vm.new_vcpu(guest.root).is_err());
+}
+
+#[test]
+fn a_killed_process_is_an_error_that_says_so_for_every_vcpu() {
+    let Some(guest) = guest(&COUNT) else { return };
+    let frame = guest.map_new(DATA, RW);
+    let (mut vcpu, mut idle, mut waiting) = (guest.vcpu(), guest.vcpu(), guest.vcpu());
+    idle.kicker().kick();
+    assert_eq!(idle.run().unwrap(), Exit::Kicked);
+    std::thread::scope(|scope| {
+        let runner = scope.spawn(move || vcpu.run());
+        wait_for_change(&guest, frame);
+        guest.signal(libc::SIGKILL);
+        let error = runner.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains("was ended by signal 9 from outside umbra"), "{error}");
+    });
+    assert!(guest.is_dead(), "{:?}", guest.threads());
+    assert_lost(idle.run());
+    assert_lost(waiting.run());
+    assert_lost(waiting.run());
+    assert!(guest.vm.new_vcpu(guest.root).is_err());
+    // A flush has nobody to wait for.
+    Arc::clone(&guest.vm).tlb().flush_all();
+}
+
+/// At whatever step the process is killed, nobody waits for what will not come: faults, flushes by others, new and dropped vCPUs,
+/// the end of the VM.
+#[test]
+fn a_process_that_is_killed_at_any_moment_leaves_nobody_waiting() {
+    for round in 0..60 {
+        let Some(guest) = guest(&COUNT) else { return };
+        let frame = guest.map_new(DATA, RW);
+        let dead = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let guest = &guest;
+            for _ in 0..2 {
+                let mut vcpu = guest.vcpu();
+                scope.spawn(move || {
+                    loop {
+                        match vcpu.run() {
+                            Ok(Exit::PageFault { .. }) => guest.map(DATA, frame, RW),
+                            Ok(exit) => panic!("{exit:?}"),
+                            Err(_) => return,
+                        }
+                    }
+                });
+            }
+            scope.spawn(|| {
+                while !dead.load(Ordering::SeqCst) {
+                    let old = guest.spte(DATA).swap(0, Ordering::SeqCst);
+                    Arc::clone(&guest.vm).tlb().flush(&[zapped(DATA, old)]);
+                }
+            });
+            scope.spawn(|| {
+                // Half of them are never run.
+                let mut runs = false;
+                while let Ok(mut vcpu) = guest.vm.new_vcpu(guest.root) {
+                    let _ = runs && vcpu.run().is_err();
+                    runs = !runs;
+                }
+            });
+            std::thread::sleep(Duration::from_micros(round * 113 % 4000));
+            guest.signal(libc::SIGKILL);
+            while !guest.is_dead() {
+                std::thread::yield_now();
+            }
+            dead.store(true, Ordering::SeqCst);
+        });
+    }
+}
+
+#[test]
+fn signals_from_outside_change_nothing() {
+    // again: syscall; inc rbx; mov [rdi], rbx; jmp again
+    let Some(guest) = guest(&[0x0f, 0x05, 0x48, 0xff, 0xc3, 0x48, 0x89, 0x1f, 0xeb, 0xf6]) else { return };
+    let frame = guest.map_new(DATA, RW);
+    let signals = [
+        libc::SIGTERM,
+        libc::SIGSTOP,
+        libc::SIGCONT,
+        libc::SIGUSR1,
+        libc::SIGTRAP,
+        libc::SIGCHLD,
+        libc::SIGSEGV,
+    ];
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = 0;
+            while !done.load(Ordering::SeqCst) {
+                guest.signal(signals[sent % signals.len()]);
+                sent += 1;
+                std::thread::sleep(Duration::from_micros(sent as u64 * 37 % 400));
+            }
+            sent
+        });
+        let mut vcpu = guest.vcpu();
+        for call in 0..4000 {
+            assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+            assert_eq!((vcpu.regs().rbx, vcpu.regs().rip), (call, CODE + 2));
+            if call > 0 {
+                assert_eq!(guest.word(frame, 0), call);
+            }
+            if call % 8 == 0 {
+                // Calls by the worker, and threads that nobody traces yet.
+                let old = guest.spte(DATA).load(Ordering::SeqCst);
+                std::thread::scope(|scope| {
+                    let tlb = Arc::clone(&guest.vm).tlb();
+                    scope.spawn(move || tlb.flush(&[zapped(DATA, old)]));
+                });
+                let mut other = guest.vcpu();
+                if call % 16 == 0 {
+                    assert_eq!(other.run().unwrap(), Exit::Syscall);
+                }
+            }
+        }
+        done.store(true, Ordering::SeqCst);
+        assert!(sender.join().unwrap() > 100);
+    });
+    // Those that nobody sees in time: with a thread that waits for its tracer.
+    let mut waiting = guest.vcpu();
+    for signal in signals {
+        guest.signal(signal);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(waiting.run().unwrap(), Exit::Syscall);
+}
+
+#[test]
+fn the_filter_refuses_what_the_engine_does_not_do() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    let ask = |number: libc::c_long, arguments: &[u64]| {
+        let arguments = arguments.to_vec();
+        guest.vm.service.ask(move |worker| worker.call(number, &arguments)).unwrap()
+    };
+    let frame = |flags: i32, fd: u64| [DATA, PAGE_SIZE, 1, flags as u64, fd, 0];
+    let private = libc::MAP_PRIVATE | libc::MAP_FIXED;
+    let refused: [(&str, libc::c_long, &[u64]); 17] = [
+        ("getpid", libc::SYS_getpid, &[]),
+        ("open", libc::SYS_open, &[STUB, 0]),
+        ("openat", libc::SYS_openat, &[u64::MAX - 99, STUB, 0]),
+        ("read", libc::SYS_read, &[POOL_FD, STUB, 1]),
+        ("write", libc::SYS_write, &[POOL_FD, STUB, 1]),
+        ("mmap, private", libc::SYS_mmap, &frame(private, POOL_FD)),
+        ("mmap, anonymous", libc::SYS_mmap, &frame(MAP_FLAGS | libc::MAP_ANONYMOUS, POOL_FD)),
+        ("mmap, not fixed", libc::SYS_mmap, &frame(libc::MAP_SHARED, POOL_FD)),
+        ("mmap, another file", libc::SYS_mmap, &frame(MAP_FLAGS, 1)),
+        ("mmap, another file by its high half", libc::SYS_mmap, &frame(MAP_FLAGS, 1 << 32)),
+        ("mprotect", libc::SYS_mprotect, &[STUB, PAGE_SIZE, 7]),
+        ("clone, a process", libc::SYS_clone, &[libc::SIGCHLD as u64]),
+        ("clone, one flag more", libc::SYS_clone, &[(stub::CLONE_FLAGS | libc::CLONE_SETTLS) as u64]),
+        ("prctl", libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, 1]),
+        ("execve", libc::SYS_execve, &[STUB, 0, 0]),
+        ("exit_group", libc::SYS_exit_group, &[0]),
+        ("a number of the x32 kind", libc::SYS_munmap | 1 << 30, &[DATA, PAGE_SIZE]),
+    ];
+    for (name, number, arguments) in refused {
+        let error = ask(number, arguments).unwrap_err();
+        let sigsys = format!("signal {}", libc::SIGSYS);
+        assert!(error.raw_os_error().is_none() && error.to_string().contains(&sigsys), "{name}: {error}");
+    }
+    // What it does is let through, by the same thread.
+    ask(libc::SYS_mmap, &frame(MAP_FLAGS, POOL_FD)).unwrap();
+    ask(libc::SYS_munmap, &[DATA, PAGE_SIZE]).unwrap();
+    assert_eq!(guest.vcpu().run().unwrap(), Exit::Syscall);
+    // From another place than the stub's three, not even that.
+    let elsewhere =
+        guest.vm.service.ask(|worker| worker.call_at(STUB + 0x80, libc::SYS_munmap, &[DATA, PAGE_SIZE]));
+    assert!(elsewhere.unwrap().is_err());
+    assert_eq!(guest.vcpu().run().unwrap(), Exit::Syscall);
+}
+
+#[test]
+fn a_guest_that_touches_more_than_the_tlb_holds_works_within_its_bound() {
+    const MOST: usize = 32;
+    const PAGES: u64 = 10 * MOST as u64;
+    let Some(guest) = guest_with_entries(&TOUCH, MOST) else { return };
+    // Every second page, so that no mapping continues another.
+    let frames: Vec<_> = (0..PAGES).map(|n| guest.map_new(DATA + 2 * n * PAGE_SIZE, RW)).collect();
+    let mut vcpu = guest.vcpu();
+    let mut fullest = 0;
+    for part in (0..PAGES).step_by(16).chain((0..PAGES).step_by(16)) {
+        start(&mut vcpu);
+        let regs = vcpu.regs_mut();
+        (regs.rdi, regs.rsi, regs.rcx) = (DATA + 2 * part * PAGE_SIZE, 2 * PAGE_SIZE, 16);
+        assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+        fullest = fullest.max(guest.mappings().len());
+    }
+    // And the stub, and the kernel's own.
+    assert!((MOST / 2..=MOST + 2).contains(&fullest), "{fullest}");
+    for (n, &frame) in (0..).zip(&frames) {
+        assert_eq!(guest.word(frame, 0), DATA + 2 * n * PAGE_SIZE);
+    }
+}
+
+#[test]
+fn vcpus_that_are_made_and_dropped_leave_no_thread() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    let before = guest.threads().len();
+    for n in 0..500 {
+        let mut vcpu = guest.vcpu();
+        if n % 2 == 0 {
+            assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+        }
+    }
+    assert_eq!(guest.threads().len(), before);
+    assert_eq!(guest.vm.vcpus.load(Ordering::Relaxed), 0);
+}
+
+/// Only the thread that traces it could end it alone. So everything of the guest ends, and nobody waits.
+#[test]
+fn a_vcpu_that_is_dropped_by_another_thread_than_ran_it_ends_the_guest() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    let mut other = guest.vcpu();
+    assert_eq!(other.run().unwrap(), Exit::Syscall);
+    let (give, given) = std::sync::mpsc::channel();
+    let (release, released) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let mut vcpu = guest.vcpu();
+        scope.spawn(move || {
+            assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+            give.send(vcpu).unwrap();
+            // Still there while it is dropped.
+            released.recv().unwrap();
+        });
+        drop(given.recv().unwrap());
+        assert!(guest.is_dead(), "{:?}", guest.threads());
+        assert_lost(other.run());
+        drop(other);
+        drop(guest);
+        release.send(()).unwrap();
+    });
+}
