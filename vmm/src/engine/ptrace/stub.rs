@@ -79,9 +79,9 @@ global_asm!(
     "pop r8",
     "pop r9",
     "syscall",
+    "nop", // so that no displacement is an opcode that stores
     "bt rax, 63", // an error is negative, an address is not
     "jc 4f",
-    "nop", // so that no jump has the byte of a call
     "cmp rsp, rbp",
     "jb 3b",
     "xor eax, eax",
