@@ -17,11 +17,13 @@ struct Guest {
     pie: bool,
 }
 
-const GUESTS: [Guest; 11] = [
+const GUESTS: [Guest; 13] = [
     Guest { name: "attack", source: "attack.rs", pie: false },
     Guest { name: "hello", source: "hello.rs", pie: false },
     Guest { name: "hello-pie", source: "hello.rs", pie: true },
     Guest { name: "touch", source: "touch.rs", pie: false },
+    Guest { name: "compute", source: "compute.rs", pie: false },
+    Guest { name: "syscalls", source: "syscalls.rs", pie: false },
     Guest { name: "threads", source: "threads.rs", pie: false },
     Guest { name: "memstress", source: "memstress.rs", pie: false },
     Guest { name: "mix", source: "mix.rs", pie: false },

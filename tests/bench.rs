@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{code, finish, guests, stderr, umbra};
+use common::{code, finish, guests, kvm, stderr, umbra};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::process::{Command, Output};
@@ -389,4 +389,131 @@ fn ksm_refuses_what_makes_no_sense() {
     }
     refused("ksm --kernel-compat -P", FAILED, "-s");
     refused("ksm --mib 8 --plot /nonexistent/bars.svg", FAILED, "/nonexistent/bars.svg");
+}
+
+/// Engines that this host has, by the names of umbra's rows; the report names the others.
+fn engines(report: &Value) -> Vec<&'static str> {
+    let said = report["missing"].as_array().map_or(&[][..], Vec::as_slice);
+    let is_missing = |engine: &str| {
+        let start = format!("engine {engine}: ");
+        said.iter().any(|why| why.as_str().unwrap().starts_with(&start))
+    };
+    [("kvm", "umbra"), ("ptrace", "ptrace.umbra")]
+        .into_iter()
+        .filter_map(|(engine, row)| (!is_missing(engine)).then_some(row))
+        .collect()
+}
+
+/// All who must have rows: engines, Linux, and qemu where it is installed; the report says so where it is not.
+fn runners(report: &Value) -> Vec<&'static str> {
+    let mut runners = engines(report);
+    assert!(!runners.is_empty(), "{report}");
+    runners.push("native");
+    let has_qemu = report["missing"].as_array().is_none_or(|missing| {
+        !missing
+            .iter()
+            .any(|why| why.as_str().unwrap().starts_with("qemu-x86_64: qemu-x86_64-static is not in PATH"))
+    });
+    runners.extend(has_qemu.then_some("qemu-x86_64"));
+    runners
+}
+
+#[track_caller]
+fn has_positive_rows(report: &Value, names: &[String], unit: &str) {
+    let rows = rows(report);
+    for name in names {
+        assert_eq!(rows.get(name).map(String::as_str), Some(unit), "{name}: {report}");
+        assert!(median(report, name) > 0.0, "{name}: {report}");
+    }
+}
+
+#[test]
+fn syscall_has_each_call_by_each_engine_and_beside_it() {
+    let report = report("syscall --calls 20 --engine auto");
+    assert_eq!(report["bench"], "syscall");
+    let runners = runners(&report);
+    for call in ["getpid", "clock_gettime", "mmap"] {
+        let names: Vec<_> = runners.iter().map(|who| format!("{who}.{call}")).collect();
+        has_positive_rows(&report, &names, "us/call");
+        for engine in engines(&report) {
+            let ratio = format!("{engine}.{call}/native.{call}");
+            assert!(report["ratios"].get(&ratio).is_some(), "no {ratio}: {report}");
+        }
+    }
+    assert_eq!(rows(&report).len(), runners.len() * 3, "{report}");
+}
+
+#[test]
+fn cpu_has_the_sum_and_each_kind_by_each_engine_and_beside_it() {
+    let report = report("cpu --passes 1 --engine auto");
+    for who in runners(&report) {
+        let kinds = ["chain", "sort", "calls", "bytes", "floats"].map(|kind| format!("{who}.{kind}"));
+        has_positive_rows(&report, &kinds, "s");
+        has_positive_rows(&report, &[who.to_owned()], "s");
+        let least: f64 = kinds.iter().map(|kind| median(&report, kind)).fold(0.0, f64::max);
+        assert!(median(&report, who) >= least, "{report}");
+    }
+    for engine in engines(&report) {
+        for ratio in [format!("native/{engine}"), format!("native/{engine} (geometric mean)")] {
+            assert!(report["ratios"].get(&ratio).is_some(), "no {ratio}: {report}");
+        }
+    }
+}
+
+#[test]
+fn fault_has_both_engines_and_linux_beside_them() {
+    let report = report("fault --pages 16 --engine auto");
+    let mut names: Vec<String> = runners(&report).into_iter().map(str::to_owned).collect();
+    names.extend(engines(&report).into_iter().map(|engine| format!("{engine}-no-fault-around")));
+    has_positive_rows(&report, &names, "us/page");
+}
+
+#[test]
+fn an_engine_that_was_asked_for_is_measured_alone() {
+    for (engine, own, other) in [("kvm", "umbra", "ptrace.umbra"), ("ptrace", "ptrace.umbra", "umbra")] {
+        if engine == "kvm" && !kvm() {
+            continue;
+        }
+        for bench in ["syscall --calls 10", "cpu --passes 1", "fault --pages 8"] {
+            let report = report(&format!("{bench} --engine {engine}"));
+            let is_of = |name: &str, row: &str| {
+                name.strip_prefix(row).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '-']))
+            };
+            let names = rows(&report);
+            assert!(names.keys().any(|name| is_of(name, own)), "{bench}: {report}");
+            assert!(!names.keys().any(|name| is_of(name, other)), "{bench}: {report}");
+        }
+    }
+}
+
+#[test]
+fn without_kvm_the_other_engine_is_measured_and_the_report_says_why() {
+    for (bench, row) in [("syscall --calls 10", "ptrace.umbra.getpid"), ("fault --pages 8", "ptrace.umbra")] {
+        let mut command = umbra();
+        command.arg("bench").args(bench.split_whitespace()).args(["--runs", "1", "--json"]);
+        command.env("UMBRA_KVM_DEVICE", "/nonexistent/kvm").env_remove("UMBRA_ENGINE");
+        let output = finish(&mut command, b"", LIMIT);
+        assert_eq!(code(output.status), 0, "{bench}: {}", stderr(&output));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(engines(&report), ["ptrace.umbra"], "{report}");
+        assert_eq!(report["host"]["kvm_backend"], "none", "{report}");
+        assert!(median(&report, row) > 0.0, "{report}");
+
+        let output = finish(command.args(["--engine", "kvm"]), b"", LIMIT);
+        assert_eq!(code(output.status), FAILED, "{bench}");
+        assert!(stderr(&output).contains("/nonexistent/kvm does not exist"), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn without_qemu_the_report_says_what_to_install() {
+    let mut command = umbra();
+    command.args(["bench", "syscall", "--calls", "10", "--runs", "1"]).env("PATH", "/nonexistent");
+    let output = finish(&mut command, b"", LIMIT);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+    let says =
+        text.lines().filter(|line| line.starts_with("not measured: qemu-x86_64: ")).collect::<Vec<_>>();
+    assert!(says.len() == 1 && says[0].contains("qemu-user-static"), "{text}");
+    assert!(text.contains("native.getpid") && !text.contains("qemu-x86_64.getpid"), "{text}");
 }

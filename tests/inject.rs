@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+use vmm::engine::EngineKind;
 
 /// Nothing here takes this long, whatever is injected.
 const LIMIT: Duration = Duration::from_secs(60);

@@ -4,7 +4,7 @@
 //! They are the guests that umbra ships. Each is an ordinary Linux program of a few kilobytes, `no_std`, without a C library,
 //! built from `src/guests` by the build script with nothing but `rustc` and the system's linker. So each also runs natively,
 //! and the native run is the oracle: what a guest prints on stdout and its exit status depend on its arguments alone (but for
-//! `touch --time`, `victim --where`, and for answers of `memstress`: its times, the address that `where` tells, how many accesses
+//! `touch --time`, `compute`, `syscalls`, `victim --where`, and for answers of `memstress`: its times, the address that `where` tells, how many accesses
 //! there were before `stop`, and the times of `mix`; and for whether `race` loses updates), never on addresses, times, scheduling
 //! or what it runs on.
 //!
@@ -12,6 +12,8 @@
 //! | --- | --- |
 //! | `hello`, `hello-pie` | the first run: loading of both ELF types, stack, data, bss, heap and a mapping |
 //! | `touch` | faults in a chosen order, to measure what one costs |
+//! | `compute` | computing of several kinds, to compare engines and translators of instructions |
+//! | `syscalls` | system calls, to measure what one costs |
 //! | `threads` | the race for a stale translation, or a freed frame that is still within reach |
 //! | `memstress` | threads that touch memory on command, so that what ages and tracks it can be checked and measured |
 //! | `victim` | memory that fails while it is used: each signal, error and wrong byte is told (`umbra inject`) |
@@ -85,7 +87,7 @@ macro_rules! elf {
     }};
 }
 
-static IMAGES: [Image; 11] = [
+static IMAGES: [Image; 13] = [
     Image {
         name: "hello",
         summary: "greets and proves that stack, data, bss, heap and a mapping work",
@@ -103,6 +105,18 @@ static IMAGES: [Image; 11] = [
         summary: "touches pages in a chosen order, and tells what each cost",
         usage: usage::TOUCH,
         elf: elf!("touch"),
+    },
+    Image {
+        name: "compute",
+        summary: "computes in several ways, and tells how long each took",
+        usage: usage::COMPUTE,
+        elf: elf!("compute"),
+    },
+    Image {
+        name: "syscalls",
+        summary: "makes system calls many times, and tells how long they took",
+        usage: usage::SYSCALLS,
+        elf: elf!("syscalls"),
     },
     Image {
         name: "threads",

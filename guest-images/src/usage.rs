@@ -10,6 +10,12 @@ pub(crate) const TOUCH: &str = "touch [--pages N] [--order asc|desc|random|strid
                                 [--pattern HEX] [--passes P] [--seed S] [--verify] [--time] [--prime] \
                                 [--spin N]";
 
+/// `compute`.
+pub(crate) const COMPUTE: &str = "compute [--rounds N]";
+
+/// `syscalls`.
+pub(crate) const SYSCALLS: &str = "syscalls [--calls N]";
+
 /// `threads`.
 pub(crate) const THREADS: &str =
     "threads [--writers W] [--rounds R | --seconds S] [--pages N] [--seed S] [--stats]";

@@ -8,8 +8,20 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const GUESTS: [&str; 10] =
-    ["attack", "hello", "touch", "memstress", "mix", "race", "threads", "torture", "victim", "watcher"];
+const GUESTS: [&str; 12] = [
+    "attack",
+    "hello",
+    "touch",
+    "compute",
+    "syscalls",
+    "memstress",
+    "mix",
+    "race",
+    "threads",
+    "torture",
+    "victim",
+    "watcher",
+];
 
 /// A tool of the toolchain that runs this test, if it is installed.
 fn tool(name: &str) -> Option<Command> {

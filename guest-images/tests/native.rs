@@ -104,6 +104,43 @@ fn touch_tells_the_time_of_each_pass() {
     assert!(last.starts_with("touch: 8 pages, 2 passes, checksum "), "{last}");
 }
 
+/// Name and checksum of each kind, without its time.
+fn computed(line: &str) -> Vec<(String, String)> {
+    let run = guest(line);
+    assert_eq!((text(&run.stderr), run.status.code()), ("", Some(0)), "{line}");
+    let kind = |line: &str| {
+        let (name, rest) = line.split_once(": ")?;
+        let (time, checksum) = rest.split_once(" ns, checksum ")?;
+        time.parse::<u64>().ok()?;
+        Some((name.to_owned(), checksum.to_owned()))
+    };
+    text(&run.stdout).lines().map(|line| kind(line).expect(line)).collect()
+}
+
+#[test]
+fn compute_comes_to_the_same_results_each_time() {
+    let kinds = computed("compute");
+    let names: Vec<&str> = kinds.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["chain", "sort", "calls", "bytes", "floats"]);
+    assert_eq!(kinds, computed("compute --rounds 1"));
+    for (once, twice) in kinds.iter().zip(computed("compute --rounds 2")) {
+        assert_ne!(once.1, twice.1, "the second round of {} computes nothing", once.0);
+    }
+}
+
+#[test]
+fn syscalls_tells_a_time_for_each_call() {
+    let run = guest("syscalls --calls 50");
+    assert_eq!((text(&run.stderr), run.status.code()), ("", Some(0)));
+    let lines: Vec<&str> = text(&run.stdout).lines().collect();
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    for (line, (name, times)) in lines.iter().zip([("getpid", 50), ("clock_gettime", 50), ("mmap", 5)]) {
+        let (start, end) = (format!("{name}: "), format!(" ns, {times} times"));
+        let time = line.strip_prefix(&start).and_then(|line| line.strip_suffix(&end)).expect(line);
+        assert!(time.parse::<u64>().expect(line) > 0, "{line}");
+    }
+}
+
 /// The number of rounds must not show, or a run for a time could be compared with nothing.
 #[test]
 fn threads_prints_the_same_however_long_it_runs() {
@@ -371,6 +408,10 @@ fn a_wrong_command_line_ends_with_status_2_and_one_line() {
         "touch --pattern 123456789abcdef01",
         "touch --write 101",
         "touch x",
+        "compute x",
+        "compute --rounds 0",
+        "syscalls x",
+        "syscalls --calls 9",
         "threads --rounds 5 --seconds 1",
         "threads --writers 0",
         "threads --writers 65",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `bench fault`: one guest touching fresh pages, served in four ways.
+//! `bench fault`: one guest touching fresh pages, served in several ways.
 //!
 //! | row | who brings a page in |
 //! | --- | --- |
@@ -7,11 +7,16 @@
 //! | `umbra-no-fault-around` | umbra, one page a fault |
 //! | `kvm-demand-paging` | KVM: every spte is there before the clock starts, the memory behind them is not |
 //! | `userfaultfd-thread` | a thread of umbra's that serves userfaultfd events, sptes as in the row above |
+//! | `ptrace.umbra`, `ptrace.umbra-no-fault-around` | umbra as in the first two rows, by the ptrace engine |
+//! | `native` | Linux: the same program as a process |
+//! | `qemu-x86_64` | Linux: the same, translated by qemu |
 //!
-//! The guest times itself, from before the first page to after the last; one further page is touched before.
+//! Rows of umbra without a prefix are of the KVM engine, as are the two behind them. The guest times itself, from before the first
+//! page to after the last; one further page is touched before.
 
+use super::runners::{Engines, Runners};
 use super::{Contestant, Host, Measure, Report, measure, output, ratios, umbra};
-use crate::engine::kvm::HostFacts;
+use crate::engine::{EngineConfig, EngineKind};
 use anyhow::{Context, Result};
 
 /// Runs the benchmark over `pages` pages, `runs` times each.
@@ -19,38 +24,62 @@ use anyhow::{Context, Result};
 /// # Errors
 /// What keeps umbra from running a guest at all.
 pub fn bench_fault(
-    facts: &HostFacts,
+    config: &EngineConfig,
     pages: u64,
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let run = |options: &'static [&'static str]| {
+    let Engines { present, missing, facts } = &Engines::of(config)?;
+    let run = |engine: EngineKind, options: &'static [&'static str]| {
         move || {
             // Room for the pages, their tables, and the reserve that pages ahead of need stay clear of.
             let memory = format!("{}K", (pages * 4 * 5 / 4).max(1 << 10) + (16 << 10));
             let mut command = umbra()?;
-            command.args(["run", "--memory", &memory]).args(options);
+            command.args(["run", "--engine", &engine.to_string(), "--memory", &memory]).args(options);
             command.args(["touch", "--prime", "--time", "--pages", &pages.to_string()]);
             microseconds_a_page(&output(&mut command)?, pages)
         }
     };
-    // A window of 16 GiB is cut to the mapping: the first fault maps all of it.
-    let rows: Vec<Measure<'_>> = vec![
-        Contestant::required("umbra", run(&[])),
-        Contestant::required("umbra-no-fault-around", run(&["--fault-around", "off"])),
-        Contestant::required("kvm-demand-paging", run(&["--fault-around", "16G", "--window", "on-demand"])),
-        Contestant::optional(
-            "userfaultfd-thread",
-            run(&["--fault-around", "16G", "--window", "userfaultfd"]),
-        ),
-    ];
-    let (rows, missing) = measure("us/page", runs, rows, progress)?;
+    let runners = Runners::new("touch", present)?;
+    let count = pages.to_string();
+    let args = ["--prime", "--time", "--pages", count.as_str()];
+    let mut rows: Vec<Measure<'_>> = Vec::new();
+    if present.contains(&EngineKind::Kvm) {
+        let run = |options| run(EngineKind::Kvm, options);
+        // A window of 16 GiB is cut to the mapping: the first fault maps all of it.
+        rows.extend([
+            Contestant::required("umbra", run(&[])),
+            Contestant::required("umbra-no-fault-around", run(&["--fault-around", "off"])),
+            Contestant::required(
+                "kvm-demand-paging",
+                run(&["--fault-around", "16G", "--window", "on-demand"]),
+            ),
+            Contestant::optional(
+                "userfaultfd-thread",
+                run(&["--fault-around", "16G", "--window", "userfaultfd"]),
+            ),
+        ]);
+    }
+    if present.contains(&EngineKind::Ptrace) {
+        let run = |options| run(EngineKind::Ptrace, options);
+        rows.extend([
+            Contestant::required("ptrace.umbra", run(&[])),
+            Contestant::required("ptrace.umbra-no-fault-around", run(&["--fault-around", "off"])),
+        ]);
+    }
+    rows.extend(runners.others(&args, |printed| microseconds_a_page(printed, pages)));
+    let (rows, others_missing) = measure("us/page", runs, rows, progress)?;
     let ratios = ratios(
         &rows,
         &[
             ("umbra", "kvm-demand-paging"),
             ("userfaultfd-thread", "umbra-no-fault-around"),
             ("userfaultfd-thread", "umbra"),
+            ("umbra", "native"),
+            ("ptrace.umbra", "native"),
+            ("ptrace.umbra", "umbra"),
+            ("ptrace.umbra-no-fault-around", "umbra-no-fault-around"),
+            ("ptrace.umbra", "qemu-x86_64"),
         ],
     );
     Ok(Report {
@@ -58,7 +87,7 @@ pub fn bench_fault(
         host: Host::from(facts),
         rows,
         ratios,
-        missing,
+        missing: missing.iter().cloned().chain(others_missing).collect(),
         notes: Vec::new(),
         lines: Vec::new(),
     })

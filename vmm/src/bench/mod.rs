@@ -18,7 +18,9 @@ mod linux;
 mod memstress;
 mod notifier;
 mod phases;
+mod runners;
 mod start;
+mod syscall;
 mod told;
 mod userfault;
 
@@ -46,6 +48,7 @@ pub use ksm::{
 };
 pub use notifier::bench_notifier;
 pub use start::bench_start;
+pub use syscall::bench_syscall;
 
 /// What the figures were measured on.
 #[derive(Debug, Clone, Serialize)]
@@ -231,8 +234,13 @@ impl NativeImage {
     }
 
     fn command(&self) -> Command {
+        Command::new(self.path())
+    }
+
+    /// As a program that this one starts sees it too.
+    fn path(&self) -> String {
         use std::os::fd::AsRawFd;
-        Command::new(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+        format!("/proc/self/fd/{}", self.0.as_raw_fd())
     }
 }
 

@@ -6,11 +6,11 @@ use super::{choose_engine, engine, parse};
 use crate::bench::{
     AgeOverhead, DemandPaging, DirtyLogWork, NotOk, Report, UffdMode, Work, bench_access_tracking, bench_age,
     bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault, bench_notifier,
-    bench_start,
+    bench_start, bench_syscall,
 };
 use crate::causes::one_line;
 use crate::engine::kvm::{HostFacts, host_facts};
-use crate::engine::{EngineChoice, choice};
+use crate::engine::{EngineChoice, EngineConfig, choice};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use shadow_mmu::addr::PAGE_SIZE;
@@ -41,17 +41,23 @@ pub(super) struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// What a first touch of a page costs: umbra, KVM's demand paging, a userfaultfd thread.
+    /// What a first touch of a page costs: umbra by each engine, KVM's demand paging, a userfaultfd thread, Linux itself, qemu.
     Fault {
         /// Pages to touch.
         #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1 << 22))]
         pages: u64,
     },
-    /// A CPU-bound program as a guest and natively.
+    /// A CPU-bound program as a guest of each engine, natively, and translated by qemu-x86_64-static.
     Cpu {
-        /// Passes over its memory.
-        #[arg(long, value_name = "N", default_value_t = 40, value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
+        /// Rounds of each kind of work.
+        #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
         passes: u64,
+    },
+    /// What a system call costs: by each engine, natively, and translated by qemu-x86_64-static.
+    Syscall {
+        /// Calls of each kind; of pages that are mapped and unmapped, a tenth of that.
+        #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(10..=100_000_000))]
+        calls: u64,
     },
     /// From the command to its end, for the smallest guest.
     Start,
@@ -225,6 +231,8 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     let facts = match args.bench {
         // It runs no guest.
         Bench::Notifier { .. } => host_facts(&config.kvm_device),
+        // They look for all engines themselves.
+        Bench::Fault { .. } | Bench::Cpu { .. } | Bench::Syscall { .. } => host_facts(&config.kvm_device),
         _ => choice::facts(&config)?,
     };
     let live = std::io::stderr().is_terminal();
@@ -234,7 +242,7 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
             let _ = std::io::stderr().flush();
         }
     };
-    let report = measure(&facts, args.bench, usize::from(args.runs), &mut progress);
+    let report = measure(&facts, &config, args.bench, usize::from(args.runs), &mut progress);
     progress("");
     let report = match report {
         // As the kernel's selftest has it: the word on stdout, the status 1. Why is for people.
@@ -254,10 +262,17 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn measure(facts: &HostFacts, bench: Bench, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+fn measure(
+    facts: &HostFacts,
+    config: &EngineConfig,
+    bench: Bench,
+    runs: usize,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report> {
     match bench {
-        Bench::Fault { pages } => bench_fault(facts, pages, runs, progress),
-        Bench::Cpu { passes } => bench_cpu(facts, passes, runs, progress),
+        Bench::Fault { pages } => bench_fault(config, pages, runs, progress),
+        Bench::Cpu { passes } => bench_cpu(config, passes, runs, progress),
+        Bench::Syscall { calls } => bench_syscall(config, calls, runs, progress),
         Bench::Start => bench_start(facts, runs, progress),
         Bench::Notifier { window } => bench_notifier(facts, window, runs, progress),
         Bench::DemandPaging { memory, uffd, delay_us } => {

@@ -4,7 +4,7 @@
 use super::guest::{CODE, STACK_TOP, SYSCALL, exception, start};
 use super::guests;
 use super::hostile::{check_works, ready, run};
-use crate::engine::{EngineKind, Exit, Regs};
+use crate::engine::{Exit, Regs};
 
 #[test]
 fn software_interrupts_arrive_as_on_linux() {
@@ -16,7 +16,7 @@ fn software_interrupts_arrive_as_on_linux() {
         }
         // `int 4` is let through by Linux's own gate; to a tracer it is the SIGSEGV of every other.
         let exit = run(&guest, &mut *vcpu, &[0xcd, 4]);
-        assert!(exit == exception(4, 0) || exit == exception(13, 4 << 3 | 2), "{exit:?}");
+        assert!(exit == exception(4, 0) || exit == exception(13, 0), "{exit:?}");
         for gate in [0, 1, 2, 8, 14, 18, 0x20, 0x80, 0xff] {
             let exit = run(&guest, &mut *vcpu, &[0xcd, gate]);
             let Exit::Exception { vector: 13, error_code } = exit else { panic!("int {gate:#x}: {exit:?}") };
