@@ -182,10 +182,11 @@ impl Tracee {
         };
         self.run_stub(&bases)?;
         // One by one, all but these two and the segments behind them.
-        let registers = std::ptr::from_ref(registers).cast::<u64>();
-        (0..offset_of!(user_regs_struct, fs_base) / size_of::<u64>()).try_for_each(|n| {
-            // SAFETY: it is made of words, and has more than these.
-            let word = unsafe { *registers.add(n) };
+        // SAFETY: the structure is 27 words, as the kernel has it, and any words are an array.
+        let words: [u64; size_of::<user_regs_struct>() / size_of::<u64>()] =
+            unsafe { std::mem::transmute(*registers) };
+        let first = offset_of!(user_regs_struct, fs_base) / size_of::<u64>();
+        words[..first].iter().enumerate().try_for_each(|(n, &word)| {
             self.request(libc::PTRACE_POKEUSER, n * size_of::<u64>(), word as usize)
         })
     }
