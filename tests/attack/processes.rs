@@ -4,7 +4,7 @@
 //! umbra leads a session of its own here. Whoever it starts is in that session, has umbra's mark in the environment, or was
 //! seen as its descendant before.
 
-use super::common::{code, run};
+use super::common::{code, folder, run};
 use super::engine;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -93,7 +93,8 @@ fn check_nobody_is_left(leader: u32, mark: &str, seen: &[Process], what: &str) {
 
 /// `umbra run attack outlive`, in a session of its own.
 pub(super) fn outlive(mark: &str) -> Command {
-    let mut command = run(&[], &["attack", "outlive"]);
+    let reports = folder(&format!("attack-{mark}"));
+    let mut command = run(&["--report-dir", reports.to_str().unwrap()], &["attack", "outlive"]);
     command.env(MARK, mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let lead = || {
         // SAFETY: a plain system call, as is allowed between fork and exec.

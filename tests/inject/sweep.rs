@@ -34,7 +34,7 @@ fn every_frame_of_a_guest_may_be_refused_once() {
     assert!(sweep(&folder, &touch, FRAME, 1, 100) > 30);
     // More of umbra than every one of a run: forks, swapping, moves.
     assert!(sweep(&folder, &Guest::torture(&images), FRAME, 7, 100) > 20);
-    assert!(sweep(&folder, &Guest::threads(&images), FRAME, 11, 100) > 10);
+    assert!(sweep(&folder, &Guest::threads(&images), FRAME, 5, 100) > 10);
 }
 
 #[test]

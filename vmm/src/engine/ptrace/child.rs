@@ -69,6 +69,16 @@ fn close_on_exec(first: RawFd) {
     }
 }
 
+/// Blocks all signals for the calling thread, which is for nothing else than to serve the process.
+fn block_signals() {
+    // SAFETY: a sigset_t is a bit map, and zeros are an empty one.
+    let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: fills in a set of ours.
+    unsafe { libc::sigfillset(&raw mut all) };
+    // SAFETY: reads a set of ours, and changes the mask of this thread alone.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()) };
+}
+
 /// What the new process does between fork and exec. Async-signal-safe.
 fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::convert::Infallible> {
     // SAFETY: takes numbers. The signal is for the end of the thread that forked, which serves this process.
@@ -100,6 +110,8 @@ fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::c
 /// # Errors
 /// [`SetupError`]; no process is left then.
 pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupError> {
+    // The new process begins with the same, and has no tracer yet who would keep a signal from ending it.
+    block_signals();
     let program = boot_file().map_err(SetupError::child(EXEC))?;
     let (pool_fd, program_fd) = (pool.file().as_raw_fd(), program.as_raw_fd());
     let parent = std::process::id() as pid_t;
