@@ -107,7 +107,7 @@ impl State {
             }
             if end > pages.end {
                 let cut = pages.end - start;
-                let pfn = Pfn(entry.pfn.0 + cut as u32);
+                let pfn = Pfn(entry.pfn.0.wrapping_add(cut as u32));
                 self.entries.insert(pages.end, Entry { pages: end - pages.end, pfn, ..entry });
             }
         }
@@ -281,6 +281,11 @@ impl SoftTlb {
     /// How often something was unmapped. While this stays the same, what was mapped stays mapped.
     pub fn drops(&self) -> u64 {
         self.state.lock().drops
+    }
+
+    /// The most entries that there can be.
+    pub fn most(&self) -> usize {
+        self.most
     }
 
     /// Entries now.

@@ -129,7 +129,7 @@ pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupE
     let pid = child.id() as pid_t;
     let tracee = Tracee { pid, tid: pid };
     let worker = empty(tracee, pool, stub).and_then(|()| {
-        let worker = tracee.new_thread().map_err(SetupError::Thread)?;
+        let worker = tracee.new_thread().map_err(|source| SetupError::Thread { source })?;
         worker.seize().map_err(SetupError::child(SEIZE))?;
         Ok(worker)
     });
@@ -139,10 +139,15 @@ pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupE
 /// Ends the process that `worker` is a thread of and waits for it, and for `worker` itself. All others that are traced must be gone
 /// or be waited for by their tracers, or this waits as well. For the thread that started it.
 pub(super) fn end(worker: Tracee) {
+    let leader = Tracee { pid: worker.pid, tid: worker.pid };
+    if leader.ended().is_some() || !leader.is_child() {
+        // Waited for already: its number may be another's.
+        return;
+    }
     // SAFETY: takes numbers; the process is our child, and waited for below.
     unsafe { libc::kill(worker.pid, libc::SIGKILL) };
     worker.wait_until_gone();
-    Tracee { pid: worker.pid, tid: worker.pid }.wait_until_gone();
+    leader.wait_until_gone();
 }
 
 /// Makes the program that was just executed an empty process with the stub in it.
@@ -173,8 +178,12 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), Setup
     prctl(libc::PR_SET_NAME, LIST).map_err(SetupError::child("naming it"))?;
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(SetupError::child("prctl(PR_SET_NO_NEW_PRIVS)"))?;
     pool.write(stub.list, 0, &stub::filter_as_bytes());
-    let filter = [libc::SECCOMP_SET_MODE_FILTER as u64, 0, LIST];
-    tracee.call(libc::SYS_seccomp, &filter).map_err(SetupError::child("installing its filter (seccomp)"))?;
+    // Speculation is the guest's own affair: it has nothing in its process but itself. Before Linux 4.17 there is no such flag.
+    let install =
+        |flags| tracee.call(libc::SYS_seccomp, &[libc::SECCOMP_SET_MODE_FILTER as u64, flags, LIST]);
+    install(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u64)
+        .or_else(|_| install(0))
+        .map_err(SetupError::child("installing its filter (seccomp)"))?;
     pool.zero(stub.list);
     Ok(())
 }

@@ -16,10 +16,11 @@ pub enum SetupError {
         source: io::Error,
     },
     /// No further thread for a guest thread.
-    #[error(
-        "cannot make a further thread in the guest's process: {0}; see ulimit -u and the pids limit of this container"
-    )]
-    Thread(#[source] io::Error),
+    #[error("cannot make a further thread in the guest's process: {source}{}", limits(source))]
+    Thread {
+        /// The host's word.
+        source: io::Error,
+    },
     /// As many threads as the engine allows.
     #[error("the ptrace engine runs {limit} guest threads at most and all are running")]
     VcpuLimit {
@@ -29,6 +30,14 @@ pub enum SetupError {
     /// The pool has no frame for the stub.
     #[error(transparent)]
     Frames(#[from] OutOfFrames),
+}
+
+fn limits(error: &io::Error) -> &'static str {
+    if error.raw_os_error() == Some(libc::EAGAIN) {
+        "; see ulimit -u and the pids limit of this container"
+    } else {
+        ""
+    }
 }
 
 /// What an operator can do about it.
@@ -45,6 +54,8 @@ fn advice(what: &str, error: &io::Error) -> &'static str {
             "; this kernel seals mappings of its own (CONFIG_MSEAL_SYSTEM_MAPPINGS): the guest's process cannot be emptied, use KVM or \
              another kernel"
         }
+        (_, Some(libc::EAGAIN)) => "; see ulimit -u and the pids limit of this container",
+        (_, Some(libc::EMFILE | libc::ENFILE)) => "; see ulimit -n",
         (_, Some(libc::ENOSYS)) => "; the kernel or the container's seccomp profile lacks this system call",
         _ => "",
     }

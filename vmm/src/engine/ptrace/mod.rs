@@ -7,7 +7,8 @@
 //!           ├─ SoftTlb: which host mappings it has of the shadow map                tlb.rs
 //!           └─ Pairs: which CPU tracers and tracees run on                          pair.rs
 //! PtraceVcpu ─ one thread of the process: entry, exit, registers                    vcpu.rs
-//!              its stops as exceptions; reads told from writes                      stop.rs, access.rs
+//!              its stops as exceptions                                              stop.rs
+//!              its faults; reads told from writes                                   faults.rs, access.rs
 //!              ptrace(2)                                                            tracee.rs
 //!              and what is known of one that is lost                                snapshot.rs
 //! ```
@@ -30,6 +31,7 @@
 mod access;
 mod child;
 mod error;
+mod faults;
 mod interrupt;
 mod pair;
 mod service;
@@ -160,7 +162,7 @@ impl PtraceVm {
             Ok(tracee) => Ok(PtraceVcpu::new(Arc::clone(self), tracee, root)),
             Err(error) => {
                 self.vcpu_gone();
-                Err(SetupError::Thread(error))
+                Err(SetupError::Thread { source: error })
             }
         }
     }
@@ -228,7 +230,7 @@ impl Engine for PtraceVm {
             "the guest's process is {}, with {} mappings of {} at most",
             self.service.worker.pid,
             self.tlb.len(),
-            most_entries()
+            self.tlb.most()
         )]
     }
 }

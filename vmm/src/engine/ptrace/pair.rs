@@ -40,6 +40,11 @@ fn own_cpus() -> Option<cpu_set_t> {
     (result == 0 && unsafe { libc::CPU_COUNT(&cpus) } > 1).then_some(cpus)
 }
 
+fn is_same(one: &cpu_set_t, other: &cpu_set_t) -> bool {
+    // SAFETY: compares two sets.
+    unsafe { libc::CPU_EQUAL(one, other) }
+}
+
 /// Fails where the thread is gone, or the host forbids it: then it runs where it runs.
 fn set_cpus(tid: pid_t, cpus: &cpu_set_t) {
     // SAFETY: the size is that of the set.
@@ -127,6 +132,11 @@ impl Pairs {
             tied: Mutex::new(false),
             running_since: AtomicU64::new(0),
         });
+        if let Some(all) = &self.all {
+            // Both begin where who made them was tied.
+            set_cpus(tracer, all);
+            set_cpus(tracee.tid, all);
+        }
         self.pairs().push(Arc::clone(&shared));
         Pair { pairs: Arc::clone(self), shared, short_runs: 0, tied_since: None }
     }
@@ -191,9 +201,19 @@ impl Pair {
         result
     }
 
+    /// The tracee is gone, and its number may be another's.
+    pub(super) fn forget_tracee(&self) {
+        let mut tied = self.shared.tied.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (true, Some(all)) = (std::mem::replace(&mut *tied, false), &self.pairs.all) {
+            set_cpus(self.shared.tracer, all);
+        }
+    }
+
     fn tie(&self) {
         let mut tied = self.shared.tied.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(here) = this_cpu() {
+        // Where an operator has placed this thread since, it stays.
+        let placed = own_cpus().zip(self.pairs.all).is_none_or(|(now, all)| !is_same(&now, &all));
+        if let (false, Some(here)) = (placed, this_cpu()) {
             set_cpus(self.shared.tracer, &here);
             set_cpus(self.shared.tracee, &here);
             *tied = true;

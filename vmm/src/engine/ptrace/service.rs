@@ -16,6 +16,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 type Work = Box<dyn FnOnce(Tracee) + Send>;
 
@@ -110,12 +111,32 @@ impl Service {
     /// Ends the process, because of `why`. None of its threads runs when this returns.
     pub(super) fn kill(&self, why: &dyn fmt::Display) {
         self.killed.get_or_init(|| why.to_string());
+        self.make_sure_of_its_end();
+    }
+
+    /// The same for one that is gone already, by what is known: nobody is told that umbra did it.
+    pub(super) fn make_sure_of_its_end(&self) {
         let pid = self.worker.pid;
-        // SAFETY: takes numbers; the process is our child and not waited for before `drop`, so the number is its.
+        // SAFETY: takes numbers; the process is our child and not waited for before `end`, so the number is its.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         // Its threads may still be on a CPU: those of a process that is being killed leave it at once, and are zombies then.
         let running = || {
-            let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+            let tasks = match std::fs::read_dir(format!("/proc/{pid}/task")) {
+                // No descriptor or no memory left: again.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) =>
+                {
+                    return true;
+                }
+                Err(_) => {
+                    // Without a /proc nothing can be asked: a CPU leaves a thread that is killed within a tick.
+                    if !std::path::Path::new("/proc/self").exists() {
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                    return false;
+                }
+                tasks => tasks,
+            };
             tasks.is_ok_and(|mut tasks| {
                 tasks.any(|task| {
                     let stat = task
@@ -127,7 +148,7 @@ impl Service {
             })
         };
         while running() {
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 }

@@ -112,7 +112,8 @@ pub(super) fn from_user(registers: &user_regs_struct) -> Regs {
 pub(super) fn syscall(tracee: Tracee, registers: &user_regs_struct, regs: &mut Regs) -> io::Result<Meaning> {
     // The kernel has put -ENOSYS into rax.
     regs.rax = registers.orig_rax;
-    if stub::contains(registers.rip) {
+    // A guest's last two bytes may be a `syscall`, and no call of the stub's comes back to its first byte.
+    if stub::contains(registers.rip) && registers.rip != stub::STUB {
         return Ok(fetch(registers.rip));
     }
     // `syscall` leaves the return address in rcx; who has it there by another door gets what he could have had by this one.
@@ -136,8 +137,7 @@ pub(super) fn signal(
     code: impl FnOnce() -> Vec<u8>,
 ) -> io::Result<Meaning> {
     // Codes of the kernel's own are positive; 0 and below are somebody's.
-    let by_kernel = info.si_code > 0;
-    if !by_kernel {
+    if registers.cs == USER_CS && info.si_code <= 0 {
         return Ok(Meaning::Nothing);
     }
     if registers.cs != USER_CS {
@@ -155,7 +155,8 @@ pub(super) fn signal(
         regs.rsp = regs.rsp.wrapping_sub(8);
         return Ok(fetch(address));
     }
-    if stub::contains(registers.rip) {
+    // The kernel looks at the caller's stack before it serves a call there, and blames the call for a page that is not mapped.
+    if stub::contains(registers.rip) || registers.rip & !0xfff == VSYSCALL {
         return Ok(fetch(registers.rip));
     }
     Ok(match (signal, info.si_code) {

@@ -54,12 +54,14 @@ global_asm!(
     "umbra_stub_call:", // registers as for the call
     "syscall",
     "int3",
+    "nop", // no entry is where another ends
     "umbra_stub_clone:",
     "syscall",
     "xchg eax, ecx",
     "jrcxz 2f",
     "xchg eax, ecx",
     "int3",
+    "nop",
     "2:", // the new thread waits for its tracer here
     "lea eax, [rcx + {pause}]",
     "syscall",
@@ -69,6 +71,7 @@ global_asm!(
     "wrfsbase rax",
     "wrgsbase rdx",
     "int3",
+    "nop",
     "umbra_stub_list:", // rsp: the first entry, rbp: behind the last
     "3:",
     "pop rax",
@@ -208,6 +211,26 @@ fn argument_is(n: u32, value: u64) -> Vec<sock_filter> {
     [&[load(low(n))], &low_half[..], &[load(high(n))], &high_half[..]].concat()
 }
 
+/// The first argument must be an address below the stub.
+fn below_the_stub() -> Vec<sock_filter> {
+    let jump = |comparison: u32, k: u64, skip: u8| sock_filter {
+        code: (libc::BPF_JMP | comparison | libc::BPF_K) as u16,
+        jt: 0,
+        jf: skip,
+        k: k as u32,
+    };
+    let high_half = STUB >> 32;
+    vec![
+        load(high(0)),
+        jump(libc::BPF_JGT, high_half, 1),
+        REFUSE,
+        jump(libc::BPF_JEQ, high_half, 3),
+        load(low(0)),
+        jump(libc::BPF_JGE, STUB & 0xffff_ffff, 1),
+        REFUSE,
+    ]
+}
+
 /// The filter.
 pub(super) fn filter() -> Vec<sock_filter> {
     let mask = |bits: i32| statement(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, bits as u32);
@@ -226,11 +249,14 @@ pub(super) fn filter() -> Vec<sock_filter> {
     filter.push(load(IP_LOW));
     filter.extend(one_of(&sites.iter().map(|&site| site as u32).collect::<Vec<_>>()));
     // Frames of the pool, in place of others, and nothing else.
-    let mut frames = vec![load(low(3)), mask(!libc::MAP_POPULATE)];
+    let mut frames = below_the_stub();
+    frames.extend([load(low(2)), mask(!(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC))]);
+    frames.extend(must_be(0));
+    frames.extend([load(low(3)), mask(!libc::MAP_POPULATE)]);
     frames.extend(must_be(MAP_FLAGS as u32));
     frames.extend(argument_is(4, POOL_FD));
     filter.extend(case(libc::SYS_mmap, &frames));
-    filter.extend(case(libc::SYS_munmap, &[]));
+    filter.extend(case(libc::SYS_munmap, &below_the_stub()));
     filter.extend(case(libc::SYS_clone, &argument_is(0, CLONE_FLAGS as u64)));
     filter.extend(case(libc::SYS_pause, &[]));
     filter.extend(case(libc::SYS_exit, &[]));
@@ -320,6 +346,8 @@ mod tests {
         let calls = decoder.iter().filter(|instruction| instruction.code() == iced_x86::Code::Syscall);
         assert_eq!(calls.map(|call| call.next_ip()).collect::<Vec<_>>(), sites());
         assert_eq!(sites().len(), 4);
+        // A thread that has not left an entry yet has not come to an end.
+        assert!([call(), clone(), bases(), list(), BOOT_CODE].iter().all(|&entry| !is_behind_int3(entry)));
         let ends = (STUB..STUB_END).filter(|&rip| is_behind_int3(rip)).count();
         assert_eq!(ends, 4);
     }

@@ -26,10 +26,17 @@ thread_local! {
     static OWN: Cell<Option<Tracee>> = const { Cell::new(None) };
 }
 
-/// From now on this thread has `tracee` to make calls with; `None`: none. It must be stopped whenever the thread changes the
+/// From now on this thread has `tracee` to make calls with. It must be stopped whenever the thread changes the
 /// address space or the shadow map.
-pub(super) fn set_own(tracee: Option<Tracee>) {
-    OWN.set(tracee);
+pub(super) fn set_own(tracee: Tracee) {
+    OWN.set(Some(tracee));
+}
+
+/// `tracee` makes no calls any more.
+pub(super) fn forget_own(tracee: Tracee) {
+    if OWN.get() == Some(tracee) {
+        OWN.set(None);
+    }
 }
 
 /// Mappings of the guest's process.
@@ -59,6 +66,10 @@ impl HostMappings for ProcessMappings<'_> {
     type Error = io::Error;
 
     fn map(&mut self, translation: &Translation) -> io::Result<()> {
+        let (start, bytes) = (translation.gfn.gpa().0, translation.pages << PAGE_SHIFT);
+        if start.checked_add(bytes).is_none_or(|end| end > TASK_SIZE) {
+            return Err(io::Error::other("a leaf of the shadow map is where no guest can have a page"));
+        }
         let mut rights = libc::PROT_READ;
         if translation.rights.contains(Access::WRITE) {
             rights |= libc::PROT_WRITE;
@@ -67,8 +78,8 @@ impl HostMappings for ProcessMappings<'_> {
             rights |= libc::PROT_EXEC;
         }
         let arguments = [
-            translation.gfn.gpa().0,
-            translation.pages << PAGE_SHIFT,
+            start,
+            bytes,
             rights as u64,
             (MAP_FLAGS | libc::MAP_POPULATE) as u64,
             POOL_FD,
@@ -84,9 +95,10 @@ impl HostMappings for ProcessMappings<'_> {
         {
             return Err(io::Error::from_raw_os_error(errno));
         }
-        let calls = pages.iter().map(|pages| {
+        let calls = pages.iter().filter_map(|pages| {
             let (start, end) = (pages.start << PAGE_SHIFT, (pages.end << PAGE_SHIFT).min(TASK_SIZE));
-            Call { number: libc::SYS_munmap, arguments: [start, end - start, 0, 0, 0, 0] }
+            let bytes = end.checked_sub(start).filter(|&bytes| bytes > 0)?;
+            Some(Call { number: libc::SYS_munmap, arguments: [start, bytes, 0, 0, 0, 0] })
         });
         self.make(calls.collect())
     }
@@ -101,6 +113,12 @@ pub(super) struct PtraceTlb {
 impl PtraceTlb {
     fn checked(&self, flushed: io::Result<()>) {
         if let Err(error) = flushed {
+            if error.raw_os_error() == Some(libc::ESRCH) {
+                // There is no process any more; who traces its threads learns why.
+                log::debug!("translations are flushed by the end of the guest's process");
+                self.vm.service.make_sure_of_its_end();
+                return;
+            }
             log::error!("translations cannot be flushed, and the guest is ended: {error}");
             self.vm.service.kill(&format_args!("translations could not be flushed: {error}"));
         }

@@ -231,6 +231,12 @@ impl Tracee {
         Ok(head.arch == AUDIT_ARCH_X86_64)
     }
 
+    /// Whether the signal that it stopped with is of what it did, not somebody's.
+    fn is_fault(self, signal: c_int) -> io::Result<bool> {
+        const FAULTS: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
+        Ok(FAULTS.contains(&signal) && self.signal_info()?.si_code > 0)
+    }
+
     /// Runs the stub from `rip` with these registers to its `int3`; signals that come meanwhile are dropped.
     fn run_stub(self, registers: &user_regs_struct) -> io::Result<user_regs_struct> {
         self.set_registers(registers)?;
@@ -244,9 +250,7 @@ impl Tracee {
                     }
                     // Somebody's signal.
                 }
-                Stop::Signal(
-                    signal @ (libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGSYS),
-                ) => {
+                Stop::Signal(signal) if self.is_fault(signal)? => {
                     let registers = self.registers()?;
                     return Err(unexpected(format!(
                         "signal {signal} at {:#x} in place of system call {}",
@@ -333,10 +337,31 @@ impl Tracee {
         })?;
         loop {
             self.resume(Resume::Engine)?;
-            if let Stop::Gone(_) = self.wait()? {
-                return Ok(());
+            match self.wait()? {
+                Stop::Gone(_) => return Ok(()),
+                Stop::Signal(signal) if self.is_fault(signal)? => {
+                    return Err(unexpected(format!("signal {signal} in place of its end")));
+                }
+                _ => {}
             }
         }
+    }
+
+    /// Whether there is anything to wait for.
+    pub(super) fn is_child(self) -> bool {
+        // SAFETY: a siginfo_t is plain data, and zeros are one.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
+        // SAFETY: the kernel fills in what is ours.
+        unsafe { libc::waitid(libc::P_PID, self.tid as libc::id_t, &raw mut info, flags) == 0 }
+    }
+
+    /// How it ended, if it has; for its tracer.
+    pub(super) fn ended(self) -> Option<io::Error> {
+        let mut status = 0;
+        // SAFETY: the status is ours.
+        let result = unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
+        (result == self.tid && !libc::WIFSTOPPED(status)).then(|| gone(status))
     }
 }
 

@@ -12,32 +12,29 @@
 //! the stub, traced by nobody, until the vCPU is first run or dropped. The filter holds it meanwhile, and it executes nothing but the
 //! stub.
 //!
-//! # Reads and writes
-//! The kernel does not tell which a fault was. The instruction at rip does; where it does not, the access is taken for a read, which is
-//! safe. If the same fault comes back while the TLB has kept all its entries, it was none: then it is a write.
-//!
 //! # Cost
 //! By `umbra bench syscall` and `umbra bench fault`. A stop and back is four system calls and two switches between threads: set
 //! registers, resume, wait, get registers; a fault has two more for what the signal says and one call in the process for the fill.
 
 use super::PtraceVm;
-use super::access::{self, AccessDecoder};
+use super::access::AccessDecoder;
+use super::faults::{CODE_BYTES, TakenForRead};
 use super::interrupt::TraceeInterrupt;
 use super::pair::Pair;
 use super::snapshot::snapshot;
 use super::stop::{self, Meaning};
 use super::stub;
-use super::tlb::{ProcessMappings, set_own};
-use super::tracee::{Resume, Stop, Tracee, gone, plain_registers};
+use super::tlb::{forget_own, set_own};
+use super::tracee::{Resume, Stop, Tracee, USER_CS, gone, plain_registers};
 use crate::engine::kick::{Kicker, Requests, RunState};
 use crate::engine::opcode::{INT, gate_of_idt};
 use crate::engine::shortage::Shortage;
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use libc::user_regs_struct;
-use shadow_mmu::addr::{Access, Gpa, LINUX_TASK_SIZE, PAGE_SIZE, Pfn};
+use shadow_mmu::addr::{Access, Gpa, LINUX_TASK_SIZE, Pfn};
 use shadow_mmu::inject::Effect;
-use shadow_mmu::shadow::{Filled, Walker};
+use shadow_mmu::shadow::Walker;
 use std::io;
 use std::sync::Arc;
 
@@ -45,8 +42,6 @@ use std::sync::Arc;
 const USER_FLAGS: u64 = 0x0025_0dd5;
 /// Bit 1, always set, and IF.
 const FIXED_FLAGS: u64 = 0x202;
-/// The longest instruction.
-const CODE_BYTES: usize = 15;
 const GENERAL_PROTECTION: u8 = 13;
 
 pub(super) fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
@@ -124,35 +119,26 @@ enum Hold {
     Lost,
 }
 
-/// A fault that was answered as a read for want of knowing better.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct TakenForRead {
-    rip: u64,
-    addr: u64,
-    /// [`SoftTlb::drops`](shadow_mmu::shadow::SoftTlb::drops) before it was filled.
-    drops: u64,
-}
-
 /// One virtual CPU of a [`PtraceVm`], over one root table.
 #[derive(Debug)]
 pub struct PtraceVcpu {
-    vm: Arc<PtraceVm>,
-    tracee: Tracee,
+    pub(super) vm: Arc<PtraceVm>,
+    pub(super) tracee: Tracee,
     hold: Hold,
-    walker: Walker,
-    state: Arc<RunState>,
+    pub(super) walker: Walker,
+    pub(super) state: Arc<RunState>,
     kicker: Arc<Kicker>,
-    regs: Regs,
+    pub(super) regs: Regs,
     /// To be loaded with the next entry.
     xsave: Option<Vec<u8>>,
     time_stamps: TimeStamps,
     /// What the process's thread has been told of that.
     time_stamps_set: TimeStamps,
     /// The access that the next entry repeats.
-    expected: Option<(Gpa, Access)>,
-    taken_for_read: Option<TakenForRead>,
-    decoder: AccessDecoder,
-    shortage: Shortage,
+    pub(super) expected: Option<(Gpa, Access)>,
+    pub(super) taken_for_read: Option<TakenForRead>,
+    pub(super) decoder: AccessDecoder,
+    pub(super) shortage: Shortage,
 }
 
 impl PtraceVcpu {
@@ -193,7 +179,6 @@ impl PtraceVcpu {
             return Err(lost("attaching to a thread of the guest's process", source));
         }
         self.hold = Hold::Traced(self.vm.pairs.join(self.tracee));
-        set_own(Some(self.tracee));
         Ok(())
     }
 
@@ -222,17 +207,17 @@ impl PtraceVcpu {
         Ok(())
     }
 
-    fn fill(&self, addr: Gpa, access: Access) -> Result<Filled, EngineError> {
-        self.vm.tlb.fill(&self.walker, addr.gfn(), access, &mut ProcessMappings::of(&self.vm)).map_err(
-            |source| lost(format!("mapping guest frame {:#x} in the guest's process", addr.gfn().0), source),
-        )
+    /// The thread exists no more; `how` it ended is what is said unless umbra ended it.
+    fn ended(&mut self, how: io::Error) -> EngineError {
+        if let Hold::Traced(pair) = std::mem::replace(&mut self.hold, Hold::Lost) {
+            pair.forget_tracee();
+        }
+        let source = self.vm.service.killed().map_or(how, io::Error::other);
+        lost("the vCPU's thread is gone", source)
     }
 
     /// One run of the thread, to its next stop.
     fn enter(&mut self) -> Result<Stop, EngineError> {
-        self.tracee
-            .set_guest_registers(&to_user(&self.regs))
-            .map_err(|source| lost("PTRACE_SETREGS", source))?;
         let Hold::Traced(pair) = &mut self.hold else {
             return Err(lost("running a vCPU", io::Error::other("it is not attached")));
         };
@@ -271,11 +256,16 @@ impl PtraceVcpu {
     /// Runs until there is something to report. Every error is the end of this vCPU.
     fn drive(&mut self) -> Result<Exit, EngineError> {
         self.attach()?;
+        set_own(self.tracee);
         self.prepare()?;
         loop {
             if let Some(exit) = refused(&self.regs) {
                 return Ok(exit);
             }
+            // Before the entry: bases may be set by the stub, and who runs that drops kicks.
+            self.tracee
+                .set_guest_registers(&to_user(&self.regs))
+                .map_err(|source| lost("PTRACE_SETREGS", source))?;
             if let Err(requests) = self.state.enter(Requests::empty()) {
                 self.state.take(requests);
                 return Ok(Exit::Kicked);
@@ -288,11 +278,7 @@ impl PtraceVcpu {
             self.state.leave();
             let Some(stop) = stop? else { continue };
             let registers = match stop {
-                Stop::Gone(status) => {
-                    self.hold = Hold::Lost;
-                    let source = self.vm.service.killed().map_or_else(|| gone(status), io::Error::other);
-                    return Err(lost("the guest's process has ended", source));
-                }
+                Stop::Gone(status) => return Err(self.ended(gone(status))),
                 _ => self.tracee.registers().map_err(|source| lost("PTRACE_GETREGS", source))?,
             };
             self.regs = stop::from_user(&registers);
@@ -334,7 +320,7 @@ impl PtraceVcpu {
     }
 
     fn signal(&mut self, signal: libc::c_int, registers: &user_regs_struct) -> io::Result<Meaning> {
-        if signal == TraceeInterrupt::SIGNAL {
+        if signal == TraceeInterrupt::SIGNAL && registers.cs == USER_CS {
             // A kick; whether it is still wanted the run state knows.
             return Ok(Meaning::Nothing);
         }
@@ -356,60 +342,22 @@ impl PtraceVcpu {
         state.truncate(bytes);
         self.vm.fpu.sanitised(&state)
     }
-
-    /// The access at `addr` failed in the process: the TLB has it now, or it is a page fault of the guest.
-    fn fault(&mut self, addr: u64) -> Result<Option<Exit>, EngineError> {
-        let (rip, gpa) = (self.regs.rip, Gpa(addr));
-        let drops = self.vm.tlb.drops();
-        let again = TakenForRead { rip, addr, drops };
-        let access = match self.access(addr) {
-            Access::READ if self.taken_for_read.take() == Some(again) => Access::READ | Access::WRITE,
-            access => access,
-        };
-        match self.fill(gpa, access)? {
-            Filled::No => {
-                self.expected = Some((gpa, access));
-                let access = if access.contains(Access::WRITE) { Access::WRITE } else { access };
-                Ok(Some(Exit::PageFault { addr: gpa, access }))
-            }
-            Filled::Mapped | Filled::Already => {
-                if access == Access::READ {
-                    self.taken_for_read = Some(again);
-                }
-                Ok(None)
-            }
-        }
-    }
-
-    /// What the instruction at rip wanted of `addr`.
-    fn access(&mut self, addr: u64) -> Access {
-        let rip = self.regs.rip;
-        let mut code = [0; CODE_BYTES];
-        let bytes = self.walker.fetch(Gpa(rip), &mut code);
-        // Data may begin right behind it.
-        let offset = addr.wrapping_sub(rip);
-        let in_instruction = offset < CODE_BYTES as u64
-            && access::length(&code[..bytes]).is_none_or(|length| offset < length as u64);
-        if in_instruction && !self.vm.tlb.rights(Gpa(addr).gfn()).contains(Access::EXEC) {
-            return Access::EXEC;
-        }
-        match self.decoder.access_at(&code[..bytes], &self.regs, addr) {
-            // Code that went away between the fault and here.
-            Access::EXEC if !in_instruction => Access::READ,
-            access => access,
-        }
-    }
 }
 
 impl Vcpu for PtraceVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
-        self.drive().map_err(|error| {
+        self.drive().map_err(|mut error| {
+            // ESRCH: it died while it was stopped. How, a wait tells.
+            if let (Hold::Traced(_), Some(how)) = (&self.hold, self.tracee.ended()) {
+                error = self.ended(how);
+            }
+            forget_own(self.tracee);
             let snapshot = match self.hold {
                 Hold::Traced(_) => Some(Box::new(snapshot(self.tracee, self.regs))),
                 Hold::Waiting | Hold::Lost => None,
             };
             // Nothing of the guest runs on with a part of it in an unknown state.
-            self.vm.service.kill(&error);
+            self.vm.service.kill(&error.source);
             EngineError { snapshot, ..error }
         })
     }
@@ -455,17 +403,16 @@ impl Drop for PtraceVcpu {
             log::debug!("a thread of the guest's process cannot be ended alone: {error}");
             self.vm.service.kill(&error);
         }
-        if let Hold::Traced(_) = self.hold {
+        if let Hold::Traced(pair) = std::mem::replace(&mut self.hold, Hold::Lost) {
+            // While the number is the thread's.
+            drop(pair);
             if let Err(error) = self.tracee.exit() {
                 log::debug!("a thread of the guest's process was not ended alone: {error}");
                 self.vm.service.kill(&error);
                 self.tracee.wait_until_gone();
             }
-            set_own(None);
+            forget_own(self.tracee);
         }
         self.vm.vcpu_gone();
     }
 }
-
-/// Whether an instruction's bytes may reach into the next page.
-const _: () = assert!((CODE_BYTES as u64) < PAGE_SIZE);
