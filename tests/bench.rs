@@ -6,12 +6,13 @@
 
 mod common;
 
-use common::{code, finish, guests, kvm, stderr, umbra};
+use common::{code, finish, guests, has, offered, stderr, umbra};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use vmm::engine::EngineKind;
 
 const LIMIT: Duration = Duration::from_secs(120);
 const FAILED: i32 = 125;
@@ -429,6 +430,9 @@ fn has_positive_rows(report: &Value, names: &[String], unit: &str) {
 
 #[test]
 fn syscall_has_each_call_by_each_engine_and_beside_it() {
+    if offered().is_empty() {
+        return;
+    }
     let report = report("syscall --calls 20 --engine auto");
     assert_eq!(report["bench"], "syscall");
     let runners = runners(&report);
@@ -445,6 +449,9 @@ fn syscall_has_each_call_by_each_engine_and_beside_it() {
 
 #[test]
 fn cpu_has_the_sum_and_each_kind_by_each_engine_and_beside_it() {
+    if offered().is_empty() {
+        return;
+    }
     let report = report("cpu --passes 1 --engine auto");
     for who in runners(&report) {
         let kinds = ["chain", "sort", "calls", "bytes", "floats"].map(|kind| format!("{who}.{kind}"));
@@ -462,6 +469,9 @@ fn cpu_has_the_sum_and_each_kind_by_each_engine_and_beside_it() {
 
 #[test]
 fn fault_has_both_engines_and_linux_beside_them() {
+    if offered().is_empty() {
+        return;
+    }
     let report = report("fault --pages 16 --engine auto");
     let mut names: Vec<String> = runners(&report).into_iter().map(str::to_owned).collect();
     names.extend(engines(&report).into_iter().map(|engine| format!("{engine}-no-fault-around")));
@@ -471,7 +481,7 @@ fn fault_has_both_engines_and_linux_beside_them() {
 #[test]
 fn an_engine_that_was_asked_for_is_measured_alone() {
     for (engine, own, other) in [("kvm", "umbra", "ptrace.umbra"), ("ptrace", "ptrace.umbra", "umbra")] {
-        if engine == "kvm" && !kvm() {
+        if !offered().contains(&engine) {
             continue;
         }
         for bench in ["syscall --calls 10", "cpu --passes 1", "fault --pages 8"] {
@@ -488,6 +498,9 @@ fn an_engine_that_was_asked_for_is_measured_alone() {
 
 #[test]
 fn without_kvm_the_other_engine_is_measured_and_the_report_says_why() {
+    if !has(EngineKind::Ptrace) {
+        return;
+    }
     for (bench, row) in [("syscall --calls 10", "ptrace.umbra.getpid"), ("fault --pages 8", "ptrace.umbra")] {
         let mut command = umbra();
         command.arg("bench").args(bench.split_whitespace()).args(["--runs", "1", "--json"]);
@@ -507,6 +520,9 @@ fn without_kvm_the_other_engine_is_measured_and_the_report_says_why() {
 
 #[test]
 fn without_qemu_the_report_says_what_to_install() {
+    if !guests() {
+        return;
+    }
     let mut command = umbra();
     command.args(["bench", "syscall", "--calls", "10", "--runs", "1"]).env("PATH", "/nonexistent");
     let output = finish(&mut command, b"", LIMIT);

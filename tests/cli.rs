@@ -5,10 +5,11 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, guests, kvm, run, stderr, umbra};
+use common::{STATIC, cc, code, engine, finish, folder, guests, has, kvm, run, stderr, umbra};
 use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
+use vmm::engine::EngineKind;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const FAILED: i32 = 125;
@@ -393,7 +394,11 @@ fn benchmarks_have_the_promised_shape() {
     }
     let names: Vec<_> =
         report["rows"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
-    assert!(names.starts_with(&["umbra", "umbra-no-fault-around", "kvm-demand-paging"]), "{names:?}");
+    let first: &[_] = match engine() {
+        EngineKind::Kvm => &["umbra", "umbra-no-fault-around", "kvm-demand-paging"],
+        EngineKind::Ptrace => &["ptrace.umbra", "ptrace.umbra-no-fault-around", "native"],
+    };
+    assert!(names.starts_with(first), "{names:?}");
 }
 
 #[test]
@@ -419,5 +424,19 @@ fn the_notifier_benchmark_needs_no_kvm_and_has_the_promised_shape() {
     assert!(rows.iter().any(|row| row["name"] == "umbra.1.threads.throughput" && row["unit"] == "pairs/s"));
     for ratio in ["rwlock.1/umbra.1", "arc-swap.4.threads/umbra.4.threads", "umbra.1.threads.speedup"] {
         assert!(report["ratios"][ratio].as_f64().unwrap() > 0.0, "{ratio}");
+    }
+}
+
+#[test]
+fn the_ptrace_engine_refuses_what_it_does_not_have_in_one_line() {
+    if !has(EngineKind::Ptrace) {
+        return;
+    }
+    for words in [&["--adopt-demo"][..], &["--window", "userfaultfd", "hello"]] {
+        let output = finish(&mut run(&["--engine", "ptrace"], words), b"", LIMIT);
+        let said = stderr(&output);
+        assert_eq!((code(output.status), said.lines().count()), (125, 1), "{words:?}: {said}");
+        assert!(said.starts_with("umbra: the ptrace engine ") && said.contains("--engine kvm"), "{said}");
+        assert_eq!(output.stdout, b"", "{words:?}");
     }
 }

@@ -107,11 +107,10 @@ fn every_fault_point_has_its_line_and_its_tests() {
     assert_eq!(listed, points);
 }
 
-/// The last column of each table whose last heading is "tests" names tests that exist; and every race is in the table.
-#[test]
-fn the_contract_is_tied_to_tests_that_exist() {
-    let text = fs::read_to_string(root().join("docs/contract.md")).unwrap();
-    let sources = sources();
+/// Checks that the last column of each table of `document` whose last heading is "tests" names tests that exist, or, in brackets,
+/// attacks. How many.
+fn named_tests(document: &str, sources: &str) -> usize {
+    let text = fs::read_to_string(root().join(document)).unwrap();
     let mut in_table = false;
     let mut named = 0;
     for line in text.lines() {
@@ -124,12 +123,27 @@ fn the_contract_is_tied_to_tests_that_exist() {
         if !in_table {
             continue;
         }
-        for test in quoted(last) {
-            assert!(is_test(&sources, test), "docs/contract.md names {test}, which is no test");
+        for name in quoted(last) {
+            let is_attack = sources.contains(&format!("    (\"{name}\", "));
+            assert!(is_attack || is_test(sources, name), "{document} names {name}, which is no test");
             named += 1;
         }
     }
+    named
+}
+
+#[test]
+fn the_engines_promises_are_tied_to_tests_that_exist() {
+    let named = named_tests("docs/engines.md", &sources());
+    assert!(named > 30, "only {named} tests are named");
+}
+
+/// And every race is in the table.
+#[test]
+fn the_contract_is_tied_to_tests_that_exist() {
+    let named = named_tests("docs/contract.md", &sources());
     assert!(named > 50, "only {named} tests are named");
+    let text = fs::read_to_string(root().join("docs/contract.md")).unwrap();
     let races = (1..=35).map(|race| race.to_string()).chain(["10b".into(), "20b".into()]);
     for race in races {
         assert!(text.contains(&format!("| R{race} |")), "R{race} is missing");

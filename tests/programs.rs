@@ -230,3 +230,74 @@ fn vector_registers_survive_faults_system_calls_and_threads() {
     let program = cc(&folder("avx"), "avx", source, STATIC);
     compare(&program, &[], b"");
 }
+
+/// Each step is an instruction that needs the one before it. No CPU does 100 million of them in less than 10 ms.
+const CPU_TIMES: &str = r#"
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/resource.h>
+#include <sys/times.h>
+#include <time.h>
+#include <unistd.h>
+enum { STEPS = 100000000, LEAST = 10000000 };
+static int bad;
+#define GOOD(what) do { if (!(what)) { printf("line %d: not %s\n", __LINE__, #what); bad = 1; } } while (0)
+static long long clock_ns(clockid_t clock) {
+    struct timespec t;
+    GOOD(!clock_gettime(clock, &t));
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+static long long usage_ns(int who) {
+    struct rusage u;
+    GOOD(!getrusage(who, &u));
+    return (u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1000000000LL + (u.ru_utime.tv_usec + u.ru_stime.tv_usec) * 1000LL;
+}
+static long long ticks_ns(void) {
+    struct tms t;
+    GOOD(times(&t) != -1);
+    return (t.tms_utime + t.tms_stime) * (1000000000LL / sysconf(_SC_CLK_TCK));
+}
+struct used { long long clock, usage; };
+static void *spin(void *into) {
+    struct used *used = into;
+    long long clock = clock_ns(CLOCK_THREAD_CPUTIME_ID), usage = usage_ns(RUSAGE_THREAD);
+    GOOD(clock >= 0 && usage >= 0);
+    for (long n = 0; n < STEPS; n++) __asm__ volatile("" : "+r"(n));
+    used->clock = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    used->usage = usage_ns(RUSAGE_THREAD);
+    GOOD(used->clock >= clock + LEAST);
+    GOOD(used->usage >= usage + LEAST);
+    GOOD(clock_ns(CLOCK_THREAD_CPUTIME_ID) >= used->clock);
+    return 0;
+}
+int main(void) {
+    struct used used[3];
+    pthread_t threads[2];
+    long long ticks = ticks_ns(), clock = clock_ns(CLOCK_PROCESS_CPUTIME_ID), usage = usage_ns(RUSAGE_SELF);
+    for (int n = 0; n < 2; n++) GOOD(!pthread_create(&threads[n], 0, spin, &used[n]));
+    for (int n = 0; n < 2; n++) GOOD(!pthread_join(threads[n], 0));
+    spin(&used[2]);
+    long long clocks = 0, usages = 0;
+    for (int n = 0; n < 3; n++) clocks += used[n].clock, usages += used[n].usage;
+    for (int n = 0; n < 2; n++) {
+        GOOD(clock_ns(CLOCK_PROCESS_CPUTIME_ID) >= clocks);
+        GOOD(clock_ns(CLOCK_PROCESS_CPUTIME_ID) >= clock + 3 * LEAST);
+        GOOD(usage_ns(RUSAGE_SELF) >= usages);
+        GOOD(usage_ns(RUSAGE_SELF) >= usage + 3 * LEAST);
+        GOOD(ticks_ns() >= ticks + LEAST);
+    }
+    puts("spun");
+    return bad;
+}
+"#;
+
+/// Threads that computed have used CPU time, and their process has used all of it, also when they have ended.
+#[test]
+fn cpu_clocks_count_what_threads_compute() {
+    if !guests() {
+        return;
+    }
+    let program = cc(&folder("cpu-times"), "cpu-times", CPU_TIMES, STATIC);
+    compare(&program, &[], b"");
+}

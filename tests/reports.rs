@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{STATIC, cc, folder, kvm};
+use common::{STATIC, cc, code, engine, finish, folder, guests, kvm, stderr, umbra};
 use shadow_mmu::addr::Gpa;
 use shadow_mmu::shadow::{FaultAroundPolicy, Spte};
 use std::os::unix::fs::PermissionsExt;
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vmm::crash;
+use vmm::engine::EngineKind;
 use vmm::fleet::Fleet;
 use vmm::guest::Arguments;
 use vmm::vm::{Program, Vm, VmConfig};
@@ -128,4 +129,44 @@ fn a_lost_vcpu_leaves_a_report_with_everything_but_the_guests_memory() {
     assert!(told.contains(path.to_str().unwrap()), "{told}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), report);
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+/// Whatever the engine: umbra fails in one line, which names a file that only its owner reads.
+#[test]
+fn a_vcpu_that_its_engine_gives_up_leaves_a_report_in_a_file() {
+    if !guests() {
+        return;
+    }
+    let folder = folder("reports-given-up");
+    let plan = folder.join("plan.toml");
+    std::fs::write(&plan, "[[fault]]\npoint = 'vcpu-run'\nnth = 9\nexit = 'shutdown'\n").unwrap();
+    let mut command = umbra();
+    command.arg("inject").arg(plan).args(["--", "run", "--report-dir"]).arg(&folder).arg("hello");
+    let output = finish(&mut command, b"", Duration::from_secs(60));
+    let said = stderr(&output);
+    assert_eq!(code(output.status), 125, "{said}");
+    let lost: Vec<_> = said.lines().filter(|line| line.contains(") lost a vCPU: ")).collect();
+    let [lost] = lost[..] else { panic!("{said}") };
+    assert!(lost.contains(&format!("the engine ({})", engine())), "{said}");
+    let path = std::path::Path::new(lost.rsplit_once(": ").unwrap().1);
+    assert_eq!(path.parent().unwrap(), folder, "{said}");
+    assert_eq!(std::fs::metadata(path).unwrap().permissions().mode() & 0o777, 0o600);
+    let report = std::fs::read_to_string(path).unwrap();
+    for part in [
+        "umbra report: vcpu\n",
+        concat!("umbra     ", env!("CARGO_PKG_VERSION"), ", pid "),
+        "the guest's registers\n",
+        "the CPU's own registers\n",
+        "bytes at rip: ",
+        "last notifier events",
+        "mappings: ",
+        "0 violations\n",
+    ] {
+        assert!(report.contains(part), "no `{part}` in: {report}");
+    }
+    if engine() == EngineKind::Ptrace {
+        for part in ["engine    ptrace\n", "the guest's process is ", "last signal\n"] {
+            assert!(report.contains(part), "no `{part}` in: {report}");
+        }
+    }
 }

@@ -2,11 +2,11 @@
 //! The ptrace engine's child, from outside: what it has, and what becomes of it and of umbra when somebody signals it.
 
 use super::common::{code, finish, run, stderr};
-use super::processes::{descendants, outlive, send, wait_for_the_guest};
-use super::{Engine, LIMIT, engine};
+use super::processes::{Umbra, descendants, outlive, send, wait_for_the_guest};
+use super::{Engine, LIMIT, engine, reports};
 use std::fs;
 use std::io::Read;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 /// First byte past what a guest may map; above it lies the engine's stub.
@@ -22,7 +22,7 @@ fn has_child() -> bool {
 }
 
 /// The one child of umbra.
-fn child_of(umbra: &Child) -> u32 {
+fn child_of(umbra: &Umbra) -> u32 {
     let all = descendants(umbra.id());
     let [child] = &all[..] else { panic!("not one child: {all:?}") };
     assert_eq!(child.parent, umbra.id());
@@ -30,16 +30,13 @@ fn child_of(umbra: &Child) -> u32 {
 }
 
 /// An umbra whose guest spins in four threads, and its child.
-fn spinning(mark: &str) -> (Child, u32) {
-    let mut umbra = outlive(mark).stderr(Stdio::piped()).spawn().unwrap();
+fn spinning(mark: &str) -> (Umbra, u32) {
+    let mut command = outlive();
+    command.stderr(Stdio::piped());
+    let mut umbra = Umbra::start(command, mark);
     wait_for_the_guest(&mut umbra);
     let child = child_of(&umbra);
     (umbra, child)
-}
-
-fn end(mut umbra: Child) {
-    umbra.kill().unwrap();
-    umbra.wait().unwrap();
 }
 
 /// The value of `field` in a status file.
@@ -76,7 +73,6 @@ fn the_child_has_no_descriptor_but_the_pool_and_no_privileges() {
     let words = fs::read(format!("/proc/{child}/cmdline")).unwrap();
     let words = String::from_utf8_lossy(&words);
     assert!(!words.contains("outlive") && !words.contains('/'), "umbra's command line: {words:?}");
-    end(umbra);
 }
 
 #[test]
@@ -84,7 +80,7 @@ fn the_child_maps_the_pool_and_the_stub_and_nothing_else() {
     if !has_child() {
         return;
     }
-    let (umbra, child) = spinning("child-maps");
+    let (_umbra, child) = spinning("child-maps");
     let pool = fs::read_link(format!("/proc/{child}/fd/0")).unwrap();
     let maps = fs::read_to_string(format!("/proc/{child}/maps")).unwrap();
     let (mut pools, mut stubs) = (0, 0);
@@ -107,7 +103,6 @@ fn the_child_maps_the_pool_and_the_stub_and_nothing_else() {
         }
     }
     assert!(stubs == 2 && pools > 0, "{maps}");
-    end(umbra);
 }
 
 #[test]
@@ -118,8 +113,8 @@ fn a_child_killed_from_outside_is_a_clear_failure() {
     let (mut umbra, child) = spinning("child-killed");
     send(child, libc::SIGKILL);
     let mut said = String::new();
-    umbra.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(code(umbra.wait().unwrap()), 125, "{said}");
+    umbra.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(code(umbra.child.wait().unwrap()), 125, "{said}");
     assert!(said.contains("ended by signal 9, from outside umbra") && !said.contains("panicked"), "{said}");
     assert_eq!(descendants(umbra.id()), []);
 }
@@ -130,12 +125,14 @@ fn signals_to_the_child_from_outside_change_nothing() {
         return;
     }
     let program = ["torture", "1..12"];
-    let expected = finish(&mut run(&["--check"], &program), b"", LIMIT);
+    let options = ["--check", "--report-dir", reports()];
+    let expected = finish(&mut run(&options, &program), b"", LIMIT);
     assert_eq!(code(expected.status), 0, "{}", stderr(&expected));
-    let mut command = run(&["--check"], &program);
-    let mut umbra = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut command = run(&options, &program);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut umbra = Umbra::start(command, "child-signals");
     let mut sent = 0;
-    while umbra.try_wait().unwrap().is_none() {
+    while umbra.child.try_wait().unwrap().is_none() {
         for child in descendants(umbra.id()) {
             for signal in
                 [libc::SIGTERM, libc::SIGSTOP, libc::SIGUSR1, libc::SIGINT, libc::SIGTSTP, libc::SIGCONT]
@@ -146,8 +143,10 @@ fn signals_to_the_child_from_outside_change_nothing() {
         }
         std::thread::sleep(Duration::from_millis(3));
     }
-    let output = umbra.wait_with_output().unwrap();
-    assert_eq!(code(output.status), 0, "{}", stderr(&output));
-    assert_eq!(output.stdout, expected.stdout);
+    let (mut printed, mut said) = (Vec::new(), String::new());
+    umbra.child.stdout.take().unwrap().read_to_end(&mut printed).unwrap();
+    umbra.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(code(umbra.child.wait().unwrap()), 0, "{said}");
+    assert_eq!(printed, expected.stdout);
     assert!(sent > 0, "the guest was over too soon");
 }

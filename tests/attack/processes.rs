@@ -2,20 +2,25 @@
 //! Nobody outlives umbra: not a guest that spins with every signal blocked, and not one that has only begun to start.
 //!
 //! umbra leads a session of its own here. Whoever it starts is in that session, has umbra's mark in the environment, or was
-//! seen as its descendant before.
+//! seen as its descendant before. Who has left the session, has no environment and was not seen becomes a child of this
+//! process when umbra ends, for this process is a subreaper. Tests take turns with their umbras ([`Umbra`]), so that it is known
+//! whose orphan that is.
 
-use super::common::{code, folder, run};
-use super::engine;
+use super::common::{code, run};
+use super::{engine, reports};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Ample: the kernel needs a moment to take a process apart.
 const LIMIT: Duration = Duration::from_secs(20);
 const MARK: &str = "UMBRA_ATTACK_ROUND";
 const STARTS: u64 = 50;
+/// Held as long as an umbra that leads a session is there.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// A process as /proc/PID/stat has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +73,20 @@ pub(super) fn descendants(pid: u32) -> Vec<Process> {
     found
 }
 
-/// Who is left of the session of `leader`, of the round of that mark, and of those seen before.
+/// Children of this process that other processes left to it. What the tests start themselves is in this process's session, but
+/// for `leader`, the umbra whose turn it is. The dead ones are reaped.
+fn orphans(leader: u32) -> Vec<Process> {
+    let own = Process::read(std::process::id()).unwrap();
+    let is_orphan = |it: &Process| it.parent == own.pid && it.session != own.session && it.pid != leader;
+    let (alive, dead): (Vec<_>, Vec<_>) = all().into_iter().filter(is_orphan).partition(Process::is_alive);
+    for it in dead {
+        // SAFETY: a child that no `Child` stands for; its status is not asked for.
+        unsafe { libc::waitpid(it.pid as i32, std::ptr::null_mut(), libc::WNOHANG) };
+    }
+    alive
+}
+
+/// Who is left of the session of `leader`, of the round of that mark, of those seen before, and of those left to this process.
 fn left(leader: u32, mark: &str, seen: &[Process]) -> Vec<Process> {
     let wanted = format!("{MARK}={mark}");
     let is_marked = |it: &Process| {
@@ -78,37 +96,83 @@ fn left(leader: u32, mark: &str, seen: &[Process]) -> Vec<Process> {
     let was_seen = |it: &Process| seen.iter().any(|old| (old.pid, old.started) == (it.pid, it.started));
     let mut all = all();
     all.retain(|it| it.is_alive() && (it.session == leader || was_seen(it) || is_marked(it)));
+    let orphans = orphans(leader).into_iter().filter(|it| !all.contains(it)).collect::<Vec<_>>();
+    all.extend(orphans);
     all
 }
 
-fn check_nobody_is_left(leader: u32, mark: &str, seen: &[Process], what: &str) {
-    let since = Instant::now();
-    while let left = left(leader, mark, seen)
-        && !left.is_empty()
-    {
-        assert!(since.elapsed() < LIMIT, "{what}: still there: {left:?}");
-        std::thread::sleep(Duration::from_millis(2));
+/// A process in a session of its own: umbra. However the test ends, it is killed with whoever it started, and waited for.
+#[derive(Debug)]
+pub(super) struct Umbra {
+    pub(super) child: Child,
+    mark: String,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Umbra {
+    /// Starts `command` when it is this one's turn.
+    pub(super) fn start(mut command: Command, mark: &str) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: takes plain numbers.
+        assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }, 0);
+        let lead = || {
+            // SAFETY: a plain system call, as is allowed between fork and exec.
+            if unsafe { libc::setsid() } < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        };
+        // SAFETY: `lead` does nothing but that call.
+        unsafe { command.pre_exec(lead) };
+        let child = command.env(MARK, mark).stdin(Stdio::null()).spawn().unwrap();
+        Self { child, mark: mark.to_owned(), _turn: turn }
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits until it has ended and nobody is left of it; how it ended.
+    pub(super) fn check_it_leaves_nobody(&mut self, seen: &[Process], what: &str) -> i32 {
+        let status = code(self.child.wait().unwrap());
+        let since = Instant::now();
+        while let left = left(self.id(), &self.mark, seen)
+            && !left.is_empty()
+        {
+            assert!(since.elapsed() < LIMIT, "{what}: still there: {left:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        status
     }
 }
 
-/// `umbra run attack outlive`, in a session of its own.
-pub(super) fn outlive(mark: &str) -> Command {
-    let reports = folder(&format!("attack-{mark}"));
-    let mut command = run(&["--report-dir", reports.to_str().unwrap()], &["attack", "outlive"]);
-    command.env(MARK, mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let lead = || {
-        // SAFETY: a plain system call, as is allowed between fork and exec.
-        if unsafe { libc::setsid() } < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-    };
-    // SAFETY: `lead` does nothing but that call.
-    unsafe { command.pre_exec(lead) };
+impl Drop for Umbra {
+    fn drop(&mut self) {
+        let seen = descendants(self.id());
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let since = Instant::now();
+        while let left = left(self.id(), &self.mark, &seen)
+            && !left.is_empty()
+            && since.elapsed() < LIMIT
+        {
+            for it in left {
+                // SAFETY: takes plain numbers; a process that was there a moment ago.
+                unsafe { libc::kill(it.pid as i32, libc::SIGKILL) };
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// `umbra run attack outlive`; what it prints can be read.
+pub(super) fn outlive() -> Command {
+    let mut command = run(&["--report-dir", reports()], &["attack", "outlive"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
     command
 }
 
 /// Waits until the guest says that it spins.
-pub(super) fn wait_for_the_guest(umbra: &mut Child) {
+pub(super) fn wait_for_the_guest(umbra: &mut Umbra) {
     let mut line = String::new();
-    BufReader::new(umbra.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(umbra.child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     assert_eq!(line, "outlive: spinning\n");
 }
 
@@ -124,13 +188,12 @@ fn a_guest_that_blocks_everything_does_not_outlive_umbra() {
     }
     for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGINT] {
         let mark = format!("{}-{signal}", std::process::id());
-        let mut umbra = outlive(&mark).spawn().unwrap();
+        let mut umbra = Umbra::start(outlive(), &mark);
         wait_for_the_guest(&mut umbra);
         let (pid, seen) = (umbra.id(), descendants(umbra.id()));
         assert!(left(pid, &mark, &seen).iter().any(|it| it.pid == pid), "the search finds umbra itself");
         send(pid, signal);
-        assert_eq!(code(umbra.wait().unwrap()), 128 + signal);
-        check_nobody_is_left(pid, &mark, &seen, &format!("signal {signal}"));
+        assert_eq!(umbra.check_it_leaves_nobody(&seen, &format!("signal {signal}")), 128 + signal);
     }
 }
 
@@ -139,24 +202,43 @@ fn umbra_killed_while_it_starts_leaves_nobody() {
     if engine().is_none() {
         return;
     }
+    let mut umbra = Umbra::start(outlive(), "start");
     let began = Instant::now();
-    let mut umbra = outlive("start").spawn().unwrap();
     wait_for_the_guest(&mut umbra);
     let start = began.elapsed().min(Duration::from_millis(300));
-    send(umbra.id(), libc::SIGKILL);
-    umbra.wait().unwrap();
+    drop(umbra);
     let mut random = 0x9e37_79b9_7f4a_7c15_u64 | u64::from(std::process::id());
     for round in 0..STARTS {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
         let delay = Duration::from_micros(random % (start.as_micros() as u64 * 5 / 4 + 1));
-        let mark = format!("{}-start-{round}", std::process::id());
-        let mut umbra = outlive(&mark).stdout(Stdio::null()).spawn().unwrap();
+        let mut command = outlive();
+        command.stdout(Stdio::null());
+        let mut umbra = Umbra::start(command, &format!("{}-start-{round}", std::process::id()));
         std::thread::sleep(delay);
         let seen = descendants(umbra.id());
         send(umbra.id(), libc::SIGKILL);
-        umbra.wait().unwrap();
-        check_nobody_is_left(umbra.id(), &mark, &seen, &format!("killed after {delay:?}"));
+        umbra.check_it_leaves_nobody(&seen, &format!("killed after {delay:?}"));
     }
+}
+
+/// What the two tests above rely on, and what becomes of processes when a test fails.
+#[test]
+fn who_hides_is_found_and_killed() {
+    let mut command = Command::new("sh");
+    // Of another session, without an environment, never seen, and its parent gone.
+    command.args(["-c", "env -i setsid sleep 1000 & while ! grep -qs sleep /proc/$!/comm; do :; done"]);
+    // Nor does it keep open what this test prints to.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut umbra = Umbra::start(command, "hides");
+    let leader = umbra.id();
+    umbra.child.wait().unwrap();
+    let left = left(leader, "hides", &[]);
+    let [hidden] = &left[..] else { panic!("{left:?}") };
+    assert_eq!((hidden.name.as_str(), hidden.parent), ("sleep", std::process::id()));
+    assert_ne!(hidden.session, leader);
+    let hidden = hidden.clone();
+    drop(umbra);
+    assert!(Process::read(hidden.pid).is_none_or(|it| it.started != hidden.started || !it.is_alive()));
 }

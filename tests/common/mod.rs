@@ -13,34 +13,50 @@ use std::time::{Duration, Instant};
 use vmm::engine::kvm::host_facts;
 use vmm::engine::{EngineChoice, EngineKind};
 
-/// The engine in use: the one that `UMBRA_ENGINE` names, else KVM where its device can be used, else ptrace. Where the
-/// environment has `UMBRA_REQUIRE_KVM`, as on machines that are known to have KVM, a device that cannot be used is a failure;
-/// not so if `UMBRA_ENGINE` is ptrace.
-pub fn engine() -> EngineKind {
-    let config = vmm::cli::engine();
-    if config.choice == EngineChoice::Ptrace {
-        return EngineKind::Ptrace;
-    }
-    let obstacle = host_facts(&config.kvm_device).obstacle;
+/// What keeps `engine` from running guests here. Where the environment has `UMBRA_REQUIRE_KVM` or `UMBRA_REQUIRE_PTRACE`, as on
+/// machines that are known to have it, an obstacle to that one is a failure.
+fn obstacle(engine: EngineKind) -> Option<String> {
+    let (obstacle, required) = match engine {
+        EngineKind::Kvm => (host_facts(&vmm::cli::kvm_device()).obstacle, "UMBRA_REQUIRE_KVM"),
+        EngineKind::Ptrace => {
+            let obstacle = vmm::engine::ptrace::probe().err();
+            (obstacle.map(|error| error.to_string()), "UMBRA_REQUIRE_PTRACE")
+        }
+    };
     if let Some(obstacle) = &obstacle {
-        assert!(std::env::var_os("UMBRA_REQUIRE_KVM").is_none(), "KVM is required here: {obstacle}");
+        assert!(std::env::var_os(required).is_none(), "{engine} is required here: {obstacle}");
     }
-    match (config.choice, obstacle) {
-        (EngineChoice::Auto, Some(_)) => EngineKind::Ptrace,
-        _ => EngineKind::Kvm,
+    obstacle
+}
+
+/// The engine in use: the one that `UMBRA_ENGINE` names, else KVM where its device can be used, else ptrace. KVM is not asked for
+/// if it names ptrace.
+pub fn engine() -> EngineKind {
+    match vmm::cli::engine().choice {
+        EngineChoice::Kvm => EngineKind::Kvm,
+        EngineChoice::Ptrace => EngineKind::Ptrace,
+        EngineChoice::Auto => obstacle(EngineKind::Kvm).map_or(EngineKind::Kvm, |_| EngineKind::Ptrace),
     }
 }
 
 /// Whether guests can be run here, by the engine in use. Prints one line if not.
 pub fn guests() -> bool {
-    let obstacle = match engine() {
-        EngineKind::Kvm => host_facts(&vmm::cli::kvm_device()).obstacle,
-        EngineKind::Ptrace => vmm::engine::ptrace::probe().err().map(|error| error.to_string()),
-    };
+    has(engine())
+}
+
+/// Whether guests can be run here by `engine`, in use or not. Prints one line if not.
+pub fn has(engine: EngineKind) -> bool {
+    let obstacle = obstacle(engine);
     if let Some(obstacle) = &obstacle {
-        println!("skipped: {obstacle}");
+        println!("skipped with {engine}: {obstacle}");
     }
     obstacle.is_none()
+}
+
+/// What `--engine` takes of engines that run guests here. Prints one line for each other.
+pub fn offered() -> Vec<&'static str> {
+    let engines = [("kvm", EngineKind::Kvm), ("ptrace", EngineKind::Ptrace)];
+    engines.into_iter().filter(|(_, kind)| has(*kind)).map(|(name, _)| name).collect()
 }
 
 /// Whether guests can be run here by KVM, for tests of what no other engine has. Prints one line if not.

@@ -3,6 +3,11 @@
 //!
 //! Some errors name their cause in their own words, in the middle of a sentence that says what to do, and hand it out as
 //! their source too, so that programs can ask for it. `{:#}` of anyhow then prints it twice. This prints each cause once.
+//!
+//! And how such lines reach stderr: whoever does not read it, or has no room for it, changes nothing else.
+
+use std::fmt::Display;
+use std::io::Write;
 
 /// `what: why: why that`, without causes that what stands before them says already.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
@@ -15,6 +20,11 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
+}
+
+/// `umbra: LINE` on stderr, if somebody takes it.
+pub(crate) fn say(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "umbra: {line}");
 }
 
 #[cfg(test)]

@@ -40,6 +40,7 @@ use shadow_mmu::shadow::{AdBits, AuditReport, DirtyPages, Memslot, ShadowMmu, Sl
 use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 /// What a machine runs.
@@ -358,6 +359,10 @@ impl Host for MachineHost {
         if let Some(ksm) = self.0.sharing.get() {
             ksm.hint(&self.0.mm, range);
         }
+    }
+
+    fn cpu_time_outside(&self) -> Duration {
+        self.0.engine.cpu_time_outside()
     }
 
     fn exited(&self) {

@@ -6,7 +6,7 @@
 //! | contestant | who brings a page in |
 //! | --- | --- |
 //! | `umbra` | umbra, with fault-around as it is by default |
-//! | `kvm-demand-paging` | KVM: every spte is there before the clock starts, the memory behind them is not |
+//! | `kvm-demand-paging` | KVM: every spte is there before the clock starts, the memory behind them is not (with that engine alone) |
 //! | `userfaultfd-thread` | a thread that serves userfaultfd events, sptes as in the row above (with `-u MISSING`) |
 //! | `native` | Linux: the same program as a process |
 //!
@@ -16,6 +16,7 @@
 use super::memstress::{Memstress, Work};
 use super::phases::{Phase, measure_phases, median, selftest_time};
 use super::{Contestant, Host, Report, ratios};
+use crate::engine::EngineKind;
 use crate::engine::kvm::HostFacts;
 use crate::vm::{Tracking, WindowFill};
 use anyhow::{Result, bail};
@@ -84,17 +85,22 @@ pub fn bench_demand_paging(
             populate(Memstress::guest(config, work)?, work, options.delays())
         }
     };
-    let mut contestants = vec![
-        Contestant::required("umbra", guest(FaultAroundPolicy::Adaptive, WindowFill::Ahead)),
-        Contestant::required("kvm-demand-paging", guest(ALL_AT_ONCE, WindowFill::OnDemand)),
-    ];
+    let mut contestants =
+        vec![Contestant::required("umbra", guest(FaultAroundPolicy::Adaptive, WindowFill::Ahead))];
+    let mut missing = Vec::new();
+    match facts.engine() {
+        EngineKind::Kvm => contestants
+            .push(Contestant::required("kvm-demand-paging", guest(ALL_AT_ONCE, WindowFill::OnDemand))),
+        engine => missing.push(format!("kvm-demand-paging: guests run by {engine}, and it is KVM's")),
+    }
     if uffd.is_some() {
         let window = WindowFill::Userfaultfd(*delay);
         contestants.push(Contestant::optional("userfaultfd-thread", guest(ALL_AT_ONCE, window)));
     }
     contestants
         .push(Contestant::optional("native", || populate(Memstress::native(work)?, work, Duration::ZERO)));
-    let (rows, missing) = measure_phases(runs, contestants, progress)?;
+    let (rows, others_missing) = measure_phases(runs, contestants, progress)?;
+    missing.extend(others_missing);
 
     let overall = |name: &str| format!("{name}.{OVERALL}");
     let (umbra, kvm, thread, native) =

@@ -53,8 +53,8 @@ pub use syscall::bench_syscall;
 /// What the figures were measured on.
 #[derive(Debug, Clone, Serialize)]
 pub struct Host {
-    /// What ran the guests.
-    pub engine: EngineKind,
+    /// What ran the guests; `None` where there were none.
+    pub engine: Option<EngineKind>,
     /// What KVM runs on; `none` where it did not run them.
     pub kvm_backend: String,
     /// Kernel release.
@@ -68,7 +68,7 @@ pub struct Host {
 impl From<&HostFacts> for Host {
     fn from(facts: &HostFacts) -> Self {
         Self {
-            engine: facts.engine(),
+            engine: Some(facts.engine()),
             kvm_backend: facts.kvm_backend.to_string(),
             kernel: facts.kernel.clone(),
             cpu: facts.cpu.clone(),
@@ -131,8 +131,8 @@ impl Report {
     /// For people.
     pub fn text(&self) -> String {
         let Host { engine, kvm_backend, kernel, cpu, cpus } = &self.host;
-        let place = engine.place(kvm_backend);
-        let mut out = format!("{} {place}, Linux {kernel}, {cpu}, {cpus} CPUs\n", self.bench);
+        let place = engine.map_or_else(String::new, |engine| format!(" {}", engine.place(kvm_backend)));
+        let mut out = format!("{}{place}, Linux {kernel}, {cpu}, {cpus} CPUs\n", self.bench);
         for line in &self.lines {
             out += &format!("{line}\n");
         }

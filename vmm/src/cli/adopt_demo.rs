@@ -7,6 +7,7 @@
 //! the call has returned, and answered by a look that comes after the request. A signal to umbra or the time limit ends the
 //! guest, and the demo when it asks next: that is no broken promise, and is told apart by [`Ended`].
 
+use crate::engine::{EngineChoice, choice};
 use crate::guest::{Arguments, ExitStatus};
 use crate::reactor::{Event, Reactor, Sources, unblock_signals};
 use crate::report::{death_report, exit_code, signal_name};
@@ -277,7 +278,12 @@ fn demo(vm: &Vm, board: &mut Board) -> Result<String> {
 }
 
 /// Runs it, for at most `limit`. Ended by a signal or the limit, it has the exit status that a program has.
-pub(super) fn run(config: VmConfig, limit: Option<Duration>) -> Result<u8> {
+pub(super) fn run(mut config: VmConfig, limit: Option<Duration>) -> Result<u8> {
+    if config.engine.choice == EngineChoice::Auto {
+        // No other engine would do.
+        config.engine.choice = EngineChoice::Kvm;
+        choice::kind(&config.engine).context("adoption needs KVM")?;
+    }
     let image = guest_images::find("watcher").context("the guest of the demo is not bundled")?;
     let arguments = Arguments {
         exe: b"/watcher".to_vec(),

@@ -2,7 +2,7 @@
 //! `umbra bench`.
 
 use super::bench_ksm::{self, KsmArgs};
-use super::{choose_engine, engine, parse};
+use super::{choose_engine, parse};
 use crate::bench::{
     AgeOverhead, DemandPaging, DirtyLogWork, NotOk, Report, UffdMode, Work, bench_access_tracking, bench_age,
     bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault, bench_notifier,
@@ -226,8 +226,7 @@ enum Uffd {
 }
 
 pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
-    choose_engine(args.engine);
-    let config = engine();
+    let config = choose_engine(args.engine)?;
     let facts = match args.bench {
         // It runs no guest.
         Bench::Notifier { .. } => host_facts(&config.kvm_device),

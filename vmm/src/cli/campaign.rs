@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra inject --campaign`.
 
-use super::{Format, choose_engine, engine, parse};
-use crate::engine::{EngineChoice, EngineKind, choice};
+use super::{Format, choose_engine, parse};
+use crate::engine::{EngineChoice, choice};
 use crate::inject::campaign::{Campaign, Corruption, Deck, Progress, image_names, judge};
 use crate::reactor::{block_signals, pending_signal};
 use anyhow::{Context, Result};
@@ -103,13 +103,8 @@ pub(super) fn run(args: &CampaignArgs, format: Format) -> Result<ExitCode> {
     if args.corruption {
         deck.corruption = Corruption::Drawn;
     }
-    choose_engine(args.engine);
-    // Found out once: what each run would say of it were read as what its guest brought about.
-    let found = choice::facts(&engine())?.engine();
-    deck.engine = match found {
-        EngineKind::Kvm => args.engine,
-        EngineKind::Ptrace => Some(EngineChoice::Ptrace),
-    };
+    // Found out once, and each run is told: what it would say of it were read as what its guest brought about.
+    deck.engine = Some(choice::kind(&choose_engine(args.engine)?)?.into());
     let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
     let stop = AtomicBool::new(false);
     let campaign = Campaign {

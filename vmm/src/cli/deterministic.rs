@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The options of `umbra run` for deterministic mode, the search for a seed that fails, and the command that replays one.
 
-use super::replay;
+use super::{engine, replay};
+use crate::causes::say;
 use crate::deterministic::{Deterministic, Quantum};
+use crate::engine::choice;
 use anyhow::{Context, Result};
 use clap::Args;
 use std::ffi::OsString;
@@ -213,9 +215,12 @@ pub(super) enum Stdin {
 /// Tells the command that runs the same again.
 pub(super) fn tell_replay(seed: u64, words: usize, stdin: Stdin) {
     let argv: Vec<OsString> = std::env::args_os().collect();
-    let command = replay::command(&argv, words, seed);
+    let config = engine();
+    // It ran, so this is known.
+    let engine = choice::kind(&config).map_or(config.choice, Into::into);
+    let command = replay::command(&argv, words, engine, seed);
     let input = if stdin == Stdin::Empty { " < /dev/null" } else { "" };
-    eprintln!("umbra: to replay it: {command}{input}");
+    say(format_args!("to replay it: {command}{input}"));
 }
 
 /// A seed of 32 bits, which is easier to pass on than one of 64.

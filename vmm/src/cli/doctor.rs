@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `umbra doctor`.
 
-use super::kvm_device;
+use super::{ENGINE, engine_of_environment, kvm_device};
 use crate::causes::one_line;
 use crate::engine::kvm::{Effort, FlushReport, HostFacts, KvmVm, host_facts};
-use crate::engine::{EngineKind, ptrace};
+use crate::engine::{EngineChoice, EngineKind, ptrace};
 use crate::report::write_host;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -16,11 +16,12 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// Say what this host offers: which engines can run guests; of KVM what it runs on, capabilities, and which ways to flush
-/// translations work.
+/// Say what this host offers: which engines can run guests, and what to do about the other; of KVM also what it runs on, its
+/// capabilities, and which ways to flush translations work.
 ///
-/// The flush methods are tried, not looked up: two vCPUs write through an entry while it is changed. So is ptrace: a process is
-/// traced. Exit status 0 if guests can be run, by whatever engine, 1 if not.
+/// Nothing is looked up that can be tried. Of KVM the flush methods: two vCPUs write through an entry while it is changed. Of ptrace
+/// a process for a guest: it is started, emptied and traced. Exit status 0 if guests can be run by the engine that UMBRA_ENGINE
+/// asks for, or else by whatever engine; 1 if not.
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
     /// Times each flush method is tried with each kind of change.
@@ -50,7 +51,7 @@ impl From<Option<String>> for Usable {
 
 #[derive(Debug, Serialize)]
 struct Report {
-    /// What `--engine auto` takes.
+    /// What runs guests where no `--engine` says which.
     engine: Option<EngineKind>,
     kvm: Usable,
     ptrace: Usable,
@@ -58,7 +59,7 @@ struct Report {
     device: String,
     host: HostFacts,
     flush: Option<FlushReport>,
-    /// Which mappings of umbra's own process could be shown to a guest (userfaultfd).
+    /// Which mappings of umbra's own process could be shown to a guest: by KVM, with userfaultfd.
     adoptable: Option<&'static str>,
     /// What keeps guests from running, or would make them slow, and what to do about it.
     advice: Vec<String>,
@@ -79,20 +80,17 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         },
     };
     let no_ptrace = ptrace::probe().err().map(|error| error.to_string());
-    let engine = match (&no_kvm, &no_ptrace) {
-        (None, _) => Some(EngineKind::Kvm),
-        (_, None) => Some(EngineKind::Ptrace),
-        _ => None,
-    };
     let mut advice = Vec::new();
-    let adoptable = match watchable() {
-        Ok(Watchable::EveryKind) => Some("every kind"),
-        Ok(Watchable::NoFiles) => Some("anonymous and shared memory, no files"),
-        Err(error) => {
+    let adoptable = match no_kvm.is_none().then(watchable) {
+        None => None,
+        Some(Ok(Watchable::EveryKind)) => Some("every kind"),
+        Some(Ok(Watchable::NoFiles)) => Some("anonymous and shared memory, no files"),
+        Some(Err(error)) => {
             advice.push(format!("mappings of the host cannot be adopted: {error}"));
             None
         }
     };
+    let engine = in_use(no_kvm.is_none(), no_ptrace.is_none(), &mut advice);
     advice.extend(no_kvm.clone());
     advice.extend(no_ptrace.as_ref().map(|obstacle| format!("ptrace: {obstacle}")));
     if engine == Some(EngineKind::Ptrace) {
@@ -119,6 +117,29 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         write!(out, "{}", text(&report))?;
     }
     Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The engine that the environment asks for, if it can be had; of `Auto`, the first that can.
+fn in_use(kvm: bool, ptrace: bool, advice: &mut Vec<String>) -> Option<EngineKind> {
+    let choice = match engine_of_environment() {
+        Ok(choice) => choice,
+        Err(refusal) => {
+            advice.push(refusal.to_string());
+            return None;
+        }
+    };
+    let usable = [(EngineKind::Kvm, kvm), (EngineKind::Ptrace, ptrace)].map(|(kind, is)| is.then_some(kind));
+    let mut usable = usable.into_iter().flatten();
+    let first = usable.clone().next();
+    if choice == EngineChoice::Auto {
+        return first;
+    }
+    let asked = usable.find(|&kind| choice == kind.into());
+    if let (None, Some(other)) = (asked, first) {
+        advice
+            .push(format!("{ENGINE} is {choice}, which cannot be used: unset it, and guests run by {other}"));
+    }
+    asked
 }
 
 fn probe(rounds: u32) -> Result<FlushReport> {
@@ -166,8 +187,10 @@ fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
             if flush.a_bit_needs_flush { "only after a flush" } else { "without a flush" }
         )?;
     }
-    if let Some(kinds) = report.adoptable {
-        writeln!(out, "adoption  mappings of {kinds} can be watched (userfaultfd)")?;
+    match report.adoptable {
+        Some(kinds) => writeln!(out, "adoption  mappings of {kinds} can be watched (userfaultfd)")?,
+        None if !report.kvm.usable => writeln!(out, "adoption  needs KVM")?,
+        None => {}
     }
     for line in &report.advice {
         writeln!(out, "advice    {line}")?;

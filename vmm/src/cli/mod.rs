@@ -27,7 +27,7 @@ mod reports;
 mod run;
 mod trace;
 
-use crate::causes::one_line;
+use crate::causes::{one_line, say};
 use crate::engine::{EngineChoice, EngineConfig};
 use crate::inject::Waits;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
@@ -44,7 +44,7 @@ pub const KVM_DEVICE: &str = "UMBRA_KVM_DEVICE";
 /// Environment variable with the engine that is used where no option says which.
 pub const ENGINE: &str = "UMBRA_ENGINE";
 
-/// Run a static Linux program in ring 3, under KVM or traced, on page tables that umbra writes itself.
+/// Run a static Linux program on page tables that umbra writes itself: under KVM, or as a traced process.
 #[derive(Debug, Parser)]
 #[command(name = "umbra", version, propagate_version = true, max_term_width = 100, after_help = EXAMPLES)]
 struct Cli {
@@ -56,13 +56,15 @@ const EXAMPLES: &str = "\
 Examples:
   umbra run hello                         a bundled guest; `umbra images` lists them
   umbra run --stats ./my-static-program   any static x86-64 ELF, with numbers at the end
-  umbra run --adopt-demo                  what a guest sees of memory that umbra takes away
+  umbra run --engine ptrace hello         the same without KVM: as a traced process
+  umbra run --adopt-demo                  what a guest sees of memory that umbra takes away (KVM)
   umbra doctor                            what this host offers, and what to do about the rest
   umbra bench fault --json                what a page fault costs here
   umbra inject oom-at-5th -- run ./prog   what a program does when its fifth mmap fails
 
-Set RUST_LOG=debug to see more, UMBRA_KVM_DEVICE to use another device than /dev/kvm, UMBRA_ENGINE
-to kvm or ptrace to have guests run by that engine where no --engine says which.";
+Guests run under KVM where it can be used, else by ptrace, which is said. UMBRA_ENGINE=kvm or ptrace
+asks for one where no --engine does. RUST_LOG=debug shows more; UMBRA_KVM_DEVICE names another
+device than /dev/kvm.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -89,29 +91,42 @@ pub fn kvm_device() -> PathBuf {
 }
 
 /// The engine to use: what the command line said, or else the environment.
+///
+/// # Panics
+/// [`ENGINE`] names no engine, and no command line said another, as commands of umbra's own find out first.
 pub fn engine() -> EngineConfig {
-    // `main` has refused what makes no sense.
-    let choice = CHOSEN.get().copied().unwrap_or_else(|| engine_of_environment().unwrap_or_default());
+    let of_environment = || engine_of_environment().unwrap_or_else(|refusal| panic!("{refusal}"));
+    let choice = CHOSEN.get().copied().unwrap_or_else(of_environment);
     EngineConfig { choice, kvm_device: kvm_device() }
 }
+
+/// The environment names no engine.
+#[derive(Debug, thiserror::Error)]
+#[error("{ENGINE} is `{0}`: set it to auto, kvm or ptrace, or not at all")]
+struct NoEngine(String);
 
 /// What `--engine` said, if anything; for [`engine`].
 static CHOSEN: OnceLock<EngineChoice> = OnceLock::new();
 
-/// Has [`engine`] be `choice`, where there is one.
-fn choose_engine(choice: Option<EngineChoice>) {
-    if let Some(choice) = choice {
-        let _ = CHOSEN.set(choice);
+/// Has [`engine`] be `choice`, where there is one, and the environment's where there is none; which is returned.
+fn choose_engine(choice: Option<EngineChoice>) -> Result<EngineConfig, NoEngine> {
+    match choice {
+        Some(choice) => {
+            let _ = CHOSEN.set(choice);
+        }
+        None => {
+            engine_of_environment()?;
+        }
     }
+    Ok(engine())
 }
 
-fn engine_of_environment() -> Result<EngineChoice, String> {
+fn engine_of_environment() -> Result<EngineChoice, NoEngine> {
     let Some(value) = std::env::var_os(ENGINE).filter(|value| !value.is_empty()) else {
         return Ok(EngineChoice::Auto);
     };
     let value = value.to_string_lossy();
-    EngineChoice::from_str(&value, false)
-        .map_err(|_| format!("{ENGINE} is `{value}`: set it to auto, kvm or ptrace, or not at all"))
+    EngineChoice::from_str(&value, false).map_err(|_| NoEngine(value.into_owned()))
 }
 
 /// Runs the command that the process was started with.
@@ -122,10 +137,6 @@ pub fn main() -> ExitCode {
         .format_timestamp(None)
         .init();
     let command = parse_words(std::env::args_os().collect()).command;
-    if let Err(refusal) = engine_of_environment() {
-        eprintln!("umbra: {refusal}");
-        return ExitCode::from(2);
-    }
     let result = match command {
         Command::Run(args) => run::run(*args, &Faults::default(), &Waits::default()),
         Command::Images(args) => images::run(&args),
@@ -139,9 +150,9 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // One line, causes and all; a broken pipe is the reader's decision and no news.
             if !is_broken_pipe(&error) {
-                eprintln!("umbra: {}", one_line(&error));
+                say(one_line(&error));
             }
-            ExitCode::from(FAILED)
+            ExitCode::from(if error.is::<NoEngine>() { 2 } else { FAILED })
         }
     }
 }

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The command line that runs the same again: umbra's own, with the seed, in words that a shell reads back as they are.
+//! The command line that runs the same again: umbra's own, with the engine and the seed, in words that a shell reads back as they are.
 
+use crate::engine::EngineChoice;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-/// Options that say which seeds; the replay has one of its own.
-const SEEDS: [&str; 2] = ["--seed", "--seeds"];
+/// Options that say which engine and seeds; the replay has its own, for elsewhere `auto` and the environment may say another.
+const REPLACED: [&str; 3] = ["--engine", "--seed", "--seeds"];
 
-/// `argv`, the last `words` of which are the program's, with `seed` and no other.
-pub(super) fn command(argv: &[OsString], words: usize, seed: u64) -> String {
+/// `argv`, the last `words` of which are the program's, with `engine` and `seed` and no others.
+pub(super) fn command(argv: &[OsString], words: usize, engine: EngineChoice, seed: u64) -> String {
     let (options, program) = argv.split_at(argv.len().saturating_sub(words));
     // What ends the options stays at their end.
     let (options, end) = match options.split_last() {
@@ -19,16 +20,16 @@ pub(super) fn command(argv: &[OsString], words: usize, seed: u64) -> String {
     let mut options = options.iter();
     while let Some(option) = options.next() {
         let name = option.as_bytes().split(|byte| *byte == b'=').next().unwrap_or_default();
-        if SEEDS.iter().any(|seeds| seeds.as_bytes() == name) {
+        if REPLACED.iter().any(|replaced| replaced.as_bytes() == name) {
             if name.len() == option.len() {
                 // Its value is a word of its own.
                 options.next();
             }
             continue;
         }
-        kept.push(quote(option));
-        if option == "--deterministic" {
-            kept.push(format!("--seed {seed}"));
+        match option == "--deterministic" {
+            true => kept.push(format!("--engine {engine} --deterministic --seed {seed}")),
+            false => kept.push(quote(option)),
         }
     }
     kept.extend(end);
@@ -69,7 +70,7 @@ mod tests {
             (
                 &["umbra", "run", "--deterministic", "race", "exits"][..],
                 2,
-                "umbra run --deterministic --seed 7 race exits",
+                "umbra run --engine ptrace --deterministic --seed 7 race exits",
             ),
             (
                 &[
@@ -85,20 +86,30 @@ mod tests {
                     "race",
                 ],
                 1,
-                "./umbra run --memory 4M --deterministic --seed 7 --quantum=steps -- race",
+                "./umbra run --memory 4M --engine ptrace --deterministic --seed 7 --quantum=steps -- race",
             ),
             (
-                &["umbra", "run", "--engine", "ptrace", "--deterministic", "race"],
-                1,
-                "umbra run --engine ptrace --deterministic --seed 7 race",
+                &[
+                    "umbra",
+                    "run",
+                    "--engine",
+                    "auto",
+                    "--deterministic",
+                    "--engine=auto",
+                    "race",
+                    "--engine",
+                    "x",
+                ],
+                3,
+                "umbra run --engine ptrace --deterministic --seed 7 race --engine x",
             ),
             (
                 &["umbra", "run", "--deterministic", "--seeds=1..2", "./a b", "--seed", "it's", ""],
                 4,
-                r"umbra run --deterministic --seed 7 './a b' --seed 'it'\''s' ''",
+                r"umbra run --engine ptrace --deterministic --seed 7 './a b' --seed 'it'\''s' ''",
             ),
         ] {
-            assert_eq!(command(&words(argv), program, 7), replay);
+            assert_eq!(command(&words(argv), program, EngineChoice::Ptrace, 7), replay);
         }
     }
 

@@ -22,6 +22,7 @@ use shadow_mmu::inject::Faults;
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::ffi::OsString;
+use std::io::{Write, stderr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -90,7 +91,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "DIR")]
     report_dir: Option<PathBuf>,
     /// Instead of a program, show a guest memory of umbra's own, and unmap, move and discard it behind the guest's back;
-    /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must.
+    /// say at each step what was done and what the guest saw. Exits with 125 if the guest saw anything else than it must. Needs KVM.
     #[arg(long, conflicts_with_all = [
         "program", "guests", "ksm", "stats", "audit", "env", "age", "wss", "heatmap", "dirty_rate", "dirty_log", "dirty_method"
     ])]
@@ -122,7 +123,7 @@ pub(super) fn run(args: RunArgs, faults: &Faults, waits: &Waits) -> Result<ExitC
         eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
         return Ok(ExitCode::from(2));
     }
-    choose_engine(args.engine);
+    choose_engine(args.engine)?;
     let shows_one = args.age.given().or(args.dirty.given()).or(args.trace.given());
     let refusal = args.guests.refusal(shows_one, args.memory);
     let count = args.guests.count();
@@ -275,7 +276,8 @@ fn run_traced(
     })?;
     let observed = observers.finish(&fleet, &reactor)?;
     for (number, vm) in fleet.left() {
-        eprint!("{}", endings.note(number, &vm, observed.aging));
+        // Who does not read it misses nothing else; nor of what follows.
+        let _ = write!(stderr(), "{}", endings.note(number, &vm, observed.aging));
         drop(fleet.take(number));
         match &checker {
             Some(checker) => checker.last_look(number, vm),
@@ -283,13 +285,13 @@ fn run_traced(
         }
     }
     if let Some(report) = observed.shared.as_ref().and_then(|shared| shared.report.as_ref()) {
-        eprint!("{report}");
+        let _ = write!(stderr(), "{report}");
     }
     if let Some(format) = args.stats {
         let audit = checker.as_ref().and_then(Checker::stats);
         let shared = observed.shared.map(|shared| shared.stats);
         let told = deterministic.map(Deterministic::summary);
-        eprintln!("{}", endings.stats(format, shared, audit, told)?);
+        let _ = writeln!(stderr(), "{}", endings.stats(format, shared, audit, told)?);
     }
     if let Some(checker) = checker {
         checker.finish()?;

@@ -405,15 +405,18 @@ impl Baton {
         self.entries.load(Ordering::Acquire)
     }
 
-    /// For the watchdog: the CPU time that the holder's thread has used in its life; `None` if it cannot be in the guest.
+    /// For the watchdog: the CPU time that the holder's thread has used in its life, wherever the engine has it run; `None` if it
+    /// cannot be in the guest.
     pub(super) fn cpu_time_of_holder(&self) -> Option<Duration> {
         // Held, so that the thread cannot end and its clock go in between.
         let state = self.state.lock();
-        let clock = state.members.get(&state.holder?)?.cpu?;
+        let holder = state.members.get(&state.holder?)?;
+        let clock = holder.cpu?;
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: the kernel writes one timespec.
         let result = unsafe { libc::clock_gettime(clock, &raw mut time) };
-        (result == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+        let outside = holder.kick.as_ref().map_or(Duration::ZERO, |kick| kick.cpu_time_outside());
+        (result == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32) + outside)
     }
 
     /// For the watchdog: whether the holder was in the guest by this count.

@@ -268,6 +268,40 @@ fn a_thread_that_never_leaves_the_guest_is_interrupted_once_others_could_run() {
     assert!(order(8).1.exact);
 }
 
+/// A vCPU that some other process runs, all the time.
+#[derive(Debug)]
+struct Elsewhere {
+    kicked: Flag,
+    since: Instant,
+}
+
+impl Kick for Elsewhere {
+    fn kick(&self) {
+        self.kicked.kick();
+    }
+
+    fn cpu_time_outside(&self) -> Duration {
+        self.since.elapsed()
+    }
+}
+
+#[test]
+fn a_thread_that_another_process_runs_is_interrupted_as_well() {
+    let deterministic = mode(8);
+    let spins: Body = Box::new(|seat| {
+        let kick = Arc::new(Elsewhere { kicked: Flag::default(), since: Instant::now() });
+        seat.attach(Some(Arc::clone(&kick) as _));
+        seat.turn();
+        seat.cross_into_guest_or_back();
+        while kick.kicked.0.load(Ordering::SeqCst) == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        seat.cross_into_guest_or_back();
+    });
+    run(&deterministic, vec![spins, Box::new(|seat| seat.turn())]);
+    assert!(!deterministic.summary().exact);
+}
+
 /// As one does that is stopped, or whose host has other things to do.
 #[test]
 fn a_thread_that_the_host_does_not_run_is_not_interrupted() {

@@ -1,21 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Which engine runs a guest: the one that is asked for, or the best that this host has.
 //!
-//! `auto` takes KVM where a VM can be made and the quick probe finds a way to flush that works, ptrace otherwise. That it did is
-//! said on stderr, once a process. A frame pool that is too small is no reason to take another engine: it is said as it is.
+//! `auto` takes KVM where a VM can be made and the quick probe finds a way to flush that works, ptrace otherwise, which is said on
+//! stderr. It decides once a process and device: all later machines have that engine, and what it cannot do then is an error. A
+//! frame pool that is too small is no reason to take another engine: it is said as it is, and decides nothing.
+//!
+//! `FOUND` is locked while `auto` decides, and by nobody who holds another lock.
 
 use super::kvm::{Effort, HostFacts, KvmVm};
 use super::ptrace::PtraceVm;
-use super::{Engine, SetupError};
+use super::{Engine, EngineKind, SetupError};
+use crate::causes::{one_line, say};
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 use shadow_mmu::frame::{FramePool, FreedFrames};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, ValueEnum)]
 pub enum EngineChoice {
     /// KVM where it can be used, else ptrace, which is said.
     #[default]
@@ -36,8 +41,17 @@ impl fmt::Display for EngineChoice {
     }
 }
 
+impl From<EngineKind> for EngineChoice {
+    fn from(kind: EngineKind) -> Self {
+        match kind {
+            EngineKind::Kvm => Self::Kvm,
+            EngineKind::Ptrace => Self::Ptrace,
+        }
+    }
+}
+
 /// What an engine is made by.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EngineConfig {
     /// Which.
     pub choice: EngineChoice,
@@ -48,22 +62,58 @@ pub struct EngineConfig {
 /// Memory of an engine that nothing will run on.
 const SMALL: u64 = 4 << 20;
 
+/// What was asked for and could be had, and which engine that is.
+static FOUND: Mutex<BTreeMap<EngineConfig, EngineKind>> = Mutex::new(BTreeMap::new());
+
+fn found() -> MutexGuard<'static, BTreeMap<EngineConfig, EngineKind>> {
+    FOUND.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A machine of the engine that `config` asks for, over `pool`.
 ///
 /// # Errors
 /// It cannot be had, in one line that says what to do; for `auto`, why neither can.
 pub fn open(config: &EngineConfig, pool: Arc<FramePool>) -> Result<Arc<dyn Engine>> {
-    static TOLD: Once = Once::new();
+    let mut found = found();
+    let choice = match found.get(config) {
+        Some(&kind) => kind.into(),
+        None => config.choice,
+    };
+    if choice != EngineChoice::Auto {
+        // Nothing is left to decide.
+        drop(found);
+        let engine = make(choice, config, &pool)?;
+        self::found().insert(config.clone(), engine.kind());
+        return Ok(engine);
+    }
+    let engine = make(choice, config, &pool)?;
+    found.insert(config.clone(), engine.kind());
+    Ok(engine)
+}
+
+fn make(choice: EngineChoice, config: &EngineConfig, pool: &Arc<FramePool>) -> Result<Arc<dyn Engine>> {
     choose(
-        config.choice,
-        || Ok(kvm(config, Arc::clone(&pool))? as Arc<dyn Engine>),
+        choice,
+        || Ok(kvm(config, Arc::clone(pool))? as Arc<dyn Engine>),
         || {
             let vm =
-                PtraceVm::new(Arc::clone(&pool)).map_err(SetupError::from).context("cannot use ptrace")?;
+                PtraceVm::new(Arc::clone(pool)).map_err(SetupError::from).context("cannot use ptrace")?;
             Ok(vm as Arc<dyn Engine>)
         },
-        |notice| TOLD.call_once(|| eprintln!("umbra: {notice}")),
+        |notice| say(notice),
     )
+}
+
+/// The engine that machines of `config` have here. Found out by making one, the first time.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn kind(config: &EngineConfig) -> Result<EngineKind> {
+    let known = found().get(config).copied();
+    match known {
+        Some(kind) => Ok(kind),
+        None => Ok(facts(config)?.engine()),
+    }
 }
 
 /// What the host is, under the engine that `config` asks for, and which that is.
@@ -99,13 +149,32 @@ fn choose<T>(
     match ptrace() {
         Ok(made) => {
             tell(&format!(
-                "{no_kvm:#}. The guest runs by ptrace: it computes at full speed, page faults and changes of mappings cost more, and \
-                 adopted memory is not to be had (--engine ptrace asks for this and says nothing)"
+                "{}; running by ptrace: page faults and changes of mappings cost more (UMBRA_ENGINE=ptrace says nothing)",
+                without_advice(&no_kvm)
             ));
             Ok(made)
         }
         Err(error) if is_about_the_pool(&error) => Err(error),
-        Err(no_ptrace) => Err(anyhow!("no engine can run guests here: {no_kvm:#}; {no_ptrace:#}")),
+        Err(no_ptrace) => {
+            Err(anyhow!("no engine can run guests here: {}; {}", one_line(&no_kvm), one_line(&no_ptrace)))
+        }
+    }
+}
+
+/// What is wrong with KVM. What to do about it is for those who want KVM, and `umbra doctor` says it.
+fn without_advice(no_kvm: &anyhow::Error) -> String {
+    use super::kvm::SetupError as Kvm;
+    match no_kvm.downcast_ref() {
+        Some(SetupError::Kvm(Kvm::DeviceMissing(path))) => {
+            format!("cannot use KVM: {} does not exist", path.display())
+        }
+        Some(SetupError::Kvm(Kvm::DevicePermission(path))) => {
+            format!("cannot use KVM: no permission to open {}", path.display())
+        }
+        Some(SetupError::Kvm(Kvm::Device { path, source })) => {
+            format!("cannot use KVM: {}: {source}", path.display())
+        }
+        _ => one_line(no_kvm),
     }
 }
 
@@ -158,8 +227,43 @@ mod tests {
         assert_eq!((engine.unwrap(), told.len()), ("kvm", 0));
         let (engine, told) = made(EngineChoice::Auto, no_kvm(), Ok("ptrace"));
         assert_eq!((engine.unwrap(), told.len()), ("ptrace", 1));
-        assert!(told[0].starts_with("cannot use KVM: no device. "), "{told:?}");
+        assert!(told[0].starts_with("cannot use KVM: no device; running by ptrace: "), "{told:?}");
         assert!(told[0].contains("page faults") && !told[0].contains('\n'), "{told:?}");
+    }
+
+    #[test]
+    fn the_notice_is_one_short_line_without_advice() {
+        let path: PathBuf = "/dev/kvm".into();
+        for error in [
+            kvm::SetupError::DeviceMissing(path.clone()),
+            kvm::SetupError::DevicePermission(path.clone()),
+            kvm::SetupError::Device { path, source: std::io::Error::from_raw_os_error(libc::ENOTTY) },
+        ] {
+            let error = anyhow::Error::from(SetupError::from(error)).context("cannot use KVM");
+            let (_, told) = made(EngineChoice::Auto, Err(error), Ok("ptrace"));
+            assert!(told.len() == 1 && told[0].contains("/dev/kvm") && told[0].len() <= 180, "{told:?}");
+        }
+    }
+
+    #[test]
+    fn auto_decides_once() {
+        let config =
+            EngineConfig { choice: EngineChoice::Auto, kvm_device: "/nonexistent/decided/kvm".into() };
+        // As if KVM had been there before: that it is gone is an error, and no reason for another engine.
+        found().insert(config.clone(), EngineKind::Kvm);
+        assert_eq!(kind(&config).unwrap(), EngineKind::Kvm);
+        let error = facts(&config).unwrap_err().to_string();
+        assert_eq!(error, "cannot use KVM");
+    }
+
+    #[test]
+    fn what_auto_found_is_what_it_stays_and_a_failure_decides_nothing() {
+        let config = EngineConfig { choice: EngineChoice::Auto, kvm_device: "/nonexistent/new/kvm".into() };
+        let Ok(facts) = facts(&config) else { return assert_eq!(found().get(&config), None) };
+        assert_eq!((facts.engine(), found().get(&config)), (EngineKind::Ptrace, Some(&EngineKind::Ptrace)));
+        assert_eq!(kind(&config).unwrap(), EngineKind::Ptrace);
+        let asked = EngineConfig { choice: EngineChoice::Kvm, ..config };
+        assert!(kind(&asked).is_err() && found().get(&asked).is_none());
     }
 
     #[test]

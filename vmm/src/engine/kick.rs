@@ -39,6 +39,7 @@ use shadow_mmu::inject::Faults;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Duration;
 
 const MODE: u64 = 0b11;
 const OUTSIDE: u64 = 0;
@@ -62,7 +63,7 @@ bitflags::bitflags! {
     }
 }
 
-/// How an engine gets a vCPU out of the guest. [`RunState`] calls it, and nobody else.
+/// How an engine reaches a vCPU that runs, to get it out of the guest above all. [`RunState`] does that, and nobody else.
 pub(super) trait Interrupt: Debug + Send + Sync {
     /// The calling thread is about to enter the guest, or to find that it must not. What is stored here, with any ordering,
     /// is seen by `send`.
@@ -75,6 +76,11 @@ pub(super) trait Interrupt: Debug + Send + Sync {
     /// Undoes what `send` left behind. By the thread that entered, on its way out; only after a `send`,
     /// and then once or more.
     fn take_back(&self);
+
+    /// [`Kick::cpu_time_outside`].
+    fn cpu_time_outside(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Where a vCPU is and what others want of it.
@@ -196,6 +202,10 @@ impl Kick for Kicker {
     fn kick(&self) {
         self.faults.hit(&KICK);
         self.state.request(Requests::KICK, Some(self.lease));
+    }
+
+    fn cpu_time_outside(&self) -> Duration {
+        self.state.interrupt.cpu_time_outside()
     }
 }
 

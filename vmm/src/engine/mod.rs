@@ -20,6 +20,7 @@ use shadow_mmu::shadow::{AdBits, Prefaulted, Tlb};
 use std::fmt::{self, Debug};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 pub mod choice;
 #[cfg(test)]
@@ -108,6 +109,11 @@ pub trait Engine: Debug + Send + Sync {
 
     /// From now on `faults` decides over the engine's fault points, and over those of vCPUs that are made from now on. Once.
     fn arm(&self, faults: Faults);
+
+    /// The CPU time that all vCPUs so far have used outside umbra's process, where the engine has the guest run in another.
+    fn cpu_time_outside(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// What the host is.
     fn facts(&self) -> &HostFacts;
@@ -262,13 +268,19 @@ pub trait Vcpu: Debug + Send {
     /// [`EngineError`], also for a state that the CPU refuses.
     fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError>;
 
-    /// The handle through which other threads make [`run`](Self::run) return.
+    /// The handle by which other threads reach the vCPU.
     fn kicker(&self) -> Arc<dyn Kick>;
 }
 
-/// Makes a vCPU leave the guest.
+/// A vCPU as other threads know it: they can make it leave the guest, and see what it uses there.
 pub trait Kick: Debug + Send + Sync {
     /// The vCPU's [`run`](Vcpu::run) returns [`Exit::Kicked`] now, or at once when it is next called. Kicks are not
     /// counted: several before the next return are one. Does not wait.
     fn kick(&self);
+
+    /// The CPU time that the vCPU has used so far outside the thread that runs it, where the engine has another run the
+    /// guest: to within a tick of the host's timer, and zero once the vCPU is gone. Does not wait.
+    fn cpu_time_outside(&self) -> Duration {
+        Duration::ZERO
+    }
 }

@@ -1,30 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Whether tests can run guests. (`tests/common` has the same for tests from outside.)
 
-use super::kvm::host_facts;
-use super::{EngineChoice, EngineConfig, ptrace};
+use super::{EngineChoice, EngineConfig, EngineKind, choice};
+use crate::causes::one_line;
 
 /// The engine that tests use, as the environment has it; `None`, and one line, where it cannot run guests. Where the environment
-/// has `UMBRA_REQUIRE_KVM`, as on machines that are known to have KVM, that is a failure.
+/// has `UMBRA_REQUIRE_KVM`, as on machines that are known to have KVM, that is a failure, as is another engine that was not
+/// asked for.
 pub(crate) fn guests() -> Option<EngineConfig> {
     let config = crate::cli::engine();
-    let no_kvm = match config.choice {
-        EngineChoice::Ptrace => None,
-        EngineChoice::Auto | EngineChoice::Kvm => match host_facts(&config.kvm_device).obstacle {
-            None => return Some(config),
-            obstacle => obstacle,
-        },
-    };
-    if let Some(obstacle) = &no_kvm {
-        assert!(std::env::var_os("UMBRA_REQUIRE_KVM").is_none(), "KVM is required here: {obstacle}");
+    let kind = choice::kind(&config);
+    let required = config.choice != EngineChoice::Ptrace && std::env::var_os("UMBRA_REQUIRE_KVM").is_some();
+    assert!(!required || matches!(kind, Ok(EngineKind::Kvm)), "KVM is required here: {kind:?}");
+    match kind {
+        Ok(kind) => Some(EngineConfig { choice: kind.into(), ..config }),
+        Err(error) => {
+            println!("skipped: {}", one_line(&error));
+            None
+        }
     }
-    let no_ptrace = match config.choice {
-        EngineChoice::Kvm => None,
-        EngineChoice::Auto | EngineChoice::Ptrace => match ptrace::probe() {
-            Ok(()) => return Some(EngineConfig { choice: EngineChoice::Ptrace, ..config }),
-            Err(error) => Some(error.to_string()),
-        },
-    };
-    println!("skipped: {}", no_kvm.into_iter().chain(no_ptrace).collect::<Vec<_>>().join("; "));
-    None
 }

@@ -2,11 +2,15 @@
 //! The time that a process lives in: the host's, or a virtual one that goes on as the scheduler of deterministic mode says.
 //! Everything in `guest/` that reads a clock asks its process's, so there is one way for both.
 //!
+//! Used CPU time is that of umbra's process or of the calling thread in it, and what the engine had the guest use outside of that.
+//! The latter counts as user mode: the guest's system calls are umbra's work.
+//!
 //! In virtual time every clock goes at the same pace. CLOCK_REALTIME starts at [`START`], CLOCK_TAI 37 s ahead of it, and the
 //! others at 0; the process has used all of that time itself, in user mode.
 
 use super::errno::Errno;
 use super::host::{self, ClockQuery};
+use super::thread::Thread;
 use super::uaccess::Record;
 use crate::deterministic::{START, VirtualClock};
 use std::sync::Arc;
@@ -36,9 +40,18 @@ impl Clock {
         }
     }
 
-    /// Asks clock `number`, which exists; (seconds, nanoseconds).
-    pub(super) fn query(&self, number: i32, query: ClockQuery) -> Result<(i64, i64), Errno> {
-        let Self::Virtual(clock) = self else { return host::clock(number, query) };
+    /// Asks clock `number`, which exists, for `t`; (seconds, nanoseconds).
+    pub(super) fn query(&self, t: &Thread, number: i32, query: ClockQuery) -> Result<(i64, i64), Errno> {
+        let Self::Virtual(clock) = self else {
+            let (seconds, nanoseconds) = host::clock(number, query)?;
+            let whose = match (number, query) {
+                (libc::CLOCK_PROCESS_CPUTIME_ID, ClockQuery::Time) => libc::RUSAGE_SELF,
+                (libc::CLOCK_THREAD_CPUTIME_ID, ClockQuery::Time) => libc::RUSAGE_THREAD,
+                _ => return Ok((seconds, nanoseconds)),
+            };
+            let used = Duration::new(seconds as u64, nanoseconds as u32) + cpu_time_outside(t, whose);
+            return Ok((used.as_secs() as i64, used.subsec_nanos().into()));
+        };
         if query == ClockQuery::Resolution {
             return Ok((0, 1));
         }
@@ -51,29 +64,50 @@ impl Clock {
         Ok((epoch + elapsed.as_secs() as i64, elapsed.subsec_nanos().into()))
     }
 
-    /// `struct tms` as its 32 bytes, and the ticks that `times` returns.
-    pub(super) fn times(&self) -> Result<([u8; 32], u64), Errno> {
-        let Self::Virtual(clock) = self else { return host::times() };
+    /// `struct tms` as its 32 bytes, for `t`, and the ticks that `times` returns.
+    pub(super) fn times(&self, t: &Thread) -> Result<([u8; 32], u64), Errno> {
+        let Self::Virtual(clock) = self else {
+            let (tms, now) = host::times()?;
+            let mut record = Record(tms);
+            record.put_u64(0, record.u64(0) + ticks(cpu_time_outside(t, libc::RUSAGE_SELF)));
+            return Ok((record.0, now));
+        };
         let ticks = ticks(clock.elapsed());
         let mut record = Record::<32>::zeroed();
         record.put_u64(0, ticks);
         Ok((record.0, ticks))
     }
 
-    /// `struct rusage` as its 144 bytes.
-    pub(super) fn rusage(&self, who: i32) -> Result<[u8; 144], Errno> {
-        let Self::Virtual(clock) = self else { return host::rusage(who) };
+    /// `struct rusage` as its 144 bytes, for `t`.
+    pub(super) fn rusage(&self, t: &Thread, who: i32) -> Result<[u8; 144], Errno> {
+        let Self::Virtual(clock) = self else {
+            let mut record = Record(host::rusage(who)?);
+            let own = Duration::from_secs(record.u64(0)) + Duration::from_micros(record.u64(8));
+            put_timeval(&mut record, own + cpu_time_outside(t, who));
+            return Ok(record.0);
+        };
         let mut record = Record::<144>::zeroed();
         match who {
-            libc::RUSAGE_SELF | libc::RUSAGE_THREAD => {
-                let used = clock.elapsed();
-                record.put_u64(0, used.as_secs()).put_u64(8, used.subsec_micros().into());
-            }
+            libc::RUSAGE_SELF | libc::RUSAGE_THREAD => put_timeval(&mut record, clock.elapsed()),
             libc::RUSAGE_CHILDREN => {}
             _ => return Err(Errno::EINVAL),
         }
         Ok(record.0)
     }
+}
+
+/// What was used outside umbra's process by those whom `who` of getrusage(2) means.
+fn cpu_time_outside(t: &Thread, who: i32) -> Duration {
+    match who {
+        libc::RUSAGE_SELF => t.process.host().cpu_time_outside(),
+        libc::RUSAGE_THREAD => t.waker.cpu_time_outside(),
+        _ => Duration::ZERO,
+    }
+}
+
+/// Sets `ru_utime`.
+fn put_timeval(rusage: &mut Record<144>, time: Duration) {
+    rusage.put_u64(0, time.as_secs()).put_u64(8, time.subsec_micros().into());
 }
 
 fn ticks(time: Duration) -> u64 {
@@ -84,7 +118,7 @@ fn ticks(time: Duration) -> u64 {
 mod tests {
     use super::*;
     use crate::deterministic::PID;
-    use crate::guest::testing::Fixture;
+    use crate::guest::testing::{Fixture, USED_OUTSIDE_BY_PROCESS, USED_OUTSIDE_BY_THREAD};
 
     /// What a program can read of time, chance and itself.
     fn readings(seed: u64) -> Vec<Vec<u8>> {
@@ -140,6 +174,28 @@ mod tests {
         assert!((START + 3600..START + 3610).contains(&number(25)), "the sleep took an hour");
         let pid = i64::from_le_bytes(first[34][..8].try_into().unwrap());
         assert_eq!(pid, i64::from(PID));
+    }
+
+    #[test]
+    fn what_the_engine_used_outside_counts() {
+        let fixture = Fixture::new();
+        let at = fixture.map_pages(1);
+        let read = |number: i64, args: &[u64]| {
+            assert!(fixture.main.call(number, args) >= 0);
+            fixture.user().read_u64(at).unwrap()
+        };
+        let (process, thread) = (USED_OUTSIDE_BY_PROCESS.as_secs(), USED_OUTSIDE_BY_THREAD.as_secs());
+        let clock = |number: i32| read(libc::SYS_clock_gettime, &[number as u64, at]);
+        let rusage = |who: i32| read(libc::SYS_getrusage, &[who as u64, at]);
+        let about = |used: u64| used..used + 1000;
+        assert!(about(process).contains(&clock(libc::CLOCK_PROCESS_CPUTIME_ID)));
+        assert!(about(thread).contains(&clock(libc::CLOCK_THREAD_CPUTIME_ID)));
+        assert!(about(process).contains(&rusage(libc::RUSAGE_SELF)));
+        assert!(about(thread).contains(&rusage(libc::RUSAGE_THREAD)));
+        assert!(about(0).contains(&rusage(libc::RUSAGE_CHILDREN)));
+        assert!(about(process).contains(&(read(libc::SYS_times, &[at]) / TICKS_A_SECOND as u64)));
+        let resolution = read(libc::SYS_clock_getres, &[libc::CLOCK_PROCESS_CPUTIME_ID as u64, at]);
+        assert_eq!(resolution, 0, "it is the host's");
     }
 
     #[test]

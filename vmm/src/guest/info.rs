@@ -112,7 +112,7 @@ pub(super) fn setrlimit(t: &mut Thread, resource: u32, new: u64) -> SysResult {
 }
 
 pub(super) fn getrusage(t: &mut Thread, who: i32, into: u64) -> SysResult {
-    t.process.user().write(into, &t.process.clock().rusage(who)?)?;
+    t.process.user().write(into, &t.process.clock().rusage(t, who)?)?;
     Ok(0)
 }
 
@@ -129,7 +129,7 @@ pub(super) fn uname(t: &mut Thread, into: u64) -> SysResult {
 
 /// `struct sysinfo`: the machine's memory is the frame pool.
 pub(super) fn sysinfo(t: &mut Thread, into: u64) -> SysResult {
-    let (uptime, _) = t.process.clock().query(libc::CLOCK_BOOTTIME, ClockQuery::Time)?;
+    let (uptime, _) = t.process.clock().query(t, libc::CLOCK_BOOTTIME, ClockQuery::Time)?;
     let pool = t.process.mm().pool().stats();
     let mut record = Record::<112>::zeroed();
     record.put_i64(0, uptime);

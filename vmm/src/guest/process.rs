@@ -32,6 +32,7 @@ use shadow_mmu::sync::{Mutex, MutexGuard};
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// The death of a process by a signal, as the thread saw it that died first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +78,9 @@ pub trait Host: Debug + Send + Sync {
 
     /// These whole pages were just filled from a file. Others may have the same (KSM++, USENIX ATC 2013).
     fn filled(&self, range: HvaRange);
+
+    /// The CPU time that the process's threads have used outside umbra's own process, those that ended included.
+    fn cpu_time_outside(&self) -> Duration;
 }
 
 /// What a process is made of.

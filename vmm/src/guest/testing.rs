@@ -30,12 +30,20 @@ enum Command {
     Kick,
 }
 
+/// The CPU time that the fake engine says each thread used outside this process: more than a test does inside.
+pub(super) const USED_OUTSIDE_BY_THREAD: Duration = Duration::from_secs(1_000_000);
+/// The same of all threads.
+pub(super) const USED_OUTSIDE_BY_PROCESS: Duration = Duration::from_secs(3_000_000);
+
 #[derive(Debug)]
 struct FakeKick(Mutex<Sender<Command>>);
 
 impl Kick for FakeKick {
     fn kick(&self) {
         let _ = self.0.lock().send(Command::Kick);
+    }
+    fn cpu_time_outside(&self) -> Duration {
+        USED_OUTSIDE_BY_THREAD
     }
 }
 
@@ -225,6 +233,9 @@ impl Host for FakeHost {
     }
     fn filled(&self, range: HvaRange) {
         self.filled.lock().push(range);
+    }
+    fn cpu_time_outside(&self) -> Duration {
+        USED_OUTSIDE_BY_PROCESS
     }
 }
 

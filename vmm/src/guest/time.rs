@@ -50,7 +50,7 @@ pub(super) fn deadline_after(t: &Thread, time: Timespec) -> Option<Instant> {
 
 /// The deadline at `time` on `clock`.
 pub(super) fn deadline_at(t: &Thread, clock: i32, time: Timespec) -> Result<Option<Instant>, Errno> {
-    let (seconds, nanoseconds) = t.process.clock().query(clock, ClockQuery::Time)?;
+    let (seconds, nanoseconds) = t.process.clock().query(t, clock, ClockQuery::Time)?;
     // A clock before its epoch is as good as one at it: every deadline is ahead.
     let now = Duration::new(u64::try_from(seconds).unwrap_or(0), nanoseconds as u32);
     Ok(deadline_after(t, Timespec(time.0.saturating_sub(now))))
@@ -69,7 +69,7 @@ fn check_clock(clock: i32) -> Result<(), Errno> {
 
 pub(super) fn clock_query(t: &Thread, clock: i32, into: u64, query: ClockQuery) -> SysResult {
     check_clock(clock)?;
-    let (seconds, nanoseconds) = t.process.clock().query(clock, query)?;
+    let (seconds, nanoseconds) = t.process.clock().query(t, clock, query)?;
     if into != 0 || query == ClockQuery::Time {
         t.process.user().write(into, &record(seconds, nanoseconds).0)?;
     }
@@ -78,7 +78,7 @@ pub(super) fn clock_query(t: &Thread, clock: i32, into: u64, query: ClockQuery) 
 
 pub(super) fn gettimeofday(t: &Thread, time: u64, zone: u64) -> SysResult {
     if time != 0 {
-        let (seconds, nanoseconds) = t.process.clock().query(libc::CLOCK_REALTIME, ClockQuery::Time)?;
+        let (seconds, nanoseconds) = t.process.clock().query(t, libc::CLOCK_REALTIME, ClockQuery::Time)?;
         t.process.user().write(time, &record(seconds, nanoseconds / 1000).0)?;
     }
     if zone != 0 {
@@ -88,7 +88,7 @@ pub(super) fn gettimeofday(t: &Thread, time: u64, zone: u64) -> SysResult {
 }
 
 pub(super) fn time(t: &Thread, into: u64) -> SysResult {
-    let (seconds, _) = t.process.clock().query(libc::CLOCK_REALTIME_COARSE, ClockQuery::Time)?;
+    let (seconds, _) = t.process.clock().query(t, libc::CLOCK_REALTIME_COARSE, ClockQuery::Time)?;
     if into != 0 {
         t.process.user().write_u64(into, seconds as u64)?;
     }
@@ -96,7 +96,7 @@ pub(super) fn time(t: &Thread, into: u64) -> SysResult {
 }
 
 pub(super) fn times(t: &Thread, into: u64) -> SysResult {
-    let (tms, ticks) = t.process.clock().times()?;
+    let (tms, ticks) = t.process.clock().times(t)?;
     if into != 0 {
         t.process.user().write(into, &tms)?;
     }

@@ -24,7 +24,7 @@ use crate::engine::Kick;
 use shadow_mmu::sync::{Arc, Condvar, Mutex};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Why [`Waker::park`] returned.
@@ -91,6 +91,12 @@ impl Waker {
             seat.attach(None);
         }
         self.state.lock().kick = None;
+    }
+
+    /// The CPU time that the thread has used in the guest and not as the host's thread that it is.
+    pub(super) fn cpu_time_outside(&self) -> Duration {
+        let kick = self.state.lock().kick.clone();
+        kick.map_or(Duration::ZERO, |kick| kick.cpu_time_outside())
     }
 
     /// Whether the thread should look at its signals before it goes on.
@@ -247,7 +253,6 @@ impl Waker {
 mod tests {
     use super::*;
     use std::thread;
-    use std::time::Duration;
 
     const SOON: Duration = Duration::from_millis(20);
 

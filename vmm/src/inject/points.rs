@@ -6,10 +6,10 @@
 use shadow_mmu::inject::{Addressed, Effects, Outcome, Point, Scope};
 use std::time::Duration;
 
-/// KVM_RUN.
+/// KVM_RUN, or PTRACE_SYSEMU.
 pub static VCPU_RUN: Point = Point {
     name: "vcpu-run",
-    place: "a vCPU enters the guest (KVM_RUN)",
+    place: "a vCPU enters the guest (KVM_RUN; by ptrace PTRACE_SYSEMU)",
     models: "signals that come all the time, a host that is short of memory, a broken KVM",
     promise: "EINTR and EAGAIN: the vCPU enters again. ENOMEM: it tries for about a second. EFAULT, ENOMEM for longer, and an exit \
               that no guest can cause: the run ends with 125 and a report in a file",
@@ -25,11 +25,11 @@ pub static VCPU_RUN: Point = Point {
     addressed: Addressed::No,
 };
 
-/// Registers are handed to KVM in the page shared with it.
+/// Registers are handed to KVM in the page shared with it, or to ptrace.
 pub static SYNC_REGS: Point = Point {
     name: "sync-regs",
-    place: "KVM takes a vCPU's registers from the shared page",
-    models: "a KVM that refuses registers (KVM_CAP_SYNC_REGS)",
+    place: "the engine takes a vCPU's registers (KVM's shared page; by ptrace PTRACE_SETREGS)",
+    models: "a host that refuses registers (KVM_CAP_SYNC_REGS)",
     promise: "the run ends with 125 and a report in a file",
     errors: &[(libc::EINVAL, Outcome::RunFails)],
     effects: Effects::WAIT,
@@ -51,12 +51,13 @@ pub static KICK: Point = Point {
     addressed: Addressed::No,
 };
 
-/// Pages of the window are discarded, so that KVM drops its translations of them.
+/// Pages of the window are discarded, so that KVM drops its translations of them; by ptrace, pages of the guest's process are unmapped.
 pub static WINDOW_MADVISE: Point = Point {
     name: "window-madvise",
-    place: "pages of KVM's view of the frames are discarded (madvise, process_madvise)",
+    place: "pages of KVM's view of the frames are discarded (madvise, process_madvise); by ptrace pages are unmapped",
     models: "a host that refuses: a seccomp filter, a kernel without process_madvise, no memory",
-    promise: "the method is given up for this machine, and another flushes; if none is left, the run ends with 125",
+    promise: "the method is given up for this machine, and another flushes; if none is left, the run ends with 125. By ptrace \
+              everything is unmapped instead",
     errors: &[
         (libc::EPERM, Outcome::RunFails),
         (libc::EINVAL, Outcome::RunFails),

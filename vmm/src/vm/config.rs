@@ -12,7 +12,8 @@ use shadow_mmu::shadow::{AdBits, FaultAroundPolicy, Tlb, Zapped};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How the pages of the window, the engine's view of the frames, come to be. An engine without one has nothing to fill.
+/// How the pages of the window, the engine's view of the frames, come to be. An engine without one has nothing to fill: the
+/// first two are the same to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WindowFill {
     /// As the engine needs them, and ahead of need for what a fault brought along.

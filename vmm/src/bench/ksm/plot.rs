@@ -107,7 +107,7 @@ mod tests {
 
     fn report(rows: &[(&str, f64)]) -> Report {
         let host = Host {
-            engine: crate::engine::EngineKind::Kvm,
+            engine: Some(crate::engine::EngineKind::Kvm),
             kvm_backend: "x".into(),
             kernel: "6".into(),
             cpu: "<&>".into(),

@@ -28,8 +28,8 @@ mod registers;
 pub(super) mod shortage;
 mod track;
 
-use super::kvm::host_facts;
-use super::{Engine, EngineChoice, EngineConfig, EngineKind, choice, ptrace};
+use super::{Engine, EngineChoice, EngineConfig, EngineKind, choice};
+use crate::causes::one_line;
 use guest::Guest;
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use std::sync::Arc;
@@ -38,20 +38,20 @@ use std::sync::Arc;
 /// `UMBRA_REQUIRE_KVM`, that is a failure for KVM.
 fn engines() -> Vec<EngineConfig> {
     let config = crate::cli::engine();
-    let wanted = |choice| config.choice == EngineChoice::Auto || config.choice == choice;
     let mut engines = Vec::new();
-    let mut offer = |choice, obstacle: Option<String>| match obstacle {
-        None => engines.push(EngineConfig { choice, kvm_device: config.kvm_device.clone() }),
-        Some(obstacle) => println!("skipped: {obstacle}"),
-    };
-    if wanted(EngineChoice::Kvm) {
-        let obstacle = host_facts(&config.kvm_device).obstacle;
-        let required = std::env::var_os("UMBRA_REQUIRE_KVM").is_some();
-        assert!(!required || obstacle.is_none(), "KVM is required here: {obstacle:?}");
-        offer(EngineChoice::Kvm, obstacle);
-    }
-    if wanted(EngineChoice::Ptrace) {
-        offer(EngineChoice::Ptrace, ptrace::probe().err().map(|error| error.to_string()));
+    for choice in [EngineChoice::Kvm, EngineChoice::Ptrace] {
+        if config.choice != EngineChoice::Auto && config.choice != choice {
+            continue;
+        }
+        let config = EngineConfig { choice, ..config.clone() };
+        match choice::kind(&config) {
+            Ok(_) => engines.push(config),
+            Err(error) => {
+                let required = choice == EngineChoice::Kvm && std::env::var_os("UMBRA_REQUIRE_KVM").is_some();
+                assert!(!required, "KVM is required here: {}", one_line(&error));
+                println!("skipped: {}", one_line(&error));
+            }
+        }
     }
     engines
 }

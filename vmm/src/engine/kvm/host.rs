@@ -28,7 +28,7 @@ pub enum Backend {
     Shadow,
     /// No KVM module that this program knows.
     Unknown,
-    /// KVM is not in use: another engine is.
+    /// KVM is not in use: its device cannot be used, or nothing runs on it.
     None,
 }
 
@@ -86,7 +86,7 @@ pub struct HostFacts {
 }
 
 impl HostFacts {
-    /// Those of an engine that is not KVM.
+    /// Those of an engine that is not KVM, or of none.
     pub fn without_kvm() -> Self {
         Self { kvm_backend: Backend::None, ..machine_facts() }
     }
@@ -172,7 +172,7 @@ pub(super) fn open(device: &Path) -> Result<(Kvm, HostFacts), SetupError> {
 pub fn host_facts(device: &Path) -> HostFacts {
     match open(device) {
         Ok((_, facts)) => facts,
-        Err(obstacle) => HostFacts { obstacle: Some(obstacle.to_string()), ..machine_facts() },
+        Err(obstacle) => HostFacts { obstacle: Some(obstacle.to_string()), ..HostFacts::without_kvm() },
     }
 }
 
@@ -238,6 +238,7 @@ mod tests {
             "{obstacle}"
         );
         assert!(!facts.kernel.is_empty() && facts.cpus > 0);
+        assert_eq!(facts.kvm_backend, Backend::None);
     }
 
     #[test]

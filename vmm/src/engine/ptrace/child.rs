@@ -181,7 +181,7 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), Setup
     // Speculation is the guest's own affair: it has nothing in its process but itself. Before Linux 4.17 there is no such flag.
     let install =
         |flags| tracee.call(libc::SYS_seccomp, &[libc::SECCOMP_SET_MODE_FILTER as u64, flags, LIST]);
-    install(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW as u64)
+    install(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW)
         .or_else(|_| install(0))
         .map_err(SetupError::child("installing its filter (seccomp)"))?;
     pool.zero(stub.list);

@@ -11,8 +11,11 @@
 //!   traced ignores SIGURG by default, and another thread of the child swallows it. This is why it is SIGURG.
 //! * Not a real-time signal: it needs no place in a queue, and of several one is pending.
 
+use super::cpu_time;
+use super::tracee::Tracee;
 use crate::engine::kick::Interrupt;
 use std::io;
+use std::time::Duration;
 
 /// How a vCPU that is a tracee is interrupted.
 #[derive(Debug)]
@@ -54,6 +57,10 @@ impl Interrupt for TraceeInterrupt {
     }
 
     fn take_back(&self) {}
+
+    fn cpu_time_outside(&self) -> Duration {
+        cpu_time::of_thread(Tracee { pid: self.process, tid: self.thread })
+    }
 }
 
 #[cfg(test)]

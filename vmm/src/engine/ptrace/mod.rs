@@ -10,6 +10,7 @@
 //!              its stops as exceptions                                              stop.rs
 //!              its faults; reads told from writes                                   faults.rs, access.rs
 //!              ptrace(2)                                                            tracee.rs
+//!              the CPU time that it uses, and its process                           cpu_time.rs
 //!              and what is known of one that is lost                                snapshot.rs
 //! ```
 //!
@@ -30,6 +31,7 @@
 
 mod access;
 mod child;
+mod cpu_time;
 mod error;
 mod faults;
 mod interrupt;
@@ -61,6 +63,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// Entries of the TLB: a quarter of what Linux lets a process map by default (vm.max_map_count, 65,530), or of what this host does.
 const MOST_ENTRIES: usize = 16_384;
@@ -219,6 +222,10 @@ impl Engine for PtraceVm {
 
     fn arm(&self, faults: Faults) {
         let _ = self.faults.set(faults);
+    }
+
+    fn cpu_time_outside(&self) -> Duration {
+        cpu_time::of_process(self.service.worker.pid)
     }
 
     fn facts(&self) -> &HostFacts {

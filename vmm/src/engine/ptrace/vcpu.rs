@@ -14,7 +14,8 @@
 //!
 //! # Cost
 //! By `umbra bench syscall` and `umbra bench fault`. A stop and back is four system calls and two switches between threads: set
-//! registers, resume, wait, get registers; a fault has two more for what the signal says and one call in the process for the fill.
+//! registers, resume, wait, get registers; a fault has one more for what the signal says, and for the fill four more, two switches and
+//! one call in the process.
 
 use super::PtraceVm;
 use super::access::AccessDecoder;
