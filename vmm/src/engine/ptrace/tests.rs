@@ -11,8 +11,8 @@ use crate::engine::{EngineError, Exit};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
 use stub::{LIST, MAP_FLAGS, POOL_FD, STUB, STUB_END};
 
 type Guest = guest::Guest<PtraceVm>;
@@ -369,5 +369,74 @@ fn a_vcpu_that_is_dropped_by_another_thread_than_ran_it_ends_the_guest() {
         drop(other);
         drop(guest);
         release.send(()).unwrap();
+    });
+}
+
+/// A base in the kernel's half is set by the stub, before each entry; what comes meanwhile must not be dropped with it.
+#[test]
+fn no_kick_is_lost_while_the_stub_sets_bases() {
+    const KERNEL_HALF: u64 = 0xffff_8000_0000_0000;
+    const KICKS: u64 = 500;
+    let Some(guest) = guest(&COUNT) else { return };
+    guest.map_new(DATA, RW);
+    let mut vcpu = guest.vcpu();
+    vcpu.regs_mut().gs_base = KERNEL_HALF;
+    let kicker = vcpu.kicker();
+    let returned = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..KICKS {
+                assert_eq!(vcpu.run().unwrap(), Exit::Kicked);
+                assert_eq!(vcpu.regs().gs_base, KERNEL_HALF);
+                returned.store(n + 1, Ordering::SeqCst);
+            }
+        });
+        let mut delay = 0;
+        for n in 0..KICKS {
+            // At another moment of the way into the guest each time.
+            (0..delay).for_each(|_| std::hint::spin_loop());
+            delay = (delay + 17) % 1_500;
+            kicker.kick();
+            let asked = Instant::now();
+            while returned.load(Ordering::SeqCst) <= n {
+                if asked.elapsed() > Duration::from_secs(20) {
+                    // So that the other thread comes back, and the test fails there.
+                    guest.signal(libc::SIGKILL);
+                    return;
+                }
+                std::thread::yield_now();
+            }
+        }
+    });
+}
+
+/// The CPUs that a thread may use, as its status says.
+fn cpus_of(status: &str) -> String {
+    let status = fs::read_to_string(status).unwrap();
+    status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim().to_owned()
+}
+
+/// A tracer that is tied to a CPU makes threads, and so does the worker, which is tied while it works.
+#[test]
+fn threads_are_not_tied_because_who_made_them_was() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    let all = cpus_of("/proc/self/status");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut stops_often = guest.vcpu();
+            for _ in 0..500 {
+                start(&mut stops_often);
+                assert_eq!(stops_often.run().unwrap(), Exit::Syscall);
+            }
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut vcpu = guest.vcpu();
+                    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+                    assert_eq!(cpus_of("/proc/thread-self/status"), all);
+                    let tracee = format!("/proc/{0}/task/{1}/status", guest.pid(), vcpu.tid());
+                    assert_eq!(cpus_of(&tracee), all);
+                });
+            });
+        });
     });
 }

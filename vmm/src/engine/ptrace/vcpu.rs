@@ -166,6 +166,12 @@ impl PtraceVcpu {
         }
     }
 
+    /// The thread of the process.
+    #[cfg(test)]
+    pub(super) fn tid(&self) -> libc::pid_t {
+        self.tracee.tid
+    }
+
     fn attach(&mut self) -> Result<(), EngineError> {
         match self.hold {
             Hold::Traced(_) => return Ok(()),
