@@ -48,7 +48,6 @@ fn bundled_guests_print_and_return_the_same() {
         ("threads --rounds 5", ""),
         ("torture 1..5", ""),
         ("victim --rounds 3", ""),
-        ("race exits", ""),
         // The only answer is a line on stderr.
         ("touch --nonsense", ""),
         ("mix --pages 64", "fill mix\nverify\nfill pairs\nverify\nquit\n"),
