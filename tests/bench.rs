@@ -134,7 +134,8 @@ fn what_cannot_be_measured_is_refused() {
     }
 }
 
-/// A limit on open files under which umbra starts and no guest does.
+/// With nine open files umbra starts and no guest does: the first one takes them to 14 (ptrace) or 17 (KVM). Those that the tests'
+/// caller leaves open to them count too: up to five.
 #[test]
 fn a_benchmark_without_umbra_has_failed_and_says_once_why() {
     if !guests() {
@@ -149,7 +150,7 @@ fn a_benchmark_without_umbra_has_failed_and_says_once_why() {
         "fault --pages 16",
     ] {
         let mut command = Command::new("sh");
-        command.args(["-c", "ulimit -n 14; exec \"$0\" bench --runs 1 \"$@\""]).arg(umbra().get_program());
+        command.args(["-c", "ulimit -n 9; exec \"$0\" bench --runs 1 \"$@\""]).arg(umbra().get_program());
         let umbra = umbra();
         command.envs(umbra.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.args(words.split_whitespace()).env_remove("RUST_LOG");
