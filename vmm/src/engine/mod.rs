@@ -30,6 +30,7 @@ mod kick;
 pub mod kvm;
 mod opcode;
 pub mod ptrace;
+mod regs;
 mod shortage;
 mod snapshot;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub(crate) mod testing;
 mod traced_child;
 
 pub use choice::{EngineChoice, EngineConfig};
+pub use regs::Regs;
 pub use snapshot::{Facts, VcpuSnapshot};
 
 /// Which engine.
@@ -168,32 +170,6 @@ pub enum TimeStamps {
     Trapped,
 }
 
-/// The registers of a guest thread, as ring 3 sees them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[allow(missing_docs, reason = "the names are the registers'")]
-pub struct Regs {
-    pub rax: u64,
-    pub rbx: u64,
-    pub rcx: u64,
-    pub rdx: u64,
-    pub rsi: u64,
-    pub rdi: u64,
-    pub rbp: u64,
-    pub rsp: u64,
-    pub r8: u64,
-    pub r9: u64,
-    pub r10: u64,
-    pub r11: u64,
-    pub r12: u64,
-    pub r13: u64,
-    pub r14: u64,
-    pub r15: u64,
-    pub rip: u64,
-    pub rflags: u64,
-    pub fs_base: u64,
-    pub gs_base: u64,
-}
-
 /// Why a vCPU stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
@@ -235,6 +211,13 @@ pub struct EngineError {
     pub source: std::io::Error,
     /// What the vCPU was then, for a report; `None` where it was lost before.
     pub snapshot: Option<Box<VcpuSnapshot>>,
+}
+
+impl EngineError {
+    /// A vCPU of which nothing else is known yet.
+    fn lost(what: impl Into<String>, source: std::io::Error) -> Self {
+        Self { what: what.into(), source, snapshot: None }
+    }
 }
 
 /// One virtual CPU, driven by the one thread that owns it.

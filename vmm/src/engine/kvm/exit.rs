@@ -29,10 +29,6 @@ pub(super) enum Outcome {
     Failed(EngineError),
 }
 
-pub(super) fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
-    EngineError { what: what.into(), source, snapshot: None }
-}
-
 /// Whether ring 3 was running, by what KVM last wrote to the shared page.
 pub(super) fn in_ring3(raw: &mut RawVcpu) -> bool {
     raw.fd.sync_regs_mut().sregs.cs.dpl == 3
@@ -61,7 +57,7 @@ pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults, time_stamps: TimeStamps)
             raw.fd.get_kvm_run().exit_reason = reason;
             let facts = facts(raw);
             let source = io::Error::other(format!("injected exit reason {reason}"));
-            return Outcome::Failed(lost(
+            return Outcome::Failed(EngineError::lost(
                 format!("the vCPU stopped for no reason of the guest's {facts}"),
                 source,
             ));
@@ -82,15 +78,15 @@ pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults, time_stamps: TimeStamps)
         Err(error) if error.errno() == libc::EFAULT => return unreachable(raw, None),
         Err(error) if error.errno() == libc::ENOMEM => {
             let facts = facts(raw);
-            return Outcome::NoMemory(lost(format!("KVM_RUN {facts}"), error.into()));
+            return Outcome::NoMemory(EngineError::lost(format!("KVM_RUN {facts}"), error.into()));
         }
         Err(error) => {
             let facts = facts(raw);
-            return Outcome::Failed(lost(format!("KVM_RUN {facts}"), error.into()));
+            return Outcome::Failed(EngineError::lost(format!("KVM_RUN {facts}"), error.into()));
         }
     };
     let facts = facts(raw);
-    Outcome::Failed(lost(
+    Outcome::Failed(EngineError::lost(
         format!("the vCPU stopped for no reason of the guest's {facts}"),
         io::Error::other(what),
     ))
@@ -99,7 +95,10 @@ pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults, time_stamps: TimeStamps)
 fn unreachable(raw: &mut RawVcpu, gpa: Option<u64>) -> Outcome {
     let facts = facts(raw);
     let source = io::Error::from_raw_os_error(libc::EFAULT);
-    Outcome::Unreachable(gpa, lost(format!("KVM_RUN at guest physical address {gpa:x?} {facts}"), source))
+    Outcome::Unreachable(
+        gpa,
+        EngineError::lost(format!("KVM_RUN at guest physical address {gpa:x?} {facts}"), source),
+    )
 }
 
 fn internal_error(raw: &mut RawVcpu) -> Outcome {
@@ -112,7 +111,7 @@ fn internal_error(raw: &mut RawVcpu) -> Outcome {
     let data = internal.data.get(..internal.ndata as usize).unwrap_or(&internal.data);
     let what = format!("internal error, suberror {}, data {data:x?}", internal.suberror);
     let facts = facts(raw);
-    Outcome::Failed(lost(format!("KVM gave the vCPU up {facts}"), io::Error::other(what)))
+    Outcome::Failed(EngineError::lost(format!("KVM gave the vCPU up {facts}"), io::Error::other(what)))
 }
 
 /// Makes KVM drop what the vCPU has cached of its root table: loads another table now, and the old one again with the
@@ -121,7 +120,7 @@ pub(super) fn switch_root_and_back(raw: &mut RawVcpu, other: Pfn) -> Result<(), 
     let sregs = kvm_sregs { cr3: other.offset(), ..raw.fd.sync_regs_mut().sregs };
     raw.fd
         .set_sregs(&sregs)
-        .map_err(|error| lost("KVM_SET_SREGS with the other root table", error.into()))?;
+        .map_err(|error| EngineError::lost("KVM_SET_SREGS with the other root table", error.into()))?;
     raw.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
     Ok(())
 }
@@ -129,7 +128,7 @@ pub(super) fn switch_root_and_back(raw: &mut RawVcpu, other: Pfn) -> Result<(), 
 /// Whether KVM holds an exception that the guest has not seen yet. Also ends an interrupt shadow (`mov ss`): it belongs to
 /// an instruction that may not be the next one any more.
 pub(super) fn exception_in_flight(raw: &RawVcpu) -> Result<bool, EngineError> {
-    let ioctl = |what: &'static str| move |error: kvm_ioctls::Error| lost(what, error.into());
+    let ioctl = |what: &'static str| move |error: kvm_ioctls::Error| EngineError::lost(what, error.into());
     let mut events = raw.fd.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
     let in_flight = events.exception.pending != 0 || events.exception.injected != 0;
     if !in_flight && events.interrupt.shadow != 0 {

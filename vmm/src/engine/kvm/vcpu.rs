@@ -35,12 +35,13 @@
 //! events 0.3 µs more (they are fetched by ioctl instead, on kicks only). Any ioctl for registers costs 5 to 6 µs there.
 
 use super::KvmVm;
-use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, lost, switch_root_and_back};
+use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, switch_root_and_back};
 use super::monitor::{Arrival, SYSCALL_ENTRY};
 use super::raw_vcpu::{CR4_TSD, RawVcpu};
 use super::snapshot::snapshot;
 use crate::engine::kick::{Kicker, Requests};
 use crate::engine::opcode::{INT, gate_of_idt};
+use crate::engine::regs::{GENERAL_PROTECTION, with_general_registers};
 use crate::engine::shortage::Shortage;
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use kvm_bindings::kvm_regs;
@@ -50,17 +51,11 @@ use shadow_mmu::shadow::Walker;
 use std::io;
 use std::sync::Arc;
 
-/// CF, PF, AF, ZF, SF, TF, DF, OF, RF, AC, ID: the flags that a guest chooses. Not IOPL, NT, VM, VIF, VIP.
-const USER_FLAGS: u64 = 0x0025_0dd5;
-/// Bit 1, always set, and IF, as every Linux program sees it. No interrupt ever comes.
-const FIXED_FLAGS: u64 = 0x202;
-
 /// First address above the lower half.
 const LOWER_HALF_END: u64 = 1 << 47;
 
 const INVALID_OPCODE: u8 = 6;
 const PAGE_FAULT: u8 = 14;
-const GENERAL_PROTECTION: u8 = 13;
 /// Vectors that say the monitor is broken, or the machine: NMI, double fault, invalid TSS, machine check.
 const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
 
@@ -70,72 +65,8 @@ const FAULT_USER: u32 = 1 << 2;
 const FAULT_RESERVED: u32 = 1 << 3;
 const FAULT_FETCH: u32 = 1 << 4;
 
-const fn is_canonical(address: u64) -> bool {
-    ((address << 16) as i64 >> 16) as u64 == address
-}
-
-/// The exception that the CPU raises instead of running with these registers.
-fn refused(regs: &Regs) -> Option<Exit> {
-    let canonical = [regs.rip, regs.fs_base, regs.gs_base].into_iter().all(is_canonical);
-    if !canonical {
-        Some(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 })
-    } else if regs.rip >= LOWER_HALF_END {
-        Some(Exit::PageFault { addr: Gpa(regs.rip), access: Access::EXEC })
-    } else {
-        None
-    }
-}
-
-fn to_kvm(regs: &Regs) -> kvm_regs {
-    let Regs { rax, rbx, rcx, rdx, rsi, rdi, rbp, rsp, r8, r9, r10, r11, r12, r13, r14, r15, rip, .. } =
-        *regs;
-    let rflags = regs.rflags & USER_FLAGS | FIXED_FLAGS;
-    kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
-}
-
 pub(super) fn from_kvm(regs: &kvm_regs, fs_base: u64, gs_base: u64) -> Regs {
-    let kvm_regs {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rsp,
-        rbp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        rflags,
-    } = *regs;
-    Regs {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rbp,
-        rsp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        rflags,
-        fs_base,
-        gs_base,
-    }
+    with_general_registers!(regs, Regs { rflags: regs.rflags, fs_base, gs_base })
 }
 
 /// One virtual CPU of a [`KvmVm`], over one root table.
@@ -194,14 +125,16 @@ impl KvmVcpu {
 
     /// Runs until there is something to report. Every error is the end of this vCPU.
     fn drive(&mut self) -> Result<Exit, EngineError> {
-        let raw =
-            self.raw.as_mut().ok_or_else(|| lost("KVM_RUN", io::Error::other("the vCPU failed before")))?;
+        let raw = self
+            .raw
+            .as_mut()
+            .ok_or_else(|| EngineError::lost("KVM_RUN", io::Error::other("the vCPU failed before")))?;
         let mut sregs = raw.ring3(self.root.offset(), self.regs.fs_base, self.regs.gs_base);
         if self.time_stamps == TimeStamps::Trapped {
             sregs.cr4 |= CR4_TSD;
         }
         let sync = raw.fd.sync_regs_mut();
-        sync.regs = to_kvm(&self.regs);
+        sync.regs = with_general_registers!(self.regs, kvm_regs { rflags: self.regs.entry_flags() });
         sync.sregs = sregs;
         raw.fd.set_sync_dirty_reg(SyncReg::Register);
         raw.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
@@ -209,7 +142,10 @@ impl KvmVcpu {
         loop {
             if let Err(requests) = raw.state.enter(deferred) {
                 if requests.contains(Requests::STOP) {
-                    return Err(lost("the VM was stopped", io::Error::other("flushing translations failed")));
+                    return Err(EngineError::lost(
+                        "the VM was stopped",
+                        io::Error::other("flushing translations failed"),
+                    ));
                 }
                 if requests.contains(Requests::FLUSH) {
                     // Taken before it is served: one that comes meanwhile is served again.
@@ -271,7 +207,7 @@ impl KvmVcpu {
                 Some(Arrival::Exception(vector)) => self.exception(vector),
                 None => {
                     let facts = facts(raw);
-                    Err(lost(
+                    Err(EngineError::lost(
                         format!("an exit from nowhere {facts}"),
                         io::Error::other("not a stub of the monitor"),
                     ))
@@ -290,7 +226,7 @@ impl KvmVcpu {
     /// Reads the frame of an exception and makes the registers those of the guest.
     fn exception(&mut self, vector: u8) -> Result<Exit, EngineError> {
         let Some(raw) = self.raw.as_mut() else {
-            return Err(lost("reading a frame", io::Error::other("no vCPU")));
+            return Err(EngineError::lost("reading a frame", io::Error::other("no vCPU")));
         };
         let frame = self.vm.monitor.exception_frame(raw.pages, vector);
         let cr2 = raw.fd.sync_regs_mut().sregs.cr2;
@@ -301,7 +237,7 @@ impl KvmVcpu {
         if frame.cs & 3 != 3 || reserved || FATAL_VECTORS.contains(&vector) {
             let facts = facts(raw);
             let what = format!("vector {vector}, error code {error_code:#x}, frame {frame:x?}, cr2 {cr2:#x}");
-            return Err(lost(
+            return Err(EngineError::lost(
                 format!("an exception that no guest can cause {facts}"),
                 io::Error::other(what),
             ));
@@ -348,7 +284,7 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
         // Of a vCPU that is lost the registers are what is left of them.
         if self.raw.is_some()
-            && let Some(exit) = refused(&self.regs)
+            && let Some(exit) = self.regs.refused()
         {
             return Ok(exit);
         }
@@ -376,16 +312,16 @@ impl Vcpu for KvmVcpu {
         let raw = self
             .raw
             .as_ref()
-            .ok_or_else(|| lost("KVM_GET_XSAVE", io::Error::other("the vCPU failed before")))?;
-        self.vm.fpu().get(&raw.fd).map_err(|source| lost("KVM_GET_XSAVE", source))
+            .ok_or_else(|| EngineError::lost("KVM_GET_XSAVE", io::Error::other("the vCPU failed before")))?;
+        self.vm.fpu().get(&raw.fd).map_err(|source| EngineError::lost("KVM_GET_XSAVE", source))
     }
 
     fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError> {
         let raw = self
             .raw
             .as_ref()
-            .ok_or_else(|| lost("KVM_SET_XSAVE", io::Error::other("the vCPU failed before")))?;
-        self.vm.fpu().set(&raw.fd, state).map_err(|source| lost("KVM_SET_XSAVE", source))
+            .ok_or_else(|| EngineError::lost("KVM_SET_XSAVE", io::Error::other("the vCPU failed before")))?;
+        self.vm.fpu().set(&raw.fd, state).map_err(|source| EngineError::lost("KVM_SET_XSAVE", source))
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

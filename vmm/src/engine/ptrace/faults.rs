@@ -11,7 +11,7 @@
 
 use super::access;
 use super::tlb::ProcessMappings;
-use super::vcpu::{PtraceVcpu, lost};
+use super::vcpu::PtraceVcpu;
 use crate::engine::kick::Requests;
 use crate::engine::{EngineError, Exit};
 use shadow_mmu::addr::{Access, Gpa};
@@ -30,21 +30,23 @@ pub(super) struct TakenForRead {
 }
 
 impl PtraceVcpu {
-    /// Has the TLB allow `access` at `addr`, if the shadow map does.
-    pub(super) fn fill(&mut self, addr: Gpa, access: Access) -> Result<Filled, EngineError> {
+    /// Has the TLB allow `access` at `addr`, if the shadow map does; `None`: the host has no memory for it now, and the vCPU is wanted
+    /// for something else.
+    pub(super) fn fill(&mut self, addr: Gpa, access: Access) -> Result<Option<Filled>, EngineError> {
         loop {
             let filled =
                 self.vm.tlb.fill(&self.walker, addr.gfn(), access, &mut ProcessMappings::of(&self.vm));
             let source = match filled {
-                Ok(filled) => return Ok(filled),
+                Ok(filled) => return Ok(Some(filled)),
                 Err(source) => source,
             };
             let is_short = matches!(source.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN));
             match self.shortage.pause().filter(|_| is_short) {
+                Some(_) if self.state.wants(Requests::all()) => return Ok(None),
                 Some(pause) => self.shortage.wait(pause, || self.state.wants(Requests::all())),
                 None => {
                     let what = format!("mapping guest frame {:#x} in the guest's process", addr.gfn().0);
-                    return Err(lost(what, source));
+                    return Err(EngineError::lost(what, source));
                 }
             }
         }
@@ -60,17 +62,18 @@ impl PtraceVcpu {
             access => access,
         };
         match self.fill(gpa, access)? {
-            Filled::No => {
+            Some(Filled::No) => {
                 self.expected = Some((gpa, access));
                 let access = if access.contains(Access::WRITE) { Access::WRITE } else { access };
                 Ok(Some(Exit::PageFault { addr: gpa, access }))
             }
-            Filled::Mapped | Filled::Already => {
+            Some(Filled::Mapped | Filled::Already) => {
                 if access == Access::READ {
                     self.taken_for_read = Some(again);
                 }
                 Ok(None)
             }
+            None => Ok(None),
         }
     }
 

@@ -10,6 +10,7 @@
 use super::access::is_x87;
 use super::stub;
 use super::tracee::{Tracee, USER_CS};
+use crate::engine::regs::{GENERAL_PROTECTION, with_general_registers};
 use crate::engine::{Exit, Regs};
 use libc::{c_int, user_regs_struct};
 use shadow_mmu::addr::{Access, Gpa};
@@ -20,7 +21,6 @@ const DEBUG: u8 = 1;
 const BREAKPOINT: u8 = 3;
 const INVALID_OPCODE: u8 = 6;
 const STACK_SEGMENT: u8 = 12;
-const GENERAL_PROTECTION: u8 = 13;
 const X87: u8 = 16;
 const ALIGNMENT: u8 = 17;
 const SIMD: u8 = 19;
@@ -61,51 +61,8 @@ const fn fetch(addr: u64) -> Meaning {
 
 /// The guest's registers, from the kernel's.
 pub(super) fn from_user(registers: &user_regs_struct) -> Regs {
-    let user_regs_struct {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rbp,
-        rsp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        eflags,
-        fs_base,
-        gs_base,
-        ..
-    } = *registers;
-    Regs {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rbp,
-        rsp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        rflags: eflags,
-        fs_base,
-        gs_base,
-    }
+    let user_regs_struct { fs_base, gs_base, .. } = *registers;
+    with_general_registers!(registers, Regs { rflags: registers.eflags, fs_base, gs_base })
 }
 
 /// The stop of a system call; `registers` are those at it. Makes `regs` those behind the instruction, or those at it.

@@ -440,3 +440,57 @@ fn threads_are_not_tied_because_who_made_them_was() {
         });
     });
 }
+
+/// Sets how much the process may map, and returns what it was.
+fn limit_mappings(pid: libc::pid_t, limit: libc::rlimit) -> libc::rlimit {
+    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both are limits of ours.
+    let result = unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, &raw mut before) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    before
+}
+
+/// Pauses that are cut short are not counted, so who is kicked all the time is neither lost nor stuck.
+#[test]
+fn a_kick_ends_the_wait_for_memory_that_a_mapping_needs() {
+    let Some(guest) = guest(&COUNT) else { return };
+    let frame = guest.map_new(DATA, RW);
+    let mut vcpu = guest.vcpu();
+    let kicker = vcpu.kicker();
+    let unlimited = limit_mappings(guest.pid(), libc::rlimit { rlim_cur: 0, rlim_max: libc::RLIM_INFINITY });
+    let (returned, stuck) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let began = Instant::now();
+            while returned.load(Ordering::SeqCst) < 100 && !stuck.load(Ordering::SeqCst) {
+                kicker.kick();
+                std::thread::sleep(Duration::from_millis(1));
+                if began.elapsed() > Duration::from_secs(30) {
+                    stuck.store(true, Ordering::SeqCst);
+                    // So that it comes back.
+                    limit_mappings(guest.pid(), unlimited);
+                }
+            }
+            kicker.kick();
+        });
+        for n in 1..=100 {
+            if stuck.load(Ordering::SeqCst) {
+                break;
+            }
+            assert_eq!(vcpu.run().unwrap(), Exit::Kicked);
+            returned.store(n, Ordering::SeqCst);
+        }
+    });
+    assert!(!stuck.load(Ordering::SeqCst), "it returned {} times", returned.load(Ordering::SeqCst));
+    assert_eq!(guest.word(frame, 0), 0, "it ran without memory");
+    limit_mappings(guest.pid(), unlimited);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            wait_for_change(&guest, frame);
+            kicker.kick();
+        });
+        while guest.word(frame, 0) == 0 {
+            assert_eq!(vcpu.run().unwrap(), Exit::Kicked);
+        }
+    });
+}

@@ -24,90 +24,20 @@ use super::interrupt::TraceeInterrupt;
 use super::pair::Pair;
 use super::snapshot::snapshot;
 use super::stop::{self, Meaning};
-use super::stub;
 use super::tlb::{forget_own, set_own};
 use super::tracee::{Resume, Stop, Tracee, USER_CS, gone, plain_registers};
 use crate::engine::kick::{Kicker, Requests, RunState};
 use crate::engine::opcode::{INT, gate_of_idt};
+use crate::engine::regs::{GENERAL_PROTECTION, with_general_registers};
 use crate::engine::shortage::Shortage;
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use libc::user_regs_struct;
-use shadow_mmu::addr::{Access, Gpa, LINUX_TASK_SIZE, Pfn};
+use shadow_mmu::addr::{Access, Gpa, Pfn};
 use shadow_mmu::inject::Effect;
 use shadow_mmu::shadow::Walker;
 use std::io;
 use std::sync::Arc;
-
-/// CF, PF, AF, ZF, SF, TF, DF, OF, RF, AC, ID: the flags that a guest chooses.
-const USER_FLAGS: u64 = 0x0025_0dd5;
-/// Bit 1, always set, and IF.
-const FIXED_FLAGS: u64 = 0x202;
-const GENERAL_PROTECTION: u8 = 13;
-
-pub(super) fn lost(what: impl Into<String>, source: io::Error) -> EngineError {
-    EngineError { what: what.into(), source, snapshot: None }
-}
-
-/// The exception that the CPU raises instead of running with these registers.
-fn refused(regs: &Regs) -> Option<Exit> {
-    let is_canonical = |address: u64| ((address << 16) as i64 >> 16) as u64 == address;
-    if ![regs.rip, regs.fs_base, regs.gs_base].into_iter().all(is_canonical) {
-        Some(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 })
-    } else if regs.rip >= LINUX_TASK_SIZE || stub::contains(regs.rip) {
-        Some(Exit::PageFault { addr: Gpa(regs.rip), access: Access::EXEC })
-    } else {
-        None
-    }
-}
-
-fn to_user(regs: &Regs) -> user_regs_struct {
-    let Regs {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rbp,
-        rsp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        rflags,
-        fs_base,
-        gs_base,
-    } = *regs;
-    user_regs_struct {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rbp,
-        rsp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        eflags: rflags & USER_FLAGS | FIXED_FLAGS,
-        fs_base,
-        gs_base,
-        ..plain_registers()
-    }
-}
 
 /// How far the vCPU is with its thread.
 #[derive(Debug)]
@@ -172,10 +102,19 @@ impl PtraceVcpu {
         self.tracee.tid
     }
 
+    /// What the thread enters the guest with.
+    fn registers(&self) -> user_regs_struct {
+        let Regs { fs_base, gs_base, .. } = self.regs;
+        let eflags = self.regs.entry_flags();
+        with_general_registers!(self.regs, user_regs_struct { eflags, fs_base, gs_base, ..plain_registers() })
+    }
+
     fn attach(&mut self) -> Result<(), EngineError> {
         match self.hold {
             Hold::Traced(_) => return Ok(()),
-            Hold::Lost => return Err(lost("running a vCPU", io::Error::other("it failed before"))),
+            Hold::Lost => {
+                return Err(EngineError::lost("running a vCPU", io::Error::other("it failed before")));
+            }
             Hold::Waiting => {}
         }
         if let Err(source) = self.tracee.seize() {
@@ -183,7 +122,7 @@ impl PtraceVcpu {
             self.hold = Hold::Lost;
             self.vm.service.kill(&source);
             self.tracee.wait_until_gone();
-            return Err(lost("attaching to a thread of the guest's process", source));
+            return Err(EngineError::lost("attaching to a thread of the guest's process", source));
         }
         self.hold = Hold::Traced(self.vm.pairs.join(self.tracee));
         Ok(())
@@ -196,7 +135,7 @@ impl PtraceVcpu {
             xsave.resize(self.vm.fpu.host_bytes(), 0);
             self.tracee
                 .set_xstate(&xsave)
-                .map_err(|source| lost("PTRACE_SETREGSET of the XSAVE area", source))?;
+                .map_err(|source| EngineError::lost("PTRACE_SETREGSET of the XSAVE area", source))?;
         }
         if self.time_stamps != self.time_stamps_set {
             let setting = match self.time_stamps {
@@ -205,11 +144,12 @@ impl PtraceVcpu {
             };
             self.tracee
                 .call(libc::SYS_prctl, &[libc::PR_SET_TSC as u64, setting as u64])
-                .map_err(|source| lost("prctl(PR_SET_TSC) in the guest's process", source))?;
+                .map_err(|source| EngineError::lost("prctl(PR_SET_TSC) in the guest's process", source))?;
             self.time_stamps_set = self.time_stamps;
         }
         if let Some((addr, access)) = self.expected.take() {
-            self.fill(addr, access)?;
+            // What comes of it the access finds out.
+            let _ = self.fill(addr, access)?;
         }
         Ok(())
     }
@@ -220,36 +160,38 @@ impl PtraceVcpu {
             pair.forget_tracee();
         }
         let source = self.vm.service.killed().map_or(how, io::Error::other);
-        lost("the vCPU's thread is gone", source)
+        EngineError::lost("the vCPU's thread is gone", source)
     }
 
     /// One run of the thread, to its next stop.
     fn enter(&mut self) -> Result<Stop, EngineError> {
         let Hold::Traced(pair) = &mut self.hold else {
-            return Err(lost("running a vCPU", io::Error::other("it is not attached")));
+            return Err(EngineError::lost("running a vCPU", io::Error::other("it is not attached")));
         };
         let (tracee, service) = (self.tracee, &self.vm.service);
         let stop = pair
             .around(|| tracee.resume(Resume::Guest).and_then(|()| tracee.wait()), || service.watch_pairs());
-        stop.map_err(|source| lost("PTRACE_SYSEMU", source))
+        stop.map_err(|source| EngineError::lost("PTRACE_SYSEMU", source))
     }
 
     /// What an armed plan does to this entry: `Ok(true)`: it comes to nothing, and is tried again.
     fn injected(&mut self) -> Result<bool, EngineError> {
         let faults = &self.kicker.faults;
         if let Some(errno) = faults.fail(&SYNC_REGS) {
-            return Err(lost("PTRACE_SETREGS", io::Error::from_raw_os_error(errno)));
+            return Err(EngineError::lost("PTRACE_SETREGS", io::Error::from_raw_os_error(errno)));
         }
         match faults.hit(&VCPU_RUN) {
             Effect::Fail(libc::EINTR | libc::EAGAIN) => Ok(true),
             Effect::Fail(libc::ENOMEM) => {
-                let error = lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(libc::ENOMEM));
+                let error = EngineError::lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(libc::ENOMEM));
                 let Some(pause) = self.shortage.pause() else { return Err(error) };
                 self.shortage.wait(pause, || self.state.wants(Requests::all()));
                 Ok(true)
             }
-            Effect::Fail(errno) => Err(lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(errno))),
-            Effect::Exit(reason) => Err(lost(
+            Effect::Fail(errno) => {
+                Err(EngineError::lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(errno)))
+            }
+            Effect::Exit(reason) => Err(EngineError::lost(
                 "the vCPU stopped for no reason of the guest's",
                 io::Error::other(format!("injected exit reason {reason}")),
             )),
@@ -266,13 +208,13 @@ impl PtraceVcpu {
         set_own(self.tracee);
         self.prepare()?;
         loop {
-            if let Some(exit) = refused(&self.regs) {
+            if let Some(exit) = self.regs.refused() {
                 return Ok(exit);
             }
             // Before the entry: bases may be set by the stub, and who runs that drops kicks.
             self.tracee
-                .set_guest_registers(&to_user(&self.regs))
-                .map_err(|source| lost("PTRACE_SETREGS", source))?;
+                .set_guest_registers(&self.registers())
+                .map_err(|source| EngineError::lost("PTRACE_SETREGS", source))?;
             if let Err(requests) = self.state.enter(Requests::empty()) {
                 self.state.take(requests);
                 return Ok(Exit::Kicked);
@@ -286,7 +228,7 @@ impl PtraceVcpu {
             let Some(stop) = stop? else { continue };
             let registers = match stop {
                 Stop::Gone(status) => return Err(self.ended(gone(status))),
-                _ => self.tracee.registers().map_err(|source| lost("PTRACE_GETREGS", source))?,
+                _ => self.tracee.registers().map_err(|source| EngineError::lost("PTRACE_GETREGS", source))?,
             };
             self.regs = stop::from_user(&registers);
             let meaning = match stop {
@@ -294,7 +236,7 @@ impl PtraceVcpu {
                 Stop::Signal(signal) => self.signal(signal, &registers),
                 Stop::Attached | Stop::Gone(_) => Ok(Meaning::Nothing),
             };
-            match meaning.map_err(|source| lost("asking a tracee why it stopped", source))? {
+            match meaning.map_err(|source| EngineError::lost("asking a tracee why it stopped", source))? {
                 Meaning::Exit(Exit::Exception { vector: GENERAL_PROTECTION, .. }) => {
                     let mut code = [0; 2];
                     let is_int = self.walker.fetch(Gpa(self.regs.rip), &mut code) == 2 && code[0] == INT;
@@ -310,14 +252,14 @@ impl PtraceVcpu {
                 }
                 Meaning::NoMemory(addr) => {
                     let source = io::Error::other("SIGBUS: no memory, or it failed");
-                    return Err(lost(
+                    return Err(EngineError::lost(
                         format!("the host has nothing behind the guest's page at {addr:#x}"),
                         source,
                     ));
                 }
                 Meaning::Filtered => {
                     let source = io::Error::other("SIGSYS from the engine's own filter");
-                    return Err(lost(
+                    return Err(EngineError::lost(
                         format!("a system call got past the tracer at {:#x}", self.regs.rip),
                         source,
                     ));
@@ -385,15 +327,19 @@ impl Vcpu for PtraceVcpu {
         match (&self.xsave, &self.hold) {
             (Some(state), _) => Ok(state.clone()),
             (None, Hold::Waiting) => Ok(self.vm.fpu.initial()),
-            (None, _) => {
-                self.read_xstate().map_err(|source| lost("PTRACE_GETREGSET of the XSAVE area", source))
-            }
+            (None, _) => self
+                .read_xstate()
+                .map_err(|source| EngineError::lost("PTRACE_GETREGSET of the XSAVE area", source)),
         }
     }
 
     fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError> {
-        self.xsave =
-            Some(self.vm.fpu.sanitised(state).map_err(|source| lost("loading an XSAVE area", source))?);
+        self.xsave = Some(
+            self.vm
+                .fpu
+                .sanitised(state)
+                .map_err(|source| EngineError::lost("loading an XSAVE area", source))?,
+        );
         Ok(())
     }
 
