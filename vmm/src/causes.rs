@@ -24,7 +24,12 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
 
 /// `umbra: LINE` on stderr, if somebody takes it.
 pub(crate) fn say(line: impl Display) {
-    let _ = writeln!(std::io::stderr(), "umbra: {line}");
+    tell(format_args!("umbra: {line}\n"));
+}
+
+/// `text` as it stands on stderr, if somebody takes it. Nothing in umbra depends on that: stderr may be closed, or a full disk.
+pub(crate) fn tell(text: impl Display) {
+    let _ = write!(std::io::stderr(), "{text}");
 }
 
 #[cfg(test)]

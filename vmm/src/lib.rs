@@ -18,6 +18,9 @@
 //! | [`crash`] | the report on umbra's own failures, in a file |
 //! | [`mod@bench`], [`cli`] | the commands |
 
+// A full or closed stderr is no panic: `causes::say`.
+#![cfg_attr(not(test), deny(clippy::print_stderr))]
+
 pub mod aging;
 pub mod bench;
 mod causes;

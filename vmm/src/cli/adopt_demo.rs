@@ -7,6 +7,7 @@
 //! the call has returned, and answered by a look that comes after the request. A signal to umbra or the time limit ends the
 //! guest, and the demo when it asks next: that is no broken promise, and is told apart by [`Ended`].
 
+use crate::causes::{say, tell};
 use crate::engine::{EngineChoice, choice};
 use crate::guest::{Arguments, ExitStatus};
 use crate::reactor::{Event, Reactor, Sources, unblock_signals};
@@ -225,7 +226,7 @@ impl Board {
     }
 }
 
-fn say(line: &str) {
+fn print(line: &str) {
     // To whom nobody listens the exit status says it.
     let _ = writeln!(io::stdout(), "{line}");
 }
@@ -244,7 +245,7 @@ fn play(vm: &Vm, board: &mut Board, kind: Kind) -> Result<()> {
     // where they were before their unmapping is handled, the guest could read for that moment; it is our own, and would
     // tell it to nobody but us.
     let at = unsafe { vm.machine().mm().adopt(&watch, range.clone(), access, None) }?;
-    say(&format!(
+    print(&format!(
         "host   shows {PAGES} pages of {name}, [{:#x}, {:#x}), to the guest at {at}",
         range.start, range.end
     ));
@@ -252,7 +253,7 @@ fn play(vm: &Vm, board: &mut Board, kind: Kind) -> Result<()> {
     for step in &STEPS {
         let began = Instant::now();
         (step.call)(&mut memory).with_context(|| format!("the step `{}` failed", step.what))?;
-        say(&format!("host   {} in {} µs", step.what, began.elapsed().as_micros()));
+        print(&format!("host   {} in {} µs", step.what, began.elapsed().as_micros()));
         (step.effect)(kind, &mut expected);
         let seen = board.look(at)?;
         if seen != expected {
@@ -339,13 +340,13 @@ pub(super) fn run(mut config: VmConfig, limit: Option<Duration>) -> Result<u8> {
         && verdict.as_ref().err().is_none_or(|error| error.is::<Ended>())
     {
         match event {
-            Event::TimeLimit => eprintln!("umbra: the demo was ended by the time limit"),
-            _ => eprintln!("umbra: the demo was ended by {}", signal_name(signal)),
+            Event::TimeLimit => say(format_args!("the demo was ended by the time limit")),
+            _ => say(format_args!("the demo was ended by {}", signal_name(signal))),
         }
         return Ok(exit_code(status));
     }
     if let Some(death) = vm.machine().death().filter(|death| death.signal != libc::SIGKILL) {
-        eprint!("{}", death_report(&death, "the guest", vm.machine()));
+        tell(death_report(&death, "the guest", vm.machine()));
     }
     let verdict = verdict.context("not as promised")?;
     ensure!(status == ExitStatus::Exited(0), "the guest ended with {status:?}");
@@ -355,6 +356,6 @@ pub(super) fn run(mut config: VmConfig, limit: Option<Duration>) -> Result<u8> {
         "the shadow map is wrong: this is a bug of umbra's: {:?}",
         report.violations
     );
-    say(&verdict);
+    print(&verdict);
     Ok(0)
 }

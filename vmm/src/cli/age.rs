@@ -4,10 +4,11 @@
 use super::replacement::Replacement;
 use super::{Format, parse};
 use crate::aging::{Ager, AgingCost, HeatMap, WorkingSet, draw};
+use crate::causes::say;
 use crate::vm::{AdBitsUse, Machine};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use std::io::{Write, stderr};
+use std::io::stderr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -122,8 +123,7 @@ impl Aging {
         if let (Some(picture), Some(map)) = (self.picture.take(), self.ager.map())
             && let Err(error) = draw(map, self.every).and_then(|svg| picture.write(svg.as_bytes()))
         {
-            // It may be stderr that is gone.
-            let _ = writeln!(stderr(), "umbra: there is no heat map: {error:#}");
+            say(format_args!("there is no heat map: {error:#}"));
         }
         self.ager.cost()
     }

@@ -8,7 +8,7 @@ use crate::bench::{
     bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault, bench_notifier,
     bench_start, bench_syscall,
 };
-use crate::causes::one_line;
+use crate::causes::{one_line, say, tell};
 use crate::engine::kvm::{HostFacts, host_facts};
 use crate::engine::{EngineChoice, EngineConfig, choice};
 use anyhow::{Result, bail};
@@ -237,7 +237,7 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     let live = std::io::stderr().is_terminal();
     let mut progress = |line: &str| {
         if live {
-            eprint!("\r\x1b[K{line}");
+            tell(format_args!("\r\x1b[K{line}"));
             let _ = std::io::stderr().flush();
         }
     };
@@ -247,7 +247,7 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
         // As the kernel's selftest has it: the word on stdout, the status 1. Why is for people.
         Err(error) if error.is::<NotOk>() => {
             writeln!(std::io::stdout(), "Not OK")?;
-            eprintln!("umbra: {}", one_line(&error));
+            say(one_line(&error));
             return Ok(ExitCode::FAILURE);
         }
         report => report?,

@@ -2,6 +2,7 @@
 //! `umbra inject --campaign`.
 
 use super::{Format, choose_engine, parse};
+use crate::causes::tell;
 use crate::engine::{EngineChoice, choice};
 use crate::inject::campaign::{Campaign, Corruption, Deck, Progress, image_names, judge};
 use crate::reactor::{block_signals, pending_signal};
@@ -79,16 +80,15 @@ impl Teller {
         if self.last.replace(began).is_none() && !self.is_terminal {
             return;
         }
-        // Who does not read it misses nothing else.
-        let _ = match self.is_terminal {
-            true => write!(stderr(), "\r\x1b[K{}", progress.line()),
-            false => writeln!(stderr(), "{}", progress.line()),
-        };
+        match self.is_terminal {
+            true => tell(format_args!("\r\x1b[K{}", progress.line())),
+            false => tell(format_args!("{}\n", progress.line())),
+        }
     }
 
     fn end(&self) {
         if self.is_terminal {
-            let _ = write!(stderr(), "\r\x1b[K");
+            tell("\r\x1b[K");
         }
     }
 }

@@ -18,6 +18,7 @@
 //! looks at what they share: `sharing` is held for both, by whoever may be the last to let go of a guest: the one who took it
 //! out of the fleet, or the thread, which was looking at it meanwhile.
 
+use crate::causes::{say, tell};
 use crate::crash;
 use crate::fleet::{Fleet, Numbered};
 use crate::vm::{Machine, Vm};
@@ -229,7 +230,7 @@ impl<'a> Checker<'a> {
         self.fleet.kill(libc::SIGKILL);
         tell_lines("audit", &violations);
         let what = format!("an audit found {} violations and ended every guest", violations.len());
-        eprint!("{}", crash::tell(&what, Some(&report), self.report_folder.as_deref()));
+        tell(crash::tell(&what, Some(&report), self.report_folder.as_deref()));
         guests.into_iter().for_each(|(_, vm)| self.let_go(vm));
     }
 
@@ -273,7 +274,7 @@ impl<'a> Checker<'a> {
             bail!("{} {name}s failed: this is a bug of umbra's", findings.violations.len());
         }
         if vigilance == Vigilance::Check {
-            eprintln!("umbra: check: {} audits clean, no free frame written", findings.looks);
+            say(format_args!("check: {} audits clean, no free frame written", findings.looks));
         }
         Ok(())
     }
@@ -281,7 +282,7 @@ impl<'a> Checker<'a> {
 
 fn tell_lines(name: &str, lines: &[String]) {
     for line in lines.iter().take(TOLD) {
-        eprintln!("umbra: {name}: {line}");
+        say(format_args!("{name}: {line}"));
     }
 }
 

@@ -135,7 +135,7 @@ impl DeterministicArgs {
             Some(seed) => seed,
             None => {
                 let drawn = draw()?;
-                eprintln!("umbra: deterministic: no --seed is given, this is seed {drawn}");
+                say(format_args!("deterministic: no --seed is given, this is seed {drawn}"));
                 drawn
             }
         };
@@ -167,15 +167,15 @@ impl DeterministicArgs {
                 Ok(status) => status,
                 Err(error) if !deterministic.has_begun() => return Err(error),
                 Err(error) => {
-                    eprintln!("umbra: the run with seed {seed} fails, number {} of {all} seeds", tried + 1);
+                    say(format_args!("the run with seed {seed} fails, number {} of {all} seeds", tried + 1));
                     tell_replay(seed, words, Stdin::Empty);
                     return Err(error);
                 }
             };
             if deterministic.ended_from_outside() {
-                eprintln!(
-                    "umbra: the search was ended at seed {seed}: {tried} of {all} seeds ran, none failed"
-                );
+                say(format_args!(
+                    "the search was ended at seed {seed}: {tried} of {all} seeds ran, none failed"
+                ));
                 return Ok(status);
             }
             tried += 1;
@@ -185,20 +185,20 @@ impl DeterministicArgs {
                     true => "does not end within --timeout".to_owned(),
                     false => format!("fails with exit status {status}"),
                 };
-                eprintln!("umbra: seed {seed} {how}: number {tried} of {all} seeds, after {seconds:.1} s");
+                say(format_args!("seed {seed} {how}: number {tried} of {all} seeds, after {seconds:.1} s"));
                 tell_replay(seed, words, Stdin::Empty);
                 return Ok(status);
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
-                eprintln!(
-                    "umbra: {tried} of {all} seeds ran, none failed, {:.1} a second",
+                say(format_args!(
+                    "{tried} of {all} seeds ran, none failed, {:.1} a second",
                     f64::from(tried as u32) / seconds
-                );
+                ));
             }
         }
         let seconds = began.elapsed().as_secs_f64();
-        eprintln!("umbra: none of the {all} seeds {}..{} fails ({seconds:.1} s)", seeds.start, seeds.end);
+        say(format_args!("none of the {all} seeds {}..{} fails ({seconds:.1} s)", seeds.start, seeds.end));
         Ok(0)
     }
 }

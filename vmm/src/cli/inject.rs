@@ -4,6 +4,7 @@
 use super::campaign::CampaignArgs;
 use super::replacement::Replacement;
 use super::{Cli, Command, Format, parse_words, run};
+use crate::causes::{say, tell};
 use crate::inject::campaign::RunReport;
 use crate::inject::campaign::leaks::Census;
 use crate::inject::{Account, Plan, Registry, points, ready};
@@ -103,13 +104,13 @@ pub(super) fn run(args: InjectArgs) -> Result<ExitCode> {
     let plan = match read(args.plan.as_deref().unwrap_or(Path::new(""))) {
         Ok(plan) => plan,
         Err(refusal) => {
-            eprintln!("umbra: {refusal:#}");
+            say(format_args!("{refusal:#}"));
             return Ok(ExitCode::from(2));
         }
     };
     let words = std::iter::once(OsString::from("umbra")).chain(args.command).collect();
     let Cli { command: Command::Run(command) } = parse_words(words) else {
-        eprintln!("umbra: only `run` can be injected into: write umbra inject PLAN -- run PROGRAM");
+        say(format_args!("only `run` can be injected into: write umbra inject PLAN -- run PROGRAM"));
         return Ok(ExitCode::from(2));
     };
     let registry = Registry::new(&plan);
@@ -122,8 +123,8 @@ pub(super) fn run(args: InjectArgs) -> Result<ExitCode> {
     let Account { rules, hits, notes } = registry.account();
     let report = RunReport { rules, hits, notes, leaks };
     // What the run came to is the news, so that is what the status says.
-    match tell(&report, args.report.as_ref()) {
-        Err(error) if result.is_err() => eprintln!("umbra: inject: {error:#}"),
+    match report_rules(&report, args.report.as_ref()) {
+        Err(error) if result.is_err() => say(format_args!("inject: {error:#}")),
         told => told?,
     }
     result
@@ -141,11 +142,11 @@ fn read(path: &Path) -> Result<Plan> {
 }
 
 /// What became of the rules.
-fn tell(account: &RunReport, report: Option<&ReportArg>) -> Result<()> {
+fn report_rules(account: &RunReport, report: Option<&ReportArg>) -> Result<()> {
     let json = || serde_json::to_string(account);
     match report {
         Some(ReportArg::Json) => {
-            eprintln!("{}", json()?);
+            tell(format_args!("{}\n", json()?));
             return Ok(());
         }
         Some(ReportArg::File(path)) => {
@@ -155,25 +156,25 @@ fn tell(account: &RunReport, report: Option<&ReportArg>) -> Result<()> {
         Some(ReportArg::Text) | None => {}
     }
     for leak in &account.leaks {
-        eprintln!("umbra: inject: left behind: {leak}; this is a bug of umbra's");
+        say(format_args!("inject: left behind: {leak}; this is a bug of umbra's"));
     }
     for (number, rule) in account.rules.iter().enumerate().map(|(index, rule)| (index + 1, rule)) {
         if rule.fired == 0 {
-            eprintln!(
-                "umbra: inject: rule {number} ({}) never fired: it was asked {} times",
+            say(format_args!(
+                "inject: rule {number} ({}) never fired: it was asked {} times",
                 rule.rule, rule.eligible
-            );
+            ));
         } else if report.is_some() {
-            eprintln!(
-                "umbra: inject: rule {number} ({}) fired {} of {} times",
+            say(format_args!(
+                "inject: rule {number} ({}) fired {} of {} times",
                 rule.rule, rule.fired, rule.eligible
-            );
+            ));
         }
     }
     if report.is_some() {
         let hits: Vec<_> = account.hits.iter().map(|(point, hits)| format!("{point} {hits}")).collect();
-        eprintln!("umbra: inject: hits: {}", hits.join(", "));
-        account.notes.iter().for_each(|note| eprintln!("umbra: inject: {note}"));
+        say(format_args!("inject: hits: {}", hits.join(", ")));
+        account.notes.iter().for_each(|note| say(format_args!("inject: {note}")));
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use super::guests::{Endings, GuestsArgs};
 use super::observers::Observers;
 use super::replacement::Replacement;
 use super::{Format, adopt_demo, age, choose_engine, dirty, engine, ksm, parse, trace};
+use crate::causes::{say, tell};
 use crate::deterministic::Deterministic;
 use crate::engine::EngineChoice;
 use crate::fleet::Fleet;
@@ -22,7 +23,6 @@ use shadow_mmu::inject::Faults;
 use shadow_mmu::notifier::MmuNotifier;
 use shadow_mmu::shadow::FaultAroundPolicy;
 use std::ffi::OsString;
-use std::io::{Write, stderr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -120,7 +120,7 @@ enum WindowArg {
 pub(super) fn run(args: RunArgs, faults: &Faults, waits: &Waits) -> Result<ExitCode> {
     // Whatever follows the program is the program's; so clap takes an option it does not know for the program.
     if let Some(option) = args.program.first().filter(|word| word.as_bytes().starts_with(b"-")) {
-        eprintln!("umbra: unknown option {}; `umbra run --help` lists them", option.display());
+        say(format_args!("unknown option {}; `umbra run --help` lists them", option.display()));
         return Ok(ExitCode::from(2));
     }
     choose_engine(args.engine)?;
@@ -137,12 +137,12 @@ pub(super) fn run(args: RunArgs, faults: &Faults, waits: &Waits) -> Result<ExitC
     };
     let refusal = refusal.or_else(|| args.ksm.refusal(count, pool, program));
     if let Some(refusal) = refusal.or_else(|| args.deterministic.refusal(&besides)) {
-        eprintln!("umbra: {refusal}");
+        say(refusal);
         return Ok(ExitCode::from(2));
     }
     let words = args.program.len();
     if args.deterministic.seeds().is_some() && faults.are_armed() {
-        eprintln!("umbra: a plan counts the hits of one run: search seeds without it, or give one --seed");
+        say(format_args!("a plan counts the hits of one run: search seeds without it, or give one --seed"));
         return Ok(ExitCode::from(2));
     }
     if let Some(seeds) = args.deterministic.seeds() {
@@ -276,8 +276,7 @@ fn run_traced(
     })?;
     let observed = observers.finish(&fleet, &reactor)?;
     for (number, vm) in fleet.left() {
-        // Who does not read it misses nothing else; nor of what follows.
-        let _ = write!(stderr(), "{}", endings.note(number, &vm, observed.aging));
+        tell(endings.note(number, &vm, observed.aging));
         drop(fleet.take(number));
         match &checker {
             Some(checker) => checker.last_look(number, vm),
@@ -285,13 +284,13 @@ fn run_traced(
         }
     }
     if let Some(report) = observed.shared.as_ref().and_then(|shared| shared.report.as_ref()) {
-        let _ = write!(stderr(), "{report}");
+        tell(report);
     }
     if let Some(format) = args.stats {
         let audit = checker.as_ref().and_then(Checker::stats);
         let shared = observed.shared.map(|shared| shared.stats);
         let told = deterministic.map(Deterministic::summary);
-        let _ = writeln!(stderr(), "{}", endings.stats(format, shared, audit, told)?);
+        tell(format_args!("{}\n", endings.stats(format, shared, audit, told)?));
     }
     if let Some(checker) = checker {
         checker.finish()?;

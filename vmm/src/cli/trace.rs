@@ -2,12 +2,13 @@
 //! The options of `umbra run` that trace a guest, and what they start.
 
 use super::{Format, parse};
+use crate::causes::say;
 use crate::trace::Tracer;
 use crate::trace::tracer::Style;
 use anyhow::{Context, Result};
 use clap::Args;
 use std::fs::File;
-use std::io::{Write, stderr};
+use std::io::stderr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
@@ -80,8 +81,7 @@ impl Output {
 /// is only told.
 pub(super) fn finish(tracer: Option<Tracer>) {
     if let Some(Err(error)) = tracer.map(Tracer::finish) {
-        // It may be stderr that is gone.
-        let _ = writeln!(stderr(), "umbra: the trace is not complete: {error}");
+        say(format_args!("the trace is not complete: {error}"));
     }
 }
 

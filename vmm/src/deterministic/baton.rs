@@ -5,6 +5,7 @@
 use super::clock::VirtualClock;
 use super::seat::Seat;
 use super::trace::DeterministicTrace;
+use crate::causes::say;
 use crate::engine::Kick;
 use crate::random::SplitMix64;
 use crate::trace::Observer;
@@ -295,9 +296,9 @@ impl Baton {
                     Some(end) => {
                         state.stuck = true;
                         drop(state);
-                        eprintln!(
-                            "umbra: deterministic: every thread waits, and nothing can wake one: the guest is ended as by SIGKILL"
-                        );
+                        say(format_args!(
+                            "deterministic: every thread waits, and nothing can wake one: the guest is ended as by SIGKILL"
+                        ));
                         end();
                         state = self.state.lock();
                     }

@@ -189,15 +189,20 @@ fn many_threads_may_wait_for_the_same_file() {
             seat.prepare_to_wait();
         })
     };
+    let bodies = vec![body(libc::POLLIN, None), body(libc::POLLIN, None), body(0, None)];
     thread::scope(|scope| {
+        let woken = &woken;
         scope.spawn(move || {
             thread::sleep(Duration::from_millis(20));
             std::io::Write::write_all(&mut ours, b"x").unwrap();
-            thread::sleep(Duration::from_millis(100));
+            let began = Instant::now();
+            while woken.lock().len() < 2 && began.elapsed() < Duration::from_secs(60) {
+                thread::sleep(Duration::from_millis(1));
+            }
             // The end of the other side reaches who asked for no event at all.
             drop(ours);
         });
-        run(&deterministic, vec![body(libc::POLLIN, None), body(libc::POLLIN, None), body(0, None)]);
+        run(&deterministic, bodies);
     });
     let woken = woken.lock().clone();
     assert_eq!((woken.len(), woken.last()), (3, Some(&(PID + 2))), "{woken:?}");

@@ -14,6 +14,7 @@
 //! of the text. It ends when the guest's last thread does.
 
 use super::baton::Baton;
+use crate::causes::say;
 use crate::engine::{Exit, Regs};
 use crate::trace::{Observe, Op, guest_thread};
 use serde::Serialize;
@@ -146,7 +147,7 @@ impl State {
         if let Some(file) = &mut self.file
             && let Err(error) = file.write_all(self.line.as_bytes())
         {
-            eprintln!("umbra: the rest of the deterministic trace is lost: {error}");
+            say(format_args!("the rest of the deterministic trace is lost: {error}"));
             self.file = None;
         }
         self.line.clear();
@@ -219,7 +220,7 @@ impl DeterministicTrace {
         let mut state = self.0.lock();
         state.over = true;
         if let Some(Err(error)) = state.file.as_mut().map(|file| file.flush()) {
-            eprintln!("umbra: the end of the deterministic trace is lost: {error}");
+            say(format_args!("the end of the deterministic trace is lost: {error}"));
         }
         state.file = None;
     }

@@ -8,6 +8,7 @@
 //! guest after each instruction, and this never happens.
 
 use super::baton::Baton;
+use crate::causes::say;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,11 +40,11 @@ fn watch(baton: &Baton) {
         } else if used.saturating_sub(began) >= guard && Baton::is_in_guest(entries) {
             let Some(tid) = baton.force() else { continue };
             if guard == GUARD {
-                eprintln!(
-                    "umbra: deterministic: thread {tid} ran for {} s without leaving the guest while others could run, so it was \
+                say(format_args!(
+                    "deterministic: thread {tid} ran for {} s without leaving the guest while others could run, so it was \
                      interrupted; from here on this run cannot be replayed exactly: use --quantum steps",
                     GUARD.as_secs()
-                );
+                ));
             }
             guard = GUARD_WHEN_INEXACT;
             since = Some((entries, used));

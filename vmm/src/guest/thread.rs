@@ -17,7 +17,7 @@ use super::{Fault, FaultHandler, HostFault};
 use crate::deterministic::Leaving;
 use crate::engine::{EngineError, Exit, Vcpu};
 use crate::inject::points::TIMER;
-use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
+use shadow_mmu::addr::{Access, Gpa, LINUX_TASK_SIZE, PAGE_SIZE, Pfn};
 use shadow_mmu::inject::Effect;
 use std::sync::Arc;
 use std::time::Instant;
@@ -178,8 +178,10 @@ impl Thread {
         access: Access,
         (signal, code): (Signal, i32),
     ) -> Result<Flow, EngineError> {
-        // The error code as the CPU gives it: present, write, user, instruction fetch.
-        let error_code = u64::from(signal == Signal::SEGV && code == SEGV_ACCERR)
+        // The error code as the CPU gives it: present, write, user, instruction fetch. What Linux has at its own addresses it does
+        // not tell (`sanitize_error_code`).
+        let is_present = signal == Signal::SEGV && code == SEGV_ACCERR || addr.0 >= LINUX_TASK_SIZE;
+        let error_code = u64::from(is_present)
             | u64::from(access.contains(Access::WRITE)) << 1
             | 1 << 2
             | u64::from(access.contains(Access::EXEC)) << 4;

@@ -15,6 +15,7 @@ pub(super) use words::join;
 
 use super::Format;
 use super::replacement::Replacement;
+use crate::causes::say;
 use crate::deterministic::{Deterministic, Interval};
 use crate::fleet::Fleet;
 use crate::ksm::guest::GuestSharing;
@@ -126,7 +127,7 @@ impl KsmArgs {
         let Some(arg) = self.ksm else { return Ok(None) };
         let domains = Domains::new(&self.ksm_domain, fleet.count()).map_err(anyhow::Error::msg)?;
         if let Some(warning) = domains.warning() {
-            eprintln!("umbra: {warning}");
+            say(warning);
         }
         let reserve = arg.reserve.unwrap_or(fleet.pool().frame_count() / RESERVE_SHARE);
         let seed = deterministic.map(Deterministic::sharing_seed).or(arg.settings.seed);
@@ -279,7 +280,7 @@ impl Sharing {
         if let Some(picture) = self.picture
             && let Err(error) = draw(&report, &self.history).and_then(|svg| picture.write(svg.as_bytes()))
         {
-            eprintln!("umbra: there is no picture of page sharing: {error:#}");
+            say(format_args!("there is no picture of page sharing: {error:#}"));
         }
         let text = match self.report.map(|report| report.format) {
             None => None,

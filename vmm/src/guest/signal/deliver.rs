@@ -11,7 +11,7 @@ use super::super::process::Death;
 use super::super::restart::Restart;
 use super::super::thread::Thread;
 use super::frame::{self, AltStack, Delivery, SS_AUTODISARM, Trap};
-use super::{Action, SI_KERNEL, SigInfo, SigSet, Signal};
+use super::{Action, SI_KERNEL, SigInfo, SigSet, Signal, fpstate};
 use crate::engine::{EngineError, Vcpu};
 use shadow_mmu::addr::{Access, Gpa};
 
@@ -133,6 +133,7 @@ impl Thread {
         match frame::push(self.process.user(), vcpu.regs(), &xsave, &delivery) {
             Ok(regs) => {
                 *vcpu.regs_mut() = regs;
+                vcpu.set_xsave(&fpstate::initial(xsave.len()))?;
                 self.saved_mask = None;
                 if self.alt_stack.flags & SS_AUTODISARM != 0 {
                     self.alt_stack = AltStack::default();

@@ -74,12 +74,19 @@ pub(super) fn to_frame(xsave: &[u8]) -> Vec<u8> {
     image
 }
 
+/// The state that a handler starts with, in an image of `bytes` bytes (`fpu__clear_user_states`): that of a new process.
+pub(super) fn initial(bytes: usize) -> Vec<u8> {
+    let mut state = vec![0; bytes.max(LEGACY + HEADER)];
+    state[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
+    state[MXCSR..MXCSR + 4].copy_from_slice(&0x1f80_u32.to_le_bytes());
+    state
+}
+
 /// The state that the frame's image at `addr` stands for, in the form and length of `now`, the vCPU's present state.
 ///
 /// # Errors
 /// `EFAULT`, where the CPU would refuse the image or it cannot be read.
 pub(super) fn from_frame(user: &UserMemory, addr: u64, now: &[u8]) -> Result<Vec<u8>, Errno> {
-    let mut state = vec![0; now.len()];
     let header = |state: &mut Vec<u8>, at: usize, value: u64| match state.get_mut(at..at + 8) {
         Some(bytes) => bytes.copy_from_slice(&value.to_le_bytes()),
         None => debug_assert!(false, "an XSAVE image has a header"),
@@ -88,11 +95,9 @@ pub(super) fn from_frame(user: &UserMemory, addr: u64, now: &[u8]) -> Result<Vec
         return Err(Errno::EFAULT);
     }
     if addr == 0 {
-        // No state: the initial one (`fpu__clear_user_states`).
-        state[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
-        state[MXCSR..MXCSR + 4].copy_from_slice(&0x1f80_u32.to_le_bytes());
-        return Ok(state);
+        return Ok(initial(now.len()));
     }
+    let mut state = vec![0; now.len()];
     if !addr.is_multiple_of(64) {
         return Err(Errno::EFAULT);
     }
