@@ -46,6 +46,12 @@ pub enum Event {
     Exited(usize),
 }
 
+/// Has children be waited for, also where who started umbra ignores their ends: then the kernel would not tell how they ended.
+pub fn heed_children() {
+    // SAFETY: the action that every program begins with, no handler.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// Blocks the signals that [`Reactor`] reads, in this thread and all it starts.
 ///
 /// # Errors

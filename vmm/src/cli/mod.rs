@@ -30,6 +30,7 @@ mod trace;
 use crate::causes::{one_line, say};
 use crate::engine::{EngineChoice, EngineConfig};
 use crate::inject::Waits;
+use crate::reactor::heed_children;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use shadow_mmu::inject::Faults;
 use std::ffi::OsString;
@@ -133,6 +134,7 @@ fn engine_of_environment() -> Result<EngineChoice, NoEngine> {
 pub fn main() -> ExitCode {
     // While there is one thread.
     shadow_mmu::sync::AsymmetricFence::prepare();
+    heed_children();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
         .format_timestamp(None)
         .init();

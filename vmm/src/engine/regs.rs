@@ -10,6 +10,9 @@ const USER_FLAGS: u64 = 0x0025_0dd5;
 /// Bit 1, always set, and IF, as every Linux program sees it. No interrupt ever comes.
 const FIXED_FLAGS: u64 = 0x202;
 
+/// Bits of a linear address with page tables of four levels.
+pub(super) const FOUR_LEVELS: u32 = 48;
+
 /// The vector of a general-protection exception.
 pub(super) const GENERAL_PROTECTION: u8 = 13;
 
@@ -74,9 +77,10 @@ impl Regs {
         self.rflags & USER_FLAGS | FIXED_FLAGS
     }
 
-    /// The exception that the CPU raises instead of running with these registers.
-    pub(super) fn refused(&self) -> Option<Exit> {
-        let is_canonical = |address: u64| ((address << 16) as i64 >> 16) as u64 == address;
+    /// The exception that a CPU with linear addresses of `address_bits` bits raises instead of running with these registers.
+    pub(super) fn refused(&self, address_bits: u32) -> Option<Exit> {
+        let above = u64::BITS - address_bits;
+        let is_canonical = |address: u64| ((address << above) as i64 >> above) as u64 == address;
         if ![self.rip, self.fs_base, self.gs_base].into_iter().all(is_canonical) {
             Some(Exit::Exception { vector: GENERAL_PROTECTION, error_code: 0 })
         } else if self.rip >= TASK_SIZE {

@@ -41,7 +41,7 @@ use super::raw_vcpu::{CR4_TSD, RawVcpu};
 use super::snapshot::snapshot;
 use crate::engine::kick::{Kicker, Requests};
 use crate::engine::opcode::{INT, gate_of_idt};
-use crate::engine::regs::{GENERAL_PROTECTION, with_general_registers};
+use crate::engine::regs::{FOUR_LEVELS, GENERAL_PROTECTION, with_general_registers};
 use crate::engine::shortage::Shortage;
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use kvm_bindings::kvm_regs;
@@ -284,7 +284,7 @@ impl Vcpu for KvmVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
         // Of a vCPU that is lost the registers are what is left of them.
         if self.raw.is_some()
-            && let Some(exit) = self.regs.refused()
+            && let Some(exit) = self.regs.refused(FOUR_LEVELS)
         {
             return Ok(exit);
         }

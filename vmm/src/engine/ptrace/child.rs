@@ -52,8 +52,14 @@ fn checked(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Marks every descriptor from `first` on to be closed by exec.
-fn close_on_exec(first: RawFd) {
+/// The highest descriptor that is open, if /proc says.
+fn highest_descriptor() -> Option<RawFd> {
+    let open = std::fs::read_dir("/proc/self/fd").ok()?;
+    open.filter_map(|fd| fd.ok()?.file_name().to_str()?.parse().ok()).max()
+}
+
+/// Marks every descriptor from `first` on, to `highest` at least, to be closed by exec.
+fn close_on_exec(first: RawFd, highest: RawFd) {
     // SAFETY: changes a flag of descriptors of this process, which is about to execute something else.
     let result =
         unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
@@ -63,24 +69,33 @@ fn close_on_exec(first: RawFd) {
     // Before Linux 5.11.
     // SAFETY: takes a number.
     let most = unsafe { libc::sysconf(libc::_SC_OPEN_MAX) }.clamp(1024, 1 << 20) as RawFd;
-    for fd in first..most {
+    // Those that were opened before the limit was lowered are above it.
+    for fd in first..most.max(highest + 1) {
         // SAFETY: as above.
         unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     }
 }
 
-/// Blocks all signals for the calling thread, which is for nothing else than to serve the process.
+/// Blocks all signals for the calling thread, which is for nothing else than to serve the process. But for SIGTRAP, by which the
+/// process tells its tracer that it has executed: one that is blocked is told by the first fault.
 fn block_signals() {
     // SAFETY: a sigset_t is a bit map, and zeros are an empty one.
     let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: fills in a set of ours.
     unsafe { libc::sigfillset(&raw mut all) };
+    // SAFETY: changes a set of ours.
+    unsafe { libc::sigdelset(&raw mut all, libc::SIGTRAP) };
     // SAFETY: reads a set of ours, and changes the mask of this thread alone.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()) };
 }
 
 /// What the new process does between fork and exec. Async-signal-safe.
-fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::convert::Infallible> {
+fn become_guest(
+    parent: pid_t,
+    pool: RawFd,
+    program: RawFd,
+    highest: RawFd,
+) -> io::Result<std::convert::Infallible> {
     // SAFETY: takes numbers. The signal is for the end of the thread that forked, which serves this process.
     checked(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
     // SAFETY: takes nothing.
@@ -92,7 +107,7 @@ fn become_guest(parent: pid_t, pool: RawFd, program: RawFd) -> io::Result<std::c
     unsafe { libc::setsid() };
     // SAFETY: takes numbers.
     checked(unsafe { libc::dup2(pool, POOL_FD as RawFd) })?;
-    close_on_exec(POOL_FD as RawFd + 1);
+    close_on_exec(POOL_FD as RawFd + 1, highest);
     // SAFETY: takes numbers.
     if unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) } != 0 {
         // Told from a failed exec by a number that that cannot give.
@@ -115,12 +130,15 @@ pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupE
     let program = boot_file().map_err(SetupError::child(EXEC))?;
     let (pool_fd, program_fd) = (pool.file().as_raw_fd(), program.as_raw_fd());
     let parent = std::process::id() as pid_t;
+    let highest = highest_descriptor().unwrap_or_default();
     // What is named here is not executed: `become_guest` executes, or says why not.
     let mut command = Command::new("umbra-guest");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Nothing is opened for it: it closes all that it inherits.
+    command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
     // SAFETY: what runs between fork and exec makes system calls only, and allocates nothing.
     unsafe {
-        command.pre_exec(move || become_guest(parent, pool_fd, program_fd).map(|never| match never {}))
+        command
+            .pre_exec(move || become_guest(parent, pool_fd, program_fd, highest).map(|never| match never {}))
     };
     let child = command.spawn().map_err(|error| match error.raw_os_error() {
         Some(libc::ESRCH) => SetupError::child(TRACE)(io::Error::from_raw_os_error(libc::EPERM)),
@@ -128,20 +146,20 @@ pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupE
     })?;
     let pid = child.id() as pid_t;
     let tracee = Tracee { pid, tid: pid };
-    let worker = empty(tracee, pool, stub).and_then(|()| {
-        let worker = tracee.new_thread().map_err(|source| SetupError::Thread { source })?;
-        worker.seize().map_err(SetupError::child(SEIZE))?;
-        Ok(worker)
-    });
-    worker.inspect_err(|_| end(tracee))
+    let worker = empty(tracee, pool, stub)
+        .and_then(|()| tracee.new_thread().map_err(|source| SetupError::Thread { source }))
+        .inspect_err(|_| end(tracee))?;
+    // It may be traced all the same, and then has to be waited for before the first thread can be.
+    worker.seize().map_err(SetupError::child(SEIZE)).inspect_err(|_| end(worker))?;
+    Ok(worker)
 }
 
 /// Ends the process that `worker` is a thread of and waits for it, and for `worker` itself. All others that are traced must be gone
 /// or be waited for by their tracers, or this waits as well. For the thread that started it.
 pub(super) fn end(worker: Tracee) {
     let leader = Tracee { pid: worker.pid, tid: worker.pid };
-    if leader.ended().is_some() || !leader.is_child() {
-        // Waited for already: its number may be another's.
+    if leader.ended().is_some() {
+        // Waited for: its number may be another's.
         return;
     }
     // SAFETY: takes numbers; the process is our child, and waited for below.

@@ -8,6 +8,7 @@
 //! A process or a thread that is gone has used nothing. For a moment its number may be another's: the guest has ended by then, and
 //! nobody of it reads a clock any more.
 
+use super::proc;
 use super::tracee::Tracee;
 use libc::{clockid_t, pid_t};
 use std::time::Duration;
@@ -24,10 +25,8 @@ pub(super) fn of_process(pid: pid_t) -> Duration {
 
 /// Of one thread.
 pub(super) fn of_thread(tracee: Tracee) -> Duration {
-    let Tracee { pid, tid } = tracee;
-    let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).ok();
-    let exact = || from_schedstat(&read("schedstat")?);
-    let in_ticks = || from_stat(&read("stat")?);
+    let exact = || from_schedstat(&proc::of_thread(tracee, "schedstat")?);
+    let in_ticks = || from_stat(&proc::of_thread(tracee, "stat")?);
     exact().or_else(in_ticks).unwrap_or_default()
 }
 
@@ -37,11 +36,11 @@ fn from_schedstat(text: &str) -> Option<Duration> {
     (nanos != 0).then(|| Duration::from_nanos(nanos))
 }
 
-/// From `stat`: utime and stime, in ticks. They are fields 14 and 15; the second, the name, may have blanks and brackets in it.
+/// From `stat`: utime and stime, in ticks. They are fields 14 and 15.
 fn from_stat(text: &str) -> Option<Duration> {
     /// `_SC_CLK_TCK`, on every Linux on x86.
     const TICK: Duration = Duration::from_millis(10);
-    let mut fields = text.rsplit(')').next()?.split_whitespace().skip(14 - 3);
+    let mut fields = proc::behind_the_name(text).skip(14 - 3);
     let mut ticks = || fields.next()?.parse::<u32>().ok();
     Some(TICK * ticks()?.checked_add(ticks()?)?)
 }

@@ -36,6 +36,7 @@ mod error;
 mod faults;
 mod interrupt;
 mod pair;
+mod proc;
 mod service;
 mod snapshot;
 mod stop;
@@ -59,14 +60,18 @@ use shadow_mmu::frame::{Fill, FramePool, FreedFrames, OutOfFrames};
 use shadow_mmu::inject::Faults;
 use shadow_mmu::mm::watch::HostSlots;
 use shadow_mmu::shadow::{AdBits, Prefaulted, SoftTlb, Tlb};
+use std::arch::x86_64::__cpuid;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tracee::Tracee;
 
 /// Entries of the TLB: a quarter of what Linux lets a process map by default (vm.max_map_count, 65,530), or of what this host does.
 const MOST_ENTRIES: usize = 16_384;
+/// The CPUID leaf that tells how wide addresses are.
+const ADDRESS_SIZES: u32 = 0x8000_0008;
 /// Guest threads at once. Each is a thread of umbra and one of the guest's process.
 const MOST_VCPUS: usize = 1_024;
 
@@ -81,6 +86,8 @@ pub struct PtraceVm {
     pairs: Arc<Pairs>,
     vcpus: AtomicUsize,
     fpu: FpuLayout,
+    /// Of a linear address: with five levels `wrfsbase` takes more than with four.
+    address_bits: u32,
     faults: OnceLock<Faults>,
     facts: HostFacts,
     pool: Arc<FramePool>,
@@ -140,6 +147,7 @@ impl PtraceVm {
             pairs,
             vcpus: AtomicUsize::new(0),
             fpu,
+            address_bits: __cpuid(ADDRESS_SIZES).eax >> 8 & 0xff,
             faults: OnceLock::new(),
             facts: HostFacts::without_kvm(),
             pool,
@@ -160,8 +168,7 @@ impl PtraceVm {
             self.vcpu_gone();
             return Err(SetupError::VcpuLimit { limit: MOST_VCPUS });
         }
-        let made = self.service.ask(|worker| worker.new_thread()).and_then(|made| made);
-        match made {
+        match self.service.ask(Tracee::new_thread) {
             Ok(tracee) => Ok(PtraceVcpu::new(Arc::clone(self), tracee, root)),
             Err(error) => {
                 self.vcpu_gone();

@@ -8,8 +8,8 @@
 //!
 //! * Pairs are tied after a few short runs in a row, not before: a thread that computes goes where the scheduler puts it.
 //! * A tied pair is let go every few milliseconds, at a stop, so that the scheduler can put it elsewhere.
-//! * A tied thread that runs on without a stop is let go by the service's thread, which looks every few milliseconds while there
-//!   are tied pairs ([`Pairs::look`]).
+//! * A pair that stays as it is, in a run without a stop or outside of any, is let go by the service's thread, which looks every few
+//!   milliseconds while there are tied pairs ([`Pairs::look`]).
 
 use super::tracee::Tracee;
 use libc::{cpu_set_t, pid_t};
@@ -82,8 +82,8 @@ struct Shared {
     tracer: pid_t,
     /// Held by who ties and who lets go, so that the two threads' CPUs are those of the last.
     tied: Mutex<bool>,
-    /// When the run began, in nanoseconds of [`Pairs::began`]; 0 while there is none.
-    running_since: AtomicU64,
+    /// When its last run began, or ended, in nanoseconds of [`Pairs::began`].
+    since: AtomicU64,
 }
 
 impl Shared {
@@ -115,7 +115,7 @@ impl Default for Pairs {
 
 impl Pairs {
     fn now(&self) -> u64 {
-        (self.began.elapsed().as_nanos() as u64).max(1)
+        self.began.elapsed().as_nanos() as u64
     }
 
     fn pairs(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Shared>>> {
@@ -130,7 +130,7 @@ impl Pairs {
             tracee: tracee.tid,
             tracer,
             tied: Mutex::new(false),
-            running_since: AtomicU64::new(0),
+            since: AtomicU64::new(0),
         });
         if let Some(all) = &self.all {
             // Both begin where who made them was tied.
@@ -141,7 +141,7 @@ impl Pairs {
         Pair { pairs: Arc::clone(self), shared, short_runs: 0, tied_since: None }
     }
 
-    /// Lets those go that have run for too long. Whether there may be tied pairs left to look at.
+    /// Lets those go that have run, or not run, for too long. Whether there may be tied pairs left to look at.
     pub(super) fn look(&self) -> bool {
         let Some(all) = &self.all else { return false };
         if !self.tied.swap(false, Ordering::AcqRel) {
@@ -150,8 +150,8 @@ impl Pairs {
         let now = self.now();
         let mut left = false;
         for pair in self.pairs().iter() {
-            let since = pair.running_since.load(Ordering::Acquire);
-            if since != 0 && Duration::from_nanos(now.saturating_sub(since)) > TIED {
+            let since = pair.since.load(Ordering::Acquire);
+            if Duration::from_nanos(now.saturating_sub(since)) > TIED {
                 pair.let_go(all);
             }
             left |= *pair.tied.lock().unwrap_or_else(PoisonError::into_inner);
@@ -178,6 +178,7 @@ impl Pair {
         let pairs = Arc::clone(&self.pairs);
         let Some(all) = &pairs.all else { return run() };
         let began = pairs.now();
+        self.shared.since.store(began, Ordering::Release);
         match self.tied_since {
             None if self.short_runs >= SHORT_RUNS => {
                 self.tie();
@@ -193,10 +194,10 @@ impl Pair {
             }
             _ => {}
         }
-        self.shared.running_since.store(began, Ordering::Release);
         let result = run();
-        self.shared.running_since.store(0, Ordering::Release);
-        let took = Duration::from_nanos(pairs.now() - began);
+        let ended = pairs.now();
+        self.shared.since.store(ended, Ordering::Release);
+        let took = Duration::from_nanos(ended - began);
         self.short_runs = if took < SHORT { self.short_runs.saturating_add(1) } else { 0 };
         result
     }

@@ -9,14 +9,15 @@ use super::StubFrames;
 use super::child;
 use super::error::SetupError;
 use super::pair::{self, LOOK, Pairs};
-use super::tracee::Tracee;
+use super::proc;
+use super::tracee::{Tracee, is_end};
 use shadow_mmu::frame::FramePool;
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 type Work = Box<dyn FnOnce(Tracee) + Send>;
 
@@ -27,8 +28,8 @@ pub(super) struct Service {
     thread: Option<JoinHandle<()>>,
     /// The thread of the process that makes calls for the service.
     pub(super) worker: Tracee,
-    /// Why the engine ended the process, where it did.
-    killed: OnceLock<String>,
+    /// Why the process ended: what was known first.
+    why: Arc<OnceLock<String>>,
 }
 
 impl fmt::Debug for Service {
@@ -65,7 +66,7 @@ impl Service {
             .map_err(SetupError::child("a thread that serves it"))?;
         let died = || SetupError::child("a thread that serves it")(io::Error::other("it panicked"));
         let worker = told.recv().map_err(|_| died())??;
-        Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), worker, killed: OnceLock::new() })
+        Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), worker, why: Arc::default() })
     }
 
     /// Has the service look after tied [`Pairs`] from now on, until there are none. Does not wait.
@@ -88,68 +89,54 @@ impl Service {
     /// Has `work` done by the tracer of the worker.
     ///
     /// # Errors
-    /// The service has ended: the process is gone.
+    /// Those of the work; or the service has ended: the process is gone.
     pub(super) fn ask<T: Send + 'static>(
         &self,
-        work: impl FnOnce(Tracee) -> T + Send + 'static,
+        work: impl FnOnce(Tracee) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let (answer, answered) = sync_channel(1);
+        let why = Arc::clone(&self.why);
         let work: Work = Box::new(move |worker| {
-            let _ = answer.send(pair::with_tracee(worker, || work(worker)));
+            let done = pair::with_tracee(worker, || work(worker));
+            if let Err(error) = &done
+                && is_end(error)
+            {
+                // The next one is not told any more how.
+                why.get_or_init(|| error.to_string());
+            }
+            let _ = answer.send(done);
         });
         let ended = || io::Error::other("the guest's process has ended");
         let sender = self.work.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(ended)?;
         sender.send(work).map_err(|_| ended())?;
-        answered.recv().map_err(|_| ended())
+        answered.recv().map_err(|_| ended())?
     }
 
-    /// Why the engine ended the process, where it did.
-    pub(super) fn killed(&self) -> Option<&str> {
-        self.killed.get().map(String::as_str)
+    /// How the process ended, by what the worker's tracer is told: for who traces none of its threads, and had `error` of one.
+    pub(super) fn how_it_ended(&self, error: io::Error) -> io::Error {
+        match self.ask::<Infallible>(move |worker| Err(worker.ended_with(&error).unwrap_or(error))) {
+            Ok(never) => match never {},
+            Err(how) => how,
+        }
+    }
+
+    /// Why the process ended: `why`, unless something is known from before. The same for everybody who asks.
+    pub(super) fn why(&self, why: impl fmt::Display) -> &str {
+        self.why.get_or_init(|| why.to_string())
     }
 
     /// Ends the process, because of `why`. None of its threads runs when this returns.
-    pub(super) fn kill(&self, why: &dyn fmt::Display) {
-        self.killed.get_or_init(|| why.to_string());
-        self.make_sure_of_its_end();
+    pub(super) fn kill(&self, why: impl fmt::Display) {
+        self.why(why);
+        self.end_now();
     }
 
-    /// The same for one that is gone already, by what is known: nobody is told that umbra did it.
-    pub(super) fn make_sure_of_its_end(&self) {
+    /// The same for one that is gone already, by what is known: who waits for its threads learns why.
+    pub(super) fn end_now(&self) {
         let pid = self.worker.pid;
         // SAFETY: takes numbers; the process is our child and not waited for before `end`, so the number is its.
         unsafe { libc::kill(pid, libc::SIGKILL) };
-        // Its threads may still be on a CPU: those of a process that is being killed leave it at once, and are zombies then.
-        let running = || {
-            let tasks = match std::fs::read_dir(format!("/proc/{pid}/task")) {
-                // No descriptor or no memory left: again.
-                Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) =>
-                {
-                    return true;
-                }
-                Err(_) => {
-                    // Without a /proc nothing can be asked: a CPU leaves a thread that is killed within a tick.
-                    if !std::path::Path::new("/proc/self").exists() {
-                        std::thread::sleep(Duration::from_millis(100));
-                    }
-                    return false;
-                }
-                tasks => tasks,
-            };
-            tasks.is_ok_and(|mut tasks| {
-                tasks.any(|task| {
-                    let stat = task
-                        .map(|task| std::fs::read_to_string(task.path().join("stat")).unwrap_or_default());
-                    let state =
-                        stat.ok().and_then(|stat| stat.rsplit(')').next()?.trim_start().chars().next());
-                    state.is_some_and(|state| !matches!(state, 'Z' | 'X'))
-                })
-            })
-        };
-        while running() {
-            std::thread::sleep(Duration::from_micros(50));
-        }
+        proc::wait_until_nothing_runs(pid);
     }
 }
 

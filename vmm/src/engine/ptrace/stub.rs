@@ -57,9 +57,9 @@ global_asm!(
     "nop", // no entry is where another ends
     "umbra_stub_clone:",
     "syscall",
-    "xchg eax, ecx",
+    "xchg rax, rcx", // of all 64 bits: an error is negative
     "jrcxz 2f",
-    "xchg eax, ecx",
+    "xchg rax, rcx",
     "int3",
     "nop",
     "2:", // the new thread waits for its tracer here

@@ -131,7 +131,7 @@ fn the_process_ends_with_the_thread_that_serves_it() {
     std::thread::scope(|scope| {
         let runner = scope.spawn(move || vcpu.run());
         wait_for_change(&guest, frame);
-        assert!(guest.vm.service.ask(|_| panic!("a test's: this thread is to end")).is_err());
+        assert!(guest.vm.service.ask::<()>(|_| panic!("a test's: this thread is to end")).is_err());
         assert_lost(runner.join().unwrap());
     });
     while !guest.is_dead() {
@@ -271,7 +271,7 @@ fn the_filter_refuses_what_the_engine_does_not_do() {
     let Some(guest) = guest(&SYSCALL) else { return };
     let ask = |number: libc::c_long, arguments: &[u64]| {
         let arguments = arguments.to_vec();
-        guest.vm.service.ask(move |worker| worker.call(number, &arguments)).unwrap()
+        guest.vm.service.ask(move |worker| worker.call(number, &arguments))
     };
     let frame = |flags: i32, fd: u64| [DATA, PAGE_SIZE, 1, flags as u64, fd, 0];
     let private = libc::MAP_PRIVATE | libc::MAP_FIXED;
@@ -306,7 +306,7 @@ fn the_filter_refuses_what_the_engine_does_not_do() {
     // From another place than the stub's three, not even that.
     let elsewhere =
         guest.vm.service.ask(|worker| worker.call_at(STUB + 0x80, libc::SYS_munmap, &[DATA, PAGE_SIZE]));
-    assert!(elsewhere.unwrap().is_err());
+    assert!(elsewhere.is_err());
     assert_eq!(guest.vcpu().run().unwrap(), Exit::Syscall);
 }
 
@@ -345,6 +345,46 @@ fn vcpus_that_are_made_and_dropped_leave_no_thread() {
     }
     assert_eq!(guest.threads().len(), before);
     assert_eq!(guest.vm.vcpus.load(Ordering::Relaxed), 0);
+}
+
+/// While they run, while they are stopped, while they make calls for a flush: whoever learns of it first.
+#[test]
+fn killed_at_any_moment_every_vcpu_says_by_what() {
+    for n in 0..200_u32 {
+        let Some(guest) = guest(&TOUCH) else { return };
+        (0..4).for_each(|n| _ = guest.map_new(DATA + n * PAGE_SIZE, RW));
+        let run = |mut vcpu: PtraceVcpu| loop {
+            (vcpu.regs_mut().rip, vcpu.regs_mut().rdi) = (CODE, DATA);
+            (vcpu.regs_mut().rsi, vcpu.regs_mut().rcx) = (PAGE_SIZE, 4);
+            match vcpu.run() {
+                Ok(exit) => assert_eq!(exit, Exit::Syscall),
+                Err(error) => return error.to_string(),
+            }
+        };
+        std::thread::scope(|scope| {
+            let runners = [guest.vcpu(), guest.vcpu()].map(|vcpu| scope.spawn(move || run(vcpu)));
+            let tlb = Arc::clone(&guest.vm).tlb();
+            for _ in 0..n % 8 {
+                tlb.flush_all();
+            }
+            (0..n * 500).for_each(|_| std::hint::spin_loop());
+            guest.signal(libc::SIGKILL);
+            tlb.flush_all();
+            for runner in runners {
+                let error = runner.join().unwrap();
+                assert!(error.contains("was ended by signal 9, from outside umbra"), "{n}: {error}");
+            }
+        });
+    }
+}
+
+/// Linux refuses a thread where there are too many; the stub's entry for it is asked for a call here that it refuses too.
+#[test]
+fn what_the_host_refuses_a_new_thread_for_is_an_error() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    let refused = guest.vm.service.ask(|worker| worker.call_at(stub::clone(), libc::SYS_munmap, &[1, 1]));
+    assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    assert_eq!(guest.vcpu().run().unwrap(), Exit::Syscall);
 }
 
 /// Only the thread that traces it could end it alone. So everything of the guest ends, and nobody waits.
@@ -414,6 +454,30 @@ fn no_kick_is_lost_while_the_stub_sets_bases() {
 fn cpus_of(status: &str) -> String {
     let status = fs::read_to_string(status).unwrap();
     status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim().to_owned()
+}
+
+/// A guest that stopped often and then waits for something: its threads are let go, and nobody looks after them any more.
+#[test]
+fn who_waits_outside_is_not_tied() {
+    let Some(guest) = guest(&SYSCALL) else { return };
+    let all = cpus_of("/proc/self/status");
+    let mut vcpu = guest.vcpu();
+    let began = Instant::now();
+    let is_tied = || cpus_of("/proc/thread-self/status") != all;
+    while !is_tied() {
+        if all.bytes().all(|byte| byte.is_ascii_digit()) || began.elapsed() > Duration::from_secs(20) {
+            println!("skipped: no pair is tied to one of the CPUs {all}");
+            return;
+        }
+        start(&mut vcpu);
+        assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+    }
+    let began = Instant::now();
+    while is_tied() {
+        assert!(began.elapsed() < Duration::from_secs(20), "it waits, and is tied");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(cpus_of(&format!("/proc/{0}/task/{1}/status", guest.pid(), vcpu.tid())), all);
 }
 
 /// A tracer that is tied to a CPU makes threads, and so does the worker, which is tied while it works.

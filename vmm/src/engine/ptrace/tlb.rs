@@ -12,7 +12,7 @@
 
 use super::PtraceVm;
 use super::stub::{MAP_FLAGS, POOL_FD};
-use super::tracee::{Call, Tracee};
+use super::tracee::{Call, Tracee, is_end, is_of_its_end};
 use crate::inject::points::WINDOW_MADVISE;
 use shadow_mmu::addr::{Access, PAGE_SHIFT, TASK_SIZE};
 use shadow_mmu::shadow::{AdBits, HostMappings, Tlb, Translation, Zapped};
@@ -53,10 +53,15 @@ impl<'a> ProcessMappings<'a> {
     fn make(&self, calls: Vec<Call>) -> io::Result<()> {
         let list = self.vm.stub.list;
         match OWN.get().filter(|own| own.pid == self.vm.service.worker.pid) {
-            Some(own) => own.calls(&calls, &self.vm.pool, list),
+            Some(own) => own.calls(&calls, &self.vm.pool, list).inspect_err(|error| {
+                if is_end(error) {
+                    // Who comes next is not told any more how.
+                    self.vm.service.why(error);
+                }
+            }),
             None => {
                 let pool = Arc::clone(&self.vm.pool);
-                self.vm.service.ask(move |worker| worker.calls(&calls, &pool, list))?
+                self.vm.service.ask(move |worker| worker.calls(&calls, &pool, list))
             }
         }
     }
@@ -113,14 +118,13 @@ pub(super) struct PtraceTlb {
 impl PtraceTlb {
     fn checked(&self, flushed: io::Result<()>) {
         if let Err(error) = flushed {
-            if error.raw_os_error() == Some(libc::ESRCH) {
-                // There is no process any more; who traces its threads learns why.
-                log::debug!("translations are flushed by the end of the guest's process");
-                self.vm.service.make_sure_of_its_end();
+            if is_of_its_end(&error) {
+                log::debug!("translations are flushed by the end of the guest's process: {error}");
+                self.vm.service.end_now();
                 return;
             }
             log::error!("translations cannot be flushed, and the guest is ended: {error}");
-            self.vm.service.kill(&format_args!("translations could not be flushed: {error}"));
+            self.vm.service.kill(format_args!("translations could not be flushed: {error}"));
         }
     }
 }

@@ -14,6 +14,7 @@ use shadow_mmu::addr::{LINUX_TASK_SIZE, Pfn};
 use shadow_mmu::frame::FramePool;
 use std::io;
 use std::mem::offset_of;
+use std::time::{Duration, Instant};
 
 const PTRACE_SYSEMU: c_uint = 31;
 /// The selectors of 64-bit ring 3.
@@ -70,16 +71,33 @@ fn unexpected(what: impl std::fmt::Display) -> io::Error {
     io::Error::other(format!("{what}"))
 }
 
-/// In words, why a tracee is gone; for one that umbra did not end itself.
+/// A tracee is gone, and this is why.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the guest's process {0}")]
+struct Ended(String);
+
+/// Why a tracee is gone, for one that umbra did not end itself.
 pub(super) fn gone(status: c_int) -> io::Error {
-    if libc::WIFSIGNALED(status) {
-        unexpected(format!(
-            "the guest's process was ended by signal {}, from outside umbra (by hand, or by the OOM killer)",
-            libc::WTERMSIG(status)
-        ))
+    io::Error::other(Ended(if libc::WIFSIGNALED(status) {
+        let signal = libc::WTERMSIG(status);
+        format!("was ended by signal {signal}, from outside umbra (by hand, or by the OOM killer)")
     } else {
-        unexpected(format!("the guest's process ended by itself, status {status:#x}"))
-    }
+        format!("ended by itself, status {status:#x}")
+    }))
+}
+
+fn how_it_ended(error: &io::Error) -> Option<&Ended> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// Whether `error` tells how a tracee ended.
+pub(super) fn is_end(error: &io::Error) -> bool {
+    how_it_ended(error).is_some()
+}
+
+/// Whether `error` is that the tracee is gone, or about to be.
+pub(super) fn is_of_its_end(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ESRCH) || is_end(error)
 }
 
 impl Tracee {
@@ -319,6 +337,7 @@ impl Tracee {
             let entry = user_regs_struct { rip: stub::list(), rsp: LIST, rbp: end, ..plain_registers() };
             match self.run_stub(&entry) {
                 Ok(done) => drop(result(done.rax)?),
+                Err(error) if is_of_its_end(&error) => return Err(error),
                 // A guest may have forbidden its thread to read anything (PKRU). One by one nothing is read.
                 Err(_) => {
                     calls.iter().try_for_each(|call| self.call(call.number, &call.arguments).map(drop))?
@@ -347,25 +366,36 @@ impl Tracee {
         }
     }
 
-    /// Whether there is anything to wait for.
-    pub(super) fn is_child(self) -> bool {
-        // SAFETY: a siginfo_t is plain data, and zeros are one.
-        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
-        // SAFETY: the kernel fills in what is ours.
-        unsafe { libc::waitid(libc::P_PID, self.tid as libc::id_t, &raw mut info, flags) == 0 }
-    }
-
     /// How it ended, if it has; for its tracer.
     pub(super) fn ended(self) -> Option<io::Error> {
         let mut status = 0;
         // SAFETY: the status is ours.
-        let result = unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
-        (result == self.tid && !libc::WIFSTOPPED(status)).then(|| gone(status))
+        match unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL | libc::WNOHANG) } {
+            0 => None,
+            // It was waited for before.
+            -1 => Some(io::Error::other(Ended("has ended".to_owned()))),
+            _ => (!libc::WIFSTOPPED(status)).then(|| gone(status)),
+        }
     }
-}
 
-impl Tracee {
+    /// The same after `error`, which it gave. Of one that is being killed ptrace says that there is none (ESRCH), or that it must not
+    /// be attached to (EPERM), some time before there is anything to wait for.
+    pub(super) fn ended_with(self, error: &io::Error) -> Option<io::Error> {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        if let Some(ended) = how_it_ended(error) {
+            return Some(io::Error::other(ended.clone()));
+        }
+        let began = Instant::now();
+        loop {
+            let ended = self.ended();
+            let may_be_dying = matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EPERM));
+            if ended.is_some() || !may_be_dying || began.elapsed() > PATIENCE {
+                return ended;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
     /// Waits until it exists no more: it ends already.
     pub(super) fn wait_until_gone(self) {
         while let Ok(stop) = self.wait() {

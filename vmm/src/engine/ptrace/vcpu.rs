@@ -120,8 +120,10 @@ impl PtraceVcpu {
         if let Err(source) = self.tracee.seize() {
             // It may be ours all the same, and its process cannot be waited for before it is.
             self.hold = Hold::Lost;
+            let source = self.vm.service.how_it_ended(source);
             self.vm.service.kill(&source);
             self.tracee.wait_until_gone();
+            let source = io::Error::other(self.vm.service.why(source).to_owned());
             return Err(EngineError::lost("attaching to a thread of the guest's process", source));
         }
         self.hold = Hold::Traced(self.vm.pairs.join(self.tracee));
@@ -159,8 +161,7 @@ impl PtraceVcpu {
         if let Hold::Traced(pair) = std::mem::replace(&mut self.hold, Hold::Lost) {
             pair.forget_tracee();
         }
-        let source = self.vm.service.killed().map_or(how, io::Error::other);
-        EngineError::lost("the vCPU's thread is gone", source)
+        EngineError::lost("the vCPU's thread is gone", io::Error::other(self.vm.service.why(how).to_owned()))
     }
 
     /// One run of the thread, to its next stop.
@@ -208,7 +209,7 @@ impl PtraceVcpu {
         set_own(self.tracee);
         self.prepare()?;
         loop {
-            if let Some(exit) = self.regs.refused() {
+            if let Some(exit) = self.regs.refused(self.vm.address_bits) {
                 return Ok(exit);
             }
             // Before the entry: bases may be set by the stub, and who runs that drops kicks.
@@ -296,8 +297,10 @@ impl PtraceVcpu {
 impl Vcpu for PtraceVcpu {
     fn run(&mut self) -> Result<Exit, EngineError> {
         self.drive().map_err(|mut error| {
-            // ESRCH: it died while it was stopped. How, a wait tells.
-            if let (Hold::Traced(_), Some(how)) = (&self.hold, self.tracee.ended()) {
+            // It may have died while it was stopped.
+            if let Hold::Traced(_) = self.hold
+                && let Some(how) = self.tracee.ended_with(&error.source)
+            {
                 error = self.ended(how);
             }
             forget_own(self.tracee);
