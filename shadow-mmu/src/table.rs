@@ -78,7 +78,7 @@ pub const fn index(page: u64, level: u8) -> usize {
 }
 
 /// Pages that one entry of a table at `level` covers.
-const fn span(level: u8) -> u64 {
+pub(crate) const fn span(level: u8) -> u64 {
     1 << (9 * (level - 1) as u32)
 }
 

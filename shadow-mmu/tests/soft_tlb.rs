@@ -78,6 +78,10 @@ impl HostMappings for Calls<'_> {
         self.0.mapped.lock().retain(|page, _| !done.iter().any(|pages| pages.contains(page)));
         result
     }
+
+    fn unmap_all(&mut self) -> Result<(), Refused> {
+        self.result().inspect(|()| self.0.mapped.lock().clear())
+    }
 }
 
 impl Tlb for Process {
@@ -166,7 +170,9 @@ impl Guest {
             }
             let filled =
                 self.process.tlb.fill(&self.walker, Gpa(at.0).gfn(), access, &mut Calls(&self.process));
-            if filled.unwrap() == Filled::No && self.shadow.fault(&mut self.mmu, Gpa(at.0), access).is_err() {
+            if filled.unwrap() == Filled::NotAllowed
+                && self.shadow.fault(&mut self.mmu, Gpa(at.0), access).is_err()
+            {
                 return None;
             }
         }

@@ -26,14 +26,13 @@
 
 use super::tlb::Zapped;
 use super::walker::{Translation, Walker};
-use crate::addr::{Access, Gfn, Pfn};
+use crate::addr::{Access, Gfn, PAGE_SHIFT, Pfn, TASK_SIZE};
 use crate::sync::Mutex;
-use crate::table::LOWER_HALF_PAGES;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Every page that a guest can have.
-const EVERYTHING: Range<u64> = 0..LOWER_HALF_PAGES;
+const EVERYTHING: Range<u64> = 0..TASK_SIZE >> PAGE_SHIFT;
 
 /// The host's part of a TLB: the mappings of the process that runs the guest. Called with the TLB's lock held; must not call into
 /// the TLB, the shadow map or the address space behind it.
@@ -48,19 +47,22 @@ pub trait HostMappings {
     /// Unmaps these ranges of pages. When it returns, no CPU reaches memory through what was mapped there.
     ///
     /// # Errors
-    /// Any: what was mapped may still be. Everything is unmapped then, by a call for the whole lower half.
+    /// Any: what was mapped may still be. [`unmap_all`](Self::unmap_all) follows.
     fn unmap(&mut self, pages: &[Range<u64>]) -> Result<(), Self::Error>;
+    /// The same for every page that a guest can have.
+    ///
+    /// # Errors
+    /// Any: what was mapped may still be.
+    fn unmap_all(&mut self) -> Result<(), Self::Error>;
 }
 
 /// What a fill came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filled {
-    /// The access is possible until the next flush of its page; the shadow map had it, the TLB had not.
-    Mapped,
-    /// The TLB had it already.
-    Already,
+    /// The access is possible until the next flush of its page.
+    Allowed,
     /// The shadow map does not allow the access: a page fault.
-    No,
+    NotAllowed,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,7 +189,7 @@ impl State {
     fn drop_everything<M: HostMappings>(&mut self, host: &mut M) -> Result<(), M::Error> {
         self.drops += 1;
         self.entries.clear();
-        host.unmap(std::slice::from_ref(&EVERYTHING)).inspect_err(|_| self.suspect(EVERYTHING))
+        host.unmap_all().inspect_err(|_| self.suspect(EVERYTHING))
     }
 
     /// Something may be mapped at `pages`, of which nothing is known.
@@ -209,7 +211,7 @@ impl State {
         let from = self.hand;
         let next = self.entries.range(from..).nth(count).map(|(&start, _)| start);
         self.hand = next.unwrap_or(0);
-        self.drop_pages(std::iter::once(from..next.unwrap_or(LOWER_HALF_PAGES)), host)
+        self.drop_pages(std::iter::once(from..next.unwrap_or(EVERYTHING.end)), host)
     }
 }
 
@@ -233,9 +235,9 @@ impl SoftTlb {
     ) -> Result<Filled, M::Error> {
         let mut state = self.state.lock();
         if state.find(gfn.0).is_some_and(|(_, entry)| entry.rights.contains(access)) {
-            return Ok(Filled::Already);
+            return Ok(Filled::Allowed);
         }
-        let Some(translation) = walker.access(gfn, access) else { return Ok(Filled::No) };
+        let Some(translation) = walker.access(gfn, access) else { return Ok(Filled::NotAllowed) };
         // A mapping in the middle of another makes two more.
         state.limit(self.most - 2, host)?;
         let translation = state.missing(translation, gfn.0);
@@ -246,7 +248,7 @@ impl SoftTlb {
             host.map(&translation).inspect_err(|_| state.suspect(pages))?;
         }
         state.note(&translation);
-        Ok(Filled::Mapped)
+        Ok(Filled::Allowed)
     }
 
     /// Drops every translation through one of `zapped`.
@@ -254,10 +256,7 @@ impl SoftTlb {
     /// # Errors
     /// The host's: some may still be used.
     pub fn flush<M: HostMappings>(&self, zapped: &[Zapped], host: &mut M) -> Result<(), M::Error> {
-        let mut pages: Vec<_> = zapped
-            .iter()
-            .map(|zap| zap.gfn.0..zap.gfn.0 + (1 << (9 * u32::from(zap.level.saturating_sub(1)))))
-            .collect();
+        let mut pages: Vec<_> = zapped.iter().map(Zapped::pages).collect();
         pages.sort_unstable_by_key(|pages| pages.start);
         let mut state = self.state.lock();
         state.drop_pages(pages.into_iter(), host)?;

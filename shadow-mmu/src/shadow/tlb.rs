@@ -3,7 +3,9 @@
 
 use super::spte::{AdBits, Spte};
 use crate::addr::{Gfn, Pfn};
+use crate::table::span;
 use std::fmt::Debug;
+use std::ops::Range;
 
 /// A leaf that was removed from the shadow map or lost rights, as it was before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +16,13 @@ pub struct Zapped {
     pub level: u8,
     /// The entry that was there, with the A and D that the CPU had set by then.
     pub old: Spte,
+}
+
+impl Zapped {
+    /// The pages that it mapped.
+    pub fn pages(&self) -> Range<u64> {
+        self.gfn.0..self.gfn.0 + span(self.level)
+    }
 }
 
 /// The cached translations of a guest: the CPUs' TLBs and whatever the hypervisor below keeps of our entries.

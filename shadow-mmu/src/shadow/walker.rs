@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A CPU's page walk in software, for engines whose CPU does not walk the shadow map itself.
+//! A CPU's page walk in software: [`access`](Walker::access) for engines whose CPU does not walk the shadow map itself, and
+//! [`fetch`](Walker::fetch) for every engine that has to look at the guest's code.
 //!
-//! It does to the tables what the CPU does: goes from the root to the leaf, sets A in the links on its way, A in the leaf, and D
+//! An access does to the tables what the CPU does: goes from the root to the leaf, sets A in the links on its way, A in the leaf, and D
 //! there for a write; in a leaf that allows the access, and by compare-exchange, so that of two that race none loses the other's
 //! marks (R11). It holds no lock of the shadow map, as the CPU holds none.
 //!
@@ -70,6 +71,11 @@ impl Walker {
     /// For the tables under `root`, in frames of `pool`.
     pub fn new(pool: Arc<FramePool>, root: Pfn) -> Self {
         Self { pool, root }
+    }
+
+    /// The root table.
+    pub fn root(&self) -> Pfn {
+        self.root
     }
 
     /// The entries of the table at `pfn`; `None` where it is no frame of the pool.

@@ -9,36 +9,37 @@
 //! A guest sees [`bytes`](FpuLayout::bytes) of an area. The host's buffer has [`host_bytes`](FpuLayout::host_bytes), which is
 //! that or more: the engine cuts off the rest of what it reads, and fills what it loads up with zeroes.
 
-use std::arch::x86_64::{__cpuid, __cpuid_count, _fxsave, _xgetbv};
+use std::arch::x86_64::_fxsave;
 use std::io;
 use std::ops::Range;
 
 /// Bytes of the FXSAVE part.
-const LEGACY: usize = 512;
+pub(super) const LEGACY: usize = 512;
 /// FXSAVE part and header.
-const LEGACY_AND_HEADER: usize = LEGACY + 64;
+pub(super) const LEGACY_AND_HEADER: usize = LEGACY + 64;
 const FCW: usize = 0;
-const MXCSR: usize = 24;
+pub(super) const MXCSR: usize = 24;
 const MXCSR_MASK: usize = 28;
 /// Left to software; Linux keeps the size of the frame here.
-const SOFTWARE: usize = 464;
-const XSTATE_BV: usize = LEGACY;
+pub(super) const SOFTWARE: usize = 464;
+pub(super) const XSTATE_BV: usize = LEGACY;
 
 /// x87 and SSE: always there.
 const X87_SSE: u64 = 0b11;
 /// TILECFG and TILEDATA: 8 KiB that the kernel only gives to processes that asked for them, and KVM only to theirs.
-const AMX: u64 = 0b11 << 17;
+pub(super) const AMX: u64 = 0b11 << 17;
 
 /// What the x87 control word and MXCSR are in a new Linux process: all exceptions masked, round to nearest.
 const INITIAL_FCW: u16 = 0x37f;
-const INITIAL_MXCSR: u32 = 0x1f80;
+pub(super) const INITIAL_MXCSR: u32 = 0x1f80;
 /// What MXCSR_MASK means where the CPU says 0.
 const DEFAULT_MXCSR_MASK: u32 = 0xffbf;
 
+/// A part of the area behind the header: its bit in XCR0, and where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Component {
-    bit: u64,
-    place: Range<usize>,
+pub(super) struct Component {
+    pub(super) bit: u64,
+    pub(super) place: Range<usize>,
 }
 
 /// Where the components of the XSAVE area are, and what the CPU accepts.
@@ -46,15 +47,13 @@ struct Component {
 pub(super) struct FpuLayout {
     /// The components that a guest may use.
     pub(super) xcr0: u64,
-    components: Vec<Component>,
+    pub(super) components: Vec<Component>,
     mxcsr_mask: u32,
     host_bytes: usize,
 }
 
 /// The CPUID leaf that describes the XSAVE area.
 pub(super) const XSAVE_LEAF: u32 = 0xd;
-/// CPUID leaf 1, ECX: the operating system has enabled XSAVE.
-const OSXSAVE: u32 = 1 << 27;
 
 impl FpuLayout {
     /// The layout of the components in `supported`, without AMX. `place`: where CPUID leaf 0xd has the component with this
@@ -71,23 +70,6 @@ impl FpuLayout {
             .filter(|component| component.place.end <= host_bytes)
             .collect();
         Self { xcr0, components, mxcsr_mask: mxcsr_mask(), host_bytes }
-    }
-
-    /// What a process on this CPU has without asking the kernel for more, with the size of ptrace's NT_X86_XSTATE. That size
-    /// includes AMX where there is AMX. PKRU (component 9) is part of it if the operating system has enabled protection
-    /// keys; in the initial state it is 0, all access. `None`: the operating system does not use XSAVE.
-    pub(super) fn of_this_cpu() -> Option<Self> {
-        if __cpuid(1).ecx & OSXSAVE == 0 {
-            return None;
-        }
-        // SAFETY: OSXSAVE says that the instruction is there and enabled.
-        let xcr0 = unsafe { _xgetbv(0) };
-        let place = |n| {
-            let leaf = __cpuid_count(XSAVE_LEAF, n);
-            Some(component_place(leaf.eax, leaf.ebx))
-        };
-        // EBX: the size of the area in standard form with all that XCR0 has. The kernel takes the same for the buffer.
-        Some(Self::new(xcr0, place, __cpuid_count(XSAVE_LEAF, 0).ebx as usize))
     }
 
     /// The same with fewer components, for a KVM that refuses some.
@@ -173,10 +155,6 @@ fn mxcsr_mask() -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::traced_child::Tracee;
-
-    /// ptrace's name of the XSAVE area.
-    const NT_X86_XSTATE: usize = 0x202;
 
     fn layout() -> FpuLayout {
         let place = |n| match n {
@@ -210,60 +188,5 @@ mod tests {
         assert_eq!(word32(&clean, XSTATE_BV), 0b111);
         assert_eq!(word32(&layout().sanitised(&[0; LEGACY]).unwrap(), XSTATE_BV), 0b11);
         assert!(layout().sanitised(&[0; LEGACY - 1]).is_err());
-    }
-
-    /// The host's buffer with `area` in it.
-    fn filled_up(layout: &FpuLayout, mut area: Vec<u8>) -> Vec<u8> {
-        area.resize(layout.host_bytes(), 0);
-        area
-    }
-
-    fn word64(area: &[u8], at: usize) -> u64 {
-        u64::from(word32(area, at)) | u64::from(word32(area, at + 4)) << 32
-    }
-
-    #[test]
-    fn this_cpus_layout_is_the_one_of_ptrace() {
-        let layout = FpuLayout::of_this_cpu().unwrap();
-        let tracee = Tracee::spinning();
-        let mut buffer = vec![0; 1 << 16];
-        let length = tracee.register_set(NT_X86_XSTATE, &mut buffer).unwrap();
-        assert_eq!(length, layout.host_bytes());
-        assert!(layout.bytes() <= length);
-        assert_eq!(word64(&buffer, XSTATE_BV) & !(layout.xcr0 | AMX), 0);
-        // In the first bytes that are left to software, Linux has the components that it has enabled.
-        assert_eq!(word64(&buffer, SOFTWARE) & !AMX, layout.xcr0);
-        assert_eq!(word32(&buffer, MXCSR), INITIAL_MXCSR);
-    }
-
-    #[test]
-    fn ptrace_accepts_whatever_a_guest_wrote_once_it_is_sanitised() {
-        let layout = FpuLayout::of_this_cpu().unwrap();
-        let tracee = Tracee::spinning();
-        let wild = vec![0xff; layout.host_bytes()];
-        let load = |area: Vec<u8>| tracee.set_register_set(NT_X86_XSTATE, &mut filled_up(&layout, area));
-        assert_eq!(load(wild.clone()).unwrap_err().raw_os_error(), Some(libc::EINVAL));
-
-        let clean = layout.sanitised(&wild).unwrap();
-        // Each of the three that must be clear is refused alone.
-        for at in [MXCSR + 3, XSTATE_BV + 7, XSTATE_BV + 8, LEGACY_AND_HEADER - 1] {
-            let mut spoilt = clean.clone();
-            spoilt[at] = 0xff;
-            let refusal = load(spoilt).map_err(|error| error.raw_os_error());
-            assert_eq!(refusal, Err(Some(libc::EINVAL)), "byte {at}");
-        }
-        assert_eq!(load(clean.clone()).unwrap(), layout.host_bytes());
-
-        let mut seen = vec![0; layout.host_bytes()];
-        tracee.register_set(NT_X86_XSTATE, &mut seen).unwrap();
-        assert_eq!(word64(&seen, XSTATE_BV), layout.xcr0);
-        // All but PKRU, of which the kernel keeps four bytes.
-        for component in layout.components.iter().filter(|component| component.bit < 1 << 9) {
-            assert_eq!(seen[component.place.clone()], clean[component.place.clone()], "{component:x?}");
-        }
-
-        load(layout.initial()).unwrap();
-        // A guest's FXSAVE area is enough.
-        load(layout.sanitised(&[0xff; LEGACY]).unwrap()).unwrap();
     }
 }

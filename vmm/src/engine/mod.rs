@@ -25,19 +25,17 @@ use std::time::Duration;
 pub mod choice;
 #[cfg(test)]
 mod conformance;
+mod entry;
+pub(crate) mod exception;
 mod fpu;
 mod kick;
 pub mod kvm;
-mod opcode;
 pub mod ptrace;
 mod regs;
 mod shortage;
 mod snapshot;
 #[cfg(test)]
 pub(crate) mod testing;
-
-#[cfg(test)]
-mod traced_child;
 
 pub use choice::{EngineChoice, EngineConfig};
 pub use regs::Regs;

@@ -3,18 +3,16 @@
 //! the exception that the CPU would raise for addresses that no code can have.
 
 use super::Exit;
+use super::exception::GENERAL_PROTECTION;
 use shadow_mmu::addr::{Access, Gpa, TASK_SIZE};
 
 /// CF, PF, AF, ZF, SF, TF, DF, OF, RF, AC, ID: the flags that a guest chooses. Not IOPL, NT, VM, VIF, VIP.
 const USER_FLAGS: u64 = 0x0025_0dd5;
 /// Bit 1, always set, and IF, as every Linux program sees it. No interrupt ever comes.
-const FIXED_FLAGS: u64 = 0x202;
+pub(super) const FIXED_FLAGS: u64 = 0x202;
 
 /// Bits of a linear address with page tables of four levels.
 pub(super) const FOUR_LEVELS: u32 = 48;
-
-/// The vector of a general-protection exception.
-pub(super) const GENERAL_PROTECTION: u8 = 13;
 
 /// The registers of a guest thread, as ring 3 sees them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

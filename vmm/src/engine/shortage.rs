@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How long a vCPU puts up with a host that has no memory for KVM_RUN.
+//! How long a vCPU puts up with a host that has no memory for what it needs next: by KVM the tables that KVM_RUN allocates before it
+//! maps a page (`mmu_topup_memory_caches`), by ptrace the mapping of a page in the guest's process.
 //!
-//! KVM allocates its own tables before it maps a page (`mmu_topup_memory_caches`) and fails with ENOMEM when the host has no
-//! page left at that moment; the host may find some the next moment. So KVM_RUN is tried again, after pauses that double, and
-//! given up when ten were sat out, about a second: a host that is short for longer is not going to run this guest. A pause that
-//! was cut short, because the vCPU was wanted, does not count.
+//! Either fails with ENOMEM when the host has no page left at that moment; the host may find some the next moment. So it is tried
+//! again, after pauses that double, and given up when ten were sat out, about a second: a host that is short for longer is not going
+//! to run this guest. A pause that was cut short, because the vCPU was wanted, does not count.
 
 use std::time::{Duration, Instant};
 
@@ -14,21 +14,38 @@ const TRIES: u32 = 10;
 /// How often who pauses looks whether it is wanted.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Pauses in a row that were sat out, each because KVM_RUN failed for want of memory.
+/// What to do after a failure for want of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// To try again, unless the vCPU is wanted for something else.
+    Again,
+    /// The host has been short for too long.
+    GiveUp,
+}
+
+/// Pauses in a row that were sat out. A success ends the row: who has one makes a new value.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shortage {
     paused: u32,
 }
 
 impl Shortage {
+    /// After one more failure for want of memory: sits a pause out, or as much of it as there is until `is_wanted`.
+    pub(super) fn sit_out(&mut self, is_wanted: impl Fn() -> bool) -> Next {
+        let Some(pause) = self.pause() else { return Next::GiveUp };
+        log::debug!("the host has no memory for a vCPU; it is tried again in {pause:?}");
+        self.wait(pause, is_wanted);
+        Next::Again
+    }
+
     /// How long to pause before the next try; `None`: it is not to be tried again.
-    pub(super) fn pause(self) -> Option<Duration> {
+    fn pause(self) -> Option<Duration> {
         (self.paused < TRIES).then(|| FIRST * 2u32.pow(self.paused))
     }
 
     /// Waits for `pause`, or until `is_wanted`, which is asked every [`LOOK`]: a kick sends no signal to a vCPU that is
     /// outside the guest.
-    pub(super) fn wait(&mut self, pause: Duration, is_wanted: impl Fn() -> bool) {
+    fn wait(&mut self, pause: Duration, is_wanted: impl Fn() -> bool) {
         let until = Instant::now() + pause;
         while !is_wanted() {
             let left = until.saturating_duration_since(Instant::now());
@@ -51,6 +68,9 @@ mod tests {
         assert_eq!(pauses.len(), TRIES as usize);
         assert!(pauses.windows(2).all(|pair| pair[1] == 2 * pair[0]), "{pauses:?}");
         assert_eq!(pauses.iter().sum::<Duration>(), Duration::from_millis(1023));
+        assert_eq!(Shortage { paused: TRIES }.sit_out(|| false), Next::GiveUp);
+        let mut first = Shortage::default();
+        assert_eq!((first.sit_out(|| false), first), (Next::Again, Shortage { paused: 1 }));
     }
 
     #[test]

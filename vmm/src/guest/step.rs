@@ -8,11 +8,10 @@
 //! the guest's. A guest that sets the flag itself leaves after each instruction anyway, so umbra does not set it.
 
 use super::thread::Thread;
+use crate::engine::exception::DEBUG;
 use crate::engine::{EngineError, Exit, Vcpu};
 
 const TRAP_FLAG: u64 = 1 << 8;
-/// The vector of a debug exception.
-const DEBUG: u8 = 1;
 
 /// Instructions that have to do with the trap flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -15,6 +15,10 @@ use super::syscall;
 use super::waker::{Parked, Waker};
 use super::{Fault, FaultHandler, HostFault};
 use crate::deterministic::Leaving;
+use crate::engine::exception::{
+    ALIGNMENT, BREAKPOINT, DEBUG, DIVIDE_ERROR, GENERAL_PROTECTION, INVALID_OPCODE, PAGE_FAULT,
+    SEGMENT_NOT_PRESENT, SIMD, STACK_SEGMENT, X87,
+};
 use crate::engine::{EngineError, Exit, Vcpu};
 use crate::inject::points::TIMER;
 use shadow_mmu::addr::{Access, Gpa, LINUX_TASK_SIZE, PAGE_SIZE, Pfn};
@@ -25,11 +29,7 @@ use std::time::Instant;
 const SEGV_MAPERR: i32 = 1;
 const SEGV_ACCERR: i32 = 2;
 const BUS_ADRERR: i32 = 2;
-/// The vector of a general-protection exception.
-const GENERAL_PROTECTION: u8 = 13;
 const BUS_MCEERR_AR: i32 = 4;
-/// The vector of a page fault.
-const PAGE_FAULT: u8 = 14;
 
 /// A thread of the guest, before and while it runs. Dropping it takes it out of its process.
 #[derive(Debug)]
@@ -224,16 +224,16 @@ impl Thread {
         const BUS_ADRALN: i32 = 1;
         let rip = vcpu.regs().rip;
         let (signal, info) = match vector {
-            0 => (Signal::FPE, SigInfo::fault(Signal::FPE, FPE_INTDIV, rip)),
-            1 => (Signal::TRAP, SigInfo::fault(Signal::TRAP, TRAP_TRACE, rip)),
-            3 => (Signal::TRAP, SigInfo::kernel(Signal::TRAP)),
-            6 => (Signal::ILL, SigInfo::fault(Signal::ILL, ILL_ILLOPN, rip)),
-            16 | 19 => {
+            DIVIDE_ERROR => (Signal::FPE, SigInfo::fault(Signal::FPE, FPE_INTDIV, rip)),
+            DEBUG => (Signal::TRAP, SigInfo::fault(Signal::TRAP, TRAP_TRACE, rip)),
+            BREAKPOINT => (Signal::TRAP, SigInfo::kernel(Signal::TRAP)),
+            INVALID_OPCODE => (Signal::ILL, SigInfo::fault(Signal::ILL, ILL_ILLOPN, rip)),
+            X87 | SIMD => {
                 let code = fpu_error(&vcpu.xsave()?, vector).unwrap_or(FPE_FLTINV);
                 (Signal::FPE, SigInfo::fault(Signal::FPE, code, rip))
             }
-            17 => (Signal::BUS, SigInfo::fault(Signal::BUS, BUS_ADRALN, 0)),
-            11 | 12 => (Signal::BUS, SigInfo::kernel(Signal::BUS)),
+            ALIGNMENT => (Signal::BUS, SigInfo::fault(Signal::BUS, BUS_ADRALN, 0)),
+            SEGMENT_NOT_PRESENT | STACK_SEGMENT => (Signal::BUS, SigInfo::kernel(Signal::BUS)),
             // General protection, #OF, #BR and whatever else: no address that could be told.
             _ => (Signal::SEGV, SigInfo::kernel(Signal::SEGV)),
         };
@@ -313,7 +313,7 @@ impl Drop for Thread {
 fn fpu_error(xsave: &[u8], vector: u8) -> Option<i32> {
     let word = |at: usize| Some(u32::from_le_bytes(xsave.get(at..at + 4)?.try_into().ok()?));
     let pending = match vector {
-        16 => {
+        X87 => {
             let control_and_status = word(0)?;
             (control_and_status >> 16) & !control_and_status
         }

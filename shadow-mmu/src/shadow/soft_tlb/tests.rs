@@ -7,7 +7,7 @@ use crate::frame::{FramePool, FreedFrames, Purpose};
 use crate::shadow::Spte;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
-use crate::table::{Tables, index};
+use crate::table::{LOWER_HALF_PAGES, Tables, index};
 
 const READ: Access = Access::READ;
 const RW: Access = Access::READ.union(Access::WRITE);
@@ -19,8 +19,9 @@ const FRAMES: u64 = 4096;
 enum Call {
     Map(Range<u64>),
     Unmap(Vec<Range<u64>>),
+    UnmapAll,
 }
-use Call::{Map, Unmap};
+use Call::{Map, Unmap, UnmapAll};
 
 #[derive(Debug, PartialEq, Eq)]
 struct Refused;
@@ -67,6 +68,15 @@ impl HostMappings for Host {
             return Err(Refused);
         }
         self.mapped.retain(|page, _| !pages.iter().any(|pages| pages.contains(page)));
+        Ok(())
+    }
+
+    fn unmap_all(&mut self) -> Result<(), Refused> {
+        self.calls.push(UnmapAll);
+        if fails(&mut self.refused_unmaps) {
+            return Err(Refused);
+        }
+        self.mapped.clear();
         Ok(())
     }
 }
@@ -146,17 +156,18 @@ fn leaf(page: u64) -> Spte {
 fn a_fill_maps_what_the_walk_found_and_nothing_twice() {
     let mut guest = Guest::with_read(64, 10..14);
     guest.put(12, leaf(12));
-    assert_eq!(guest.fill(10, READ), Ok(Filled::Mapped));
-    assert_eq!(guest.fill(11, READ), Ok(Filled::Already), "it came with its neighbour");
-    assert_eq!(guest.fill(9, READ), Ok(Filled::No));
-    assert_eq!(guest.fill(10, Access::EXEC), Ok(Filled::No));
-    assert_eq!(guest.fill(LOWER_HALF_PAGES, READ), Ok(Filled::No));
+    assert_eq!(guest.fill(10, READ), Ok(Filled::Allowed));
+    assert_eq!(guest.fill(11, READ), Ok(Filled::Allowed), "it came with its neighbour");
+    assert_eq!(guest.fill(9, READ), Ok(Filled::NotAllowed));
+    assert_eq!(guest.fill(10, Access::EXEC), Ok(Filled::NotAllowed));
+    assert_eq!(guest.fill(LOWER_HALF_PAGES, READ), Ok(Filled::NotAllowed));
     assert_eq!(guest.host.take_calls(), [Map(10..12)]);
     assert_eq!(guest.tlb.rights(Gfn(12)), Access::empty(), "what was not accessed is not mapped ahead");
     // The first write faults, though the leaf has W: D is set by the fill for it.
-    assert_eq!(guest.fill(11, Access::WRITE), Ok(Filled::Mapped));
+    assert_eq!(guest.fill(11, Access::WRITE), Ok(Filled::Allowed));
     assert_eq!([10, 11].map(|page| guest.tlb.rights(Gfn(page))), [READ, RW]);
-    assert_eq!(guest.fill(11, READ), Ok(Filled::Already));
+    assert_eq!(guest.fill(11, READ), Ok(Filled::Allowed));
+    assert_eq!(guest.host.take_calls(), [Map(11..12)], "the read needed none");
     assert_eq!((guest.tlb.len(), guest.tlb.drops()), (2, 0));
 }
 
@@ -241,7 +252,7 @@ fn i60_there_are_never_more_entries_than_the_most_and_every_fill_succeeds() {
             let page = n * factor % 512;
             // Writes divide what was read: in the middle of an entry each makes two more.
             let access = if n % 3 == 0 { Access::WRITE } else { READ };
-            assert_ne!(guest.fill(page, access), Ok(Filled::No), "page {page} of {most}");
+            assert_ne!(guest.fill(page, access), Ok(Filled::NotAllowed), "page {page} of {most}");
             assert!(guest.tlb.rights(Gfn(page)).contains(access));
             guest.put(page * 7 % 512, leaf(page * 7 % 512));
             guest.flush(&[page * 7 % 512]).unwrap();
@@ -283,9 +294,8 @@ fn where_the_host_cannot_map_everything_goes_and_it_is_tried_again() {
     guest.fill(10, READ).unwrap();
     guest.host.take_calls();
     guest.host.refused_maps = 1;
-    assert_eq!(guest.fill(21, READ), Ok(Filled::Mapped));
-    let everything = Unmap(vec![0..LOWER_HALF_PAGES]);
-    assert_eq!(guest.host.take_calls(), [Map(20..23), everything, Map(20..23)]);
+    assert_eq!(guest.fill(21, READ), Ok(Filled::Allowed));
+    assert_eq!(guest.host.take_calls(), [Map(20..23), UnmapAll, Map(20..23)]);
     assert_eq!(guest.ranges(), [20..23]);
     assert_eq!(guest.tlb.drops(), 1);
 }
@@ -297,7 +307,7 @@ fn where_the_host_cannot_unmap_one_call_takes_everything() {
     guest.host.take_calls();
     guest.host.refused_unmaps = 1;
     assert_eq!(guest.flush(&[15]), Ok(()));
-    assert_eq!(guest.host.take_calls(), [Unmap(vec![15..16]), Unmap(vec![0..LOWER_HALF_PAGES])]);
+    assert_eq!(guest.host.take_calls(), [Unmap(vec![15..16]), UnmapAll]);
     assert!(guest.tlb.is_empty());
 }
 
@@ -310,7 +320,7 @@ fn i60_what_the_host_may_have_mapped_is_flushed_though_its_fill_failed() {
     assert_eq!(guest.tlb.rights(Gfn(10)), Access::empty());
     guest.flush(&[11]).unwrap();
     assert!(!guest.host.mapped.contains_key(&11));
-    assert_eq!(guest.fill(10, READ), Ok(Filled::Mapped));
+    assert_eq!(guest.fill(10, READ), Ok(Filled::Allowed));
     assert_eq!(guest.ranges(), [10..20], "known again");
 }
 
@@ -334,5 +344,5 @@ fn a_fill_that_cannot_make_room_is_an_error() {
     (0..7).for_each(|n| _ = guest.fill(2 * n, READ).unwrap());
     guest.host.refused_unmaps = 2;
     assert_eq!(guest.fill(14, READ), Err(Refused));
-    assert_eq!(guest.fill(14, READ), Ok(Filled::Mapped));
+    assert_eq!(guest.fill(14, READ), Ok(Filled::Allowed));
 }

@@ -46,6 +46,11 @@ impl HostMappings for Calls<'_> {
         self.0.mapped.lock().retain(|page, _| !pages.iter().any(|pages| pages.contains(page)));
         Ok(())
     }
+
+    fn unmap_all(&mut self) -> Result<(), Infallible> {
+        self.0.mapped.lock().clear();
+        Ok(())
+    }
 }
 
 impl Tlb for Process {
@@ -116,7 +121,7 @@ impl Vcpu<'_> {
                 return Ok(value);
             }
             let gfn = Gpa(at.0).gfn();
-            if process.tlb.fill(&self.walker, gfn, access, &mut Calls(process)) == Ok(Filled::No) {
+            if process.tlb.fill(&self.walker, gfn, access, &mut Calls(process)) == Ok(Filled::NotAllowed) {
                 machine.shadow().fault(&mut self.mmu, Gpa(at.0), access)?;
             }
         }

@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Kicks, from before the entry to after the vCPU's end; and many vCPUs at once.
 
-use super::guest::{CODE, DATA, Guest, RW, STACK_TOP, SYSCALL, start};
+use super::guest::{CODE, DATA, FOREVER, Guest, RW, STACK_TOP, SYSCALL, start};
 use super::{guests, machines};
 use crate::engine::{Exit, Kick, Regs, TimeStamps};
 use shadow_mmu::frame::FreedFrames;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-
-/// jmp to itself.
-const FOREVER: [u8; 2] = [0xeb, 0xfe];
 
 #[test]
 fn an_endless_loop_is_kicked_every_time() {

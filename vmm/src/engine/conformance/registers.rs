@@ -40,6 +40,16 @@ fn every_register_goes_in_and_comes_out() {
 }
 
 #[test]
+fn a_segment_base_in_the_upper_half_goes_in_and_comes_out() {
+    for guest in guests(&[0xcc]) {
+        let mut vcpu = guest.vcpu();
+        vcpu.regs_mut().gs_base = 0xffff_8000_0000_0000;
+        assert_eq!(vcpu.run().unwrap(), exception(3, 0));
+        assert_eq!(vcpu.regs().gs_base, 0xffff_8000_0000_0000);
+    }
+}
+
+#[test]
 fn the_guest_moves_its_segment_bases() {
     // wrfsbase rax; mov rbx, fs:[0]; rdgsbase rdx; syscall
     let code = [

@@ -5,12 +5,12 @@
 //! (a shutdown, a failed entry, MMIO, an error that KVM blames on itself) is the end of the vCPU, with all that is known.
 
 use super::raw_vcpu::RawVcpu;
+use crate::engine::entry::{Injected, NO_REASON, injected};
 use crate::engine::{EngineError, TimeStamps};
-use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, KVM_VCPUEVENT_VALID_SHADOW, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuExit};
 use shadow_mmu::addr::Pfn;
-use shadow_mmu::inject::{Effect, Faults};
+use shadow_mmu::inject::Faults;
 use std::io;
 
 /// What KVM_RUN came back with.
@@ -51,21 +51,13 @@ pub(super) fn facts(raw: &mut RawVcpu) -> String {
 
 /// KVM_RUN, once.
 pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults, time_stamps: TimeStamps) -> Outcome {
-    let injected = match (faults.fail(&SYNC_REGS), faults.hit(&VCPU_RUN)) {
-        (Some(errno), _) | (None, Effect::Fail(errno)) => Some(errno),
-        (None, Effect::Exit(reason)) => {
-            raw.fd.get_kvm_run().exit_reason = reason;
+    let came_back = match injected(faults) {
+        Some(Injected::Errno(errno)) => Err(kvm_ioctls::Error::new(errno)),
+        Some(Injected::Exit(source)) => {
+            // Not written to the shared page: a report has KVM's own last exit from there.
             let facts = facts(raw);
-            let source = io::Error::other(format!("injected exit reason {reason}"));
-            return Outcome::Failed(EngineError::lost(
-                format!("the vCPU stopped for no reason of the guest's {facts}"),
-                source,
-            ));
+            return Outcome::Failed(EngineError::lost(format!("{NO_REASON} {facts}"), source));
         }
-        _ => None,
-    };
-    let came_back = match injected {
-        Some(errno) => Err(kvm_ioctls::Error::new(errno)),
         None => time_stamps.around(|| raw.fd.run()),
     };
     let what = match came_back {
@@ -86,10 +78,7 @@ pub(super) fn enter(raw: &mut RawVcpu, faults: &Faults, time_stamps: TimeStamps)
         }
     };
     let facts = facts(raw);
-    Outcome::Failed(EngineError::lost(
-        format!("the vCPU stopped for no reason of the guest's {facts}"),
-        io::Error::other(what),
-    ))
+    Outcome::Failed(EngineError::lost(format!("{NO_REASON} {facts}"), io::Error::other(what)))
 }
 
 fn unreachable(raw: &mut RawVcpu, gpa: Option<u64>) -> Outcome {
@@ -103,7 +92,7 @@ fn unreachable(raw: &mut RawVcpu, gpa: Option<u64>) -> Outcome {
 
 fn internal_error(raw: &mut RawVcpu) -> Outcome {
     let run = raw.fd.get_kvm_run();
-    // SAFETY: the exit reason KVM_EXIT_INTERNAL_ERROR tells that KVM filled this field of the union.
+    // SAFETY: the page is ours, and the fields of the union are plain integers, whatever is in them.
     let internal = unsafe { run.__bindgen_anon_1.internal };
     if internal.suberror == KVM_INTERNAL_ERROR_EMULATION && in_ring3(raw) {
         return Outcome::NotEmulated;

@@ -353,8 +353,7 @@ impl Tlb for KvmTlb {
             // end of private memory. What drops everything drops that.
             return self.flush_all();
         }
-        let frames =
-            |zap: &Zapped| Run::new(zap.old.pfn(), 1 << (9 * u32::from(zap.level.saturating_sub(1))));
+        let frames = |zap: &Zapped| Run::new(zap.old.pfn(), zap.pages().end - zap.pages().start);
         let runs = Run::coalesce(zapped.iter().map(frames).collect());
         let order = match runs.len() {
             0 => return,

@@ -6,11 +6,13 @@
 
 use super::testing::*;
 use crate::engine::conformance::shortage::Planted;
-use crate::engine::{EngineError, Vcpu, VcpuSnapshot};
-use std::sync::atomic::Ordering;
+use crate::engine::{EngineError, Exit, Vcpu, VcpuSnapshot};
+use crate::inject::points::VCPU_RUN;
+use kvm_bindings::KVM_EXIT_SHUTDOWN;
+use shadow_mmu::inject::{Effect, Faults, Hit, Injector};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// mov al, [rdi]; syscall
-const LOAD: [u8; 4] = [0x8a, 0x07, 0x0f, 0x05];
 /// Under another entry of the root than code and stack.
 const FAR: u64 = 0x6000_0000_0000;
 
@@ -60,4 +62,29 @@ fn an_error_of_kvm_runs_loses_the_vcpu_at_once_with_its_registers() {
         assert_eq!(fact(snapshot_of(&error), "segment cs", "dpl"), 0, "it has not entered: as KVM made it");
         assert_eq!(snapshot_of(&error).guest.r15, 0x1515);
     }
+}
+
+/// Invents exits once it is told to.
+#[derive(Debug, Default)]
+struct Inventor(AtomicBool);
+
+impl Injector for Inventor {
+    fn hit(&self, hit: &Hit) -> Effect {
+        let invents = *hit.point == VCPU_RUN && self.0.load(Ordering::SeqCst);
+        if invents { Effect::Exit(KVM_EXIT_SHUTDOWN) } else { Effect::Go }
+    }
+}
+
+#[test]
+fn an_invented_exit_is_none_of_the_facts() {
+    let Some(guest) = Guest::new(&SYSCALL) else { return };
+    let inventor = Arc::<Inventor>::default();
+    guest.vm.arm(Faults::new(Arc::clone(&inventor) as _));
+    let mut vcpu = guest.vcpu();
+    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
+    let last = vcpu.raw_mut().fd.get_kvm_run().exit_reason;
+    inventor.0.store(true, Ordering::SeqCst);
+    let error = vcpu.run().unwrap_err();
+    assert!(error.to_string().contains(&format!("injected exit reason {KVM_EXIT_SHUTDOWN}")), "{error}");
+    assert_eq!(fact(snapshot_of(&error), "KVM's exit", "exit_reason"), u64::from(last));
 }

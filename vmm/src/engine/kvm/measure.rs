@@ -79,7 +79,7 @@ fn shared_registers() {
 #[ignore = "a measurement"]
 fn kicks() {
     const ROUNDS: u64 = 500;
-    let Some(guest) = Guest::new(&[0xeb, 0xfe]) else { return };
+    let Some(guest) = Guest::new(&FOREVER) else { return };
     let mut vcpu = guest.vcpu();
     let kicker = vcpu.kicker();
     let (entering, returned) = (AtomicU64::new(0), Mutex::new(Instant::now()));

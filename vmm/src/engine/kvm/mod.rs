@@ -9,7 +9,7 @@
 //!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
 //!           as an engine                                                       engine.rs
 //! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, interrupt.rs
-//!           and what is known of one that is lost                             snapshot.rs, shortage.rs
+//!           and what is known of one that is lost                             snapshot.rs
 //! ```
 //!
 //! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the

@@ -95,21 +95,23 @@ fn exit(raw: &mut RawVcpu) -> Facts {
     let name =
         EXITS.iter().find(|(number, _)| *number == reason).map_or("unknown to umbra", |(_, name)| name);
     let mut values = vec![("exit_reason", reason.into())];
-    let of = &run.__bindgen_anon_1;
+    macro_rules! of {
+        ($field:ident) => {
+            // SAFETY: the page is ours, and the fields of the union are plain integers, whatever is in them.
+            unsafe { run.__bindgen_anon_1.$field }
+        };
+    }
     match reason {
         KVM_EXIT_UNKNOWN => {
-            // SAFETY: the exit reason tells that KVM filled this field of the union, or cleared the reason before it failed.
-            let hw = unsafe { of.hw };
+            let hw = of!(hw);
             values.push(("hardware_exit_reason", hw.hardware_exit_reason));
         }
         KVM_EXIT_EXCEPTION => {
-            // SAFETY: the exit reason tells that KVM filled this field of the union.
-            let ex = unsafe { of.ex };
+            let ex = of!(ex);
             values.extend([("exception", ex.exception.into()), ("error_code", ex.error_code.into())]);
         }
         KVM_EXIT_IO => {
-            // SAFETY: as above.
-            let io = unsafe { of.io };
+            let io = of!(io);
             values.extend([
                 ("direction", io.direction.into()),
                 ("size", io.size.into()),
@@ -118,8 +120,7 @@ fn exit(raw: &mut RawVcpu) -> Facts {
             ]);
         }
         KVM_EXIT_MMIO => {
-            // SAFETY: as above.
-            let mmio = unsafe { of.mmio };
+            let mmio = of!(mmio);
             // Not the data: that is the guest's.
             values.extend([
                 ("phys_addr", mmio.phys_addr),
@@ -128,28 +129,24 @@ fn exit(raw: &mut RawVcpu) -> Facts {
             ]);
         }
         KVM_EXIT_FAIL_ENTRY => {
-            // SAFETY: as above.
-            let entry = unsafe { of.fail_entry };
+            let entry = of!(fail_entry);
             values.extend([
                 ("hardware_entry_failure_reason", entry.hardware_entry_failure_reason),
                 ("cpu", entry.cpu.into()),
             ]);
         }
         KVM_EXIT_INTERNAL_ERROR => {
-            // SAFETY: as above.
-            let internal = unsafe { of.internal };
+            let internal = of!(internal);
             values.extend([("suberror", internal.suberror.into()), ("ndata", internal.ndata.into())]);
             let data = internal.data.iter().take(internal.ndata as usize);
             values.extend(data.map(|&word| ("data", word)));
         }
         KVM_EXIT_MEMORY_FAULT => {
-            // SAFETY: as above.
-            let fault = unsafe { of.memory_fault };
+            let fault = of!(memory_fault);
             values.extend([("flags", fault.flags), ("gpa", fault.gpa), ("size", fault.size)]);
         }
         KVM_EXIT_SYSTEM_EVENT => {
-            // SAFETY: as above.
-            let event = unsafe { of.system_event };
+            let event = of!(system_event);
             values.push(("type", event.type_.into()));
         }
         _ => {}

@@ -7,7 +7,9 @@ use shadow_mmu::frame::{FramePool, FreedFrames};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub(super) use conformance::guest::{CODE, DATA, RW, STACK_TOP, SYSCALL, exception, page_fault, start};
+pub(super) use conformance::guest::{
+    CODE, DATA, FOREVER, LOAD, RW, STACK_TOP, SYSCALL, exception, page_fault, start,
+};
 
 /// The device to test with. `None`: there is none, and the test has nothing to do. One that exists but cannot be used
 /// makes the test fail where it uses it.

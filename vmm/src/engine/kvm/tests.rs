@@ -3,11 +3,8 @@
 //! must do is in `conformance`, the monitor in `hostile`, flush methods in `flush_tests`, lost vCPUs in `lost_tests`.
 
 use super::testing::*;
-use crate::engine::{Exit, Regs, Vcpu};
+use crate::engine::{Exit, Vcpu};
 use std::time::Duration;
-
-/// jmp to itself.
-const FOREVER: [u8; 2] = [0xeb, 0xfe];
 
 /// ptrace ties a vCPU to the first thread that runs it; here each may.
 #[test]
@@ -28,16 +25,6 @@ fn a_vcpu_goes_from_thread_to_thread_and_is_kicked_in_each() {
     });
     kicker.kick();
     assert_eq!(next.run().unwrap(), Exit::Kicked);
-}
-
-/// ptrace refuses such a base.
-#[test]
-fn a_segment_base_in_the_upper_half_goes_in_and_comes_out() {
-    let Some(guest) = Guest::new(&[0xcc]) else { return };
-    let mut vcpu = guest.vcpu();
-    vcpu.regs_mut().gs_base = 0xffff_8000_0000_0000;
-    assert_eq!(vcpu.run().unwrap(), exception(3, 0));
-    assert_eq!(vcpu.regs().gs_base, 0xffff_8000_0000_0000);
 }
 
 #[test]
@@ -68,19 +55,12 @@ fn signals_that_are_no_kicks_do_not_end_run() {
     });
 }
 
+/// That nothing of the old one is in the new one is what every engine must see to.
 #[test]
-fn a_parked_vcpu_comes_back_as_new() {
-    // fld1; syscall
-    let Some(guest) = Guest::new(&[0xd9, 0xe8, 0x0f, 0x05]) else { return };
-    let mut vcpu = guest.vcpu();
-    let fresh = vcpu.xsave().unwrap();
-    *vcpu.regs_mut() = Regs { rip: CODE, rax: 5, r9: 9, fs_base: 0x1000, gs_base: 0x2000, ..Regs::default() };
-    assert_eq!(vcpu.run().unwrap(), Exit::Syscall);
-    assert_ne!(vcpu.xsave().unwrap(), fresh);
-    drop(vcpu);
+fn a_parked_vcpu_is_used_again() {
+    let Some(guest) = Guest::new(&SYSCALL) else { return };
+    drop(guest.vcpu());
     let made = guest.vm.making.lock().made;
-    let vcpu = guest.vm.create_vcpu(guest.root).unwrap();
-    assert_eq!(guest.vm.making.lock().made, made, "reused, not made");
-    assert_eq!(*vcpu.regs(), Regs::default());
-    assert_eq!(vcpu.xsave().unwrap(), fresh);
+    let _vcpu = guest.vcpu();
+    assert_eq!(guest.vm.making.lock().made, made);
 }

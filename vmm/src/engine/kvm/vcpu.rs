@@ -39,10 +39,10 @@ use super::exit::{Outcome, enter, exception_in_flight, facts, in_ring3, switch_r
 use super::monitor::{Arrival, SYSCALL_ENTRY};
 use super::raw_vcpu::{CR4_TSD, RawVcpu};
 use super::snapshot::snapshot;
+use crate::engine::exception::{GENERAL_PROTECTION, INVALID_OPCODE, PAGE_FAULT, int_gate};
 use crate::engine::kick::{Kicker, Requests};
-use crate::engine::opcode::{INT, gate_of_idt};
-use crate::engine::regs::{FOUR_LEVELS, GENERAL_PROTECTION, with_general_registers};
-use crate::engine::shortage::Shortage;
+use crate::engine::regs::{FOUR_LEVELS, with_general_registers};
+use crate::engine::shortage::{Next, Shortage};
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::SyncReg;
@@ -54,8 +54,6 @@ use std::sync::Arc;
 /// First address above the lower half.
 const LOWER_HALF_END: u64 = 1 << 47;
 
-const INVALID_OPCODE: u8 = 6;
-const PAGE_FAULT: u8 = 14;
 /// Vectors that say the monitor is broken, or the machine: NMI, double fault, invalid TSS, machine check.
 const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
 
@@ -75,7 +73,7 @@ pub struct KvmVcpu {
     /// `None` once KVM's state of it cannot be trusted any more.
     raw: Option<RawVcpu>,
     vm: Arc<KvmVm>,
-    root: Pfn,
+    walker: Walker,
     kicker: Arc<Kicker>,
     regs: Regs,
     /// KVM_RUNs in a row for which the host had no memory.
@@ -109,13 +107,9 @@ impl KvmVcpu {
     pub(super) fn new(raw: RawVcpu, vm: Arc<KvmVm>, root: Pfn) -> Self {
         let lease = raw.state.begin_lease();
         let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.faults() });
+        let walker = Walker::new(Arc::clone(vm.monitor.pool()), root);
         let (regs, shortage, time_stamps) = Default::default();
-        Self { raw: Some(raw), vm, root, kicker, regs, shortage, time_stamps }
-    }
-
-    /// The table that this vCPU walks.
-    pub fn root(&self) -> Pfn {
-        self.root
+        Self { raw: Some(raw), vm, walker, kicker, regs, shortage, time_stamps }
     }
 
     #[cfg(test)]
@@ -129,7 +123,7 @@ impl KvmVcpu {
             .raw
             .as_mut()
             .ok_or_else(|| EngineError::lost("KVM_RUN", io::Error::other("the vCPU failed before")))?;
-        let mut sregs = raw.ring3(self.root.offset(), self.regs.fs_base, self.regs.gs_base);
+        let mut sregs = raw.ring3(self.walker.root().offset(), self.regs.fs_base, self.regs.gs_base);
         if self.time_stamps == TimeStamps::Trapped {
             sregs.cr4 |= CR4_TSD;
         }
@@ -165,11 +159,11 @@ impl KvmVcpu {
             raw.state.leave();
             let outcome = match outcome {
                 Outcome::NoMemory(error) => {
-                    let Some(pause) = self.shortage.pause() else { return Err(error) };
-                    log::debug!("the host has no memory for KVM_RUN; it is tried again in {pause:?}");
-                    self.shortage.wait(pause, || raw.state.wants(Requests::all() - deferred));
-                    // Like an interrupted one, it has left the registers as they were.
-                    Outcome::Interrupted
+                    match self.shortage.sit_out(|| raw.state.wants(Requests::all() - deferred)) {
+                        // Like an interrupted one, it has left the registers as they were.
+                        Next::Again => Outcome::Interrupted,
+                        Next::GiveUp => return Err(error),
+                    }
                 }
                 came_back => {
                     self.shortage = Shortage::default();
@@ -245,13 +239,11 @@ impl KvmVcpu {
         self.regs.rip = frame.rip;
         self.regs.rsp = frame.rsp;
         self.regs.rflags = frame.rflags;
-        if vector == INVALID_OPCODE {
+        if vector == INVALID_OPCODE
+            && let Some(error_code) = int_gate(&self.walker, frame.rip)
+        {
             // Natively a program that does it gets SIGSEGV, not SIGILL.
-            let (mut code, pool) = ([0; 2], Arc::clone(self.vm.monitor.pool()));
-            if Walker::new(pool, self.root).fetch(Gpa(frame.rip), &mut code) == 2 && code[0] == INT {
-                let error_code = gate_of_idt(code[1]);
-                return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code });
-            }
+            return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code });
         }
         if vector != PAGE_FAULT {
             return Ok(Exit::Exception { vector, error_code });

@@ -48,7 +48,8 @@ fn from_stat(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::traced_child;
+    use crate::engine::ptrace::testing::Spinning;
+    use crate::engine::ptrace::tracee::{Resume, Stop};
     use std::time::Instant;
 
     /// Long enough for anything that is going to happen.
@@ -56,11 +57,11 @@ mod tests {
 
     #[test]
     fn what_a_process_and_its_thread_use_is_seen_from_outside() {
-        let child = traced_child::Tracee::spinning();
-        let thread = Tracee { pid: child.pid(), tid: child.pid() };
+        let Some(child) = Spinning::new() else { return };
+        let thread = *child;
         let began = (of_process(thread.pid), of_thread(thread));
         let until = Instant::now() + PATIENCE;
-        child.resume();
+        child.resume(Resume::Engine).unwrap();
         let mut now = began;
         while Instant::now() < until && (now.0 == began.0 || now.1 == began.1) {
             let before = now;
@@ -71,7 +72,7 @@ mod tests {
         }
         assert!(now.0 > began.0 && now.1 > began.1, "{now:?} after {began:?}");
         child.kill();
-        assert_eq!(child.wait(), traced_child::Stop::Gone);
+        assert!(matches!(child.wait().unwrap(), Stop::Gone(_)));
         assert_eq!((of_process(thread.pid), of_thread(thread)), (Duration::ZERO, Duration::ZERO));
     }
 

@@ -13,6 +13,7 @@ use super::access;
 use super::tlb::ProcessMappings;
 use super::vcpu::PtraceVcpu;
 use crate::engine::kick::Requests;
+use crate::engine::shortage::Next;
 use crate::engine::{EngineError, Exit};
 use shadow_mmu::addr::{Access, Gpa};
 use shadow_mmu::shadow::Filled;
@@ -41,13 +42,13 @@ impl PtraceVcpu {
                 Err(source) => source,
             };
             let is_short = matches!(source.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN));
-            match self.shortage.pause().filter(|_| is_short) {
-                Some(_) if self.state.wants(Requests::all()) => return Ok(None),
-                Some(pause) => self.shortage.wait(pause, || self.state.wants(Requests::all())),
-                None => {
-                    let what = format!("mapping guest frame {:#x} in the guest's process", addr.gfn().0);
-                    return Err(EngineError::lost(what, source));
-                }
+            let is_wanted = || self.state.wants(Requests::all());
+            if !is_short || self.shortage.sit_out(is_wanted) == Next::GiveUp {
+                let what = format!("mapping guest frame {:#x} in the guest's process", addr.gfn().0);
+                return Err(EngineError::lost(what, source));
+            }
+            if is_wanted() {
+                return Ok(None);
             }
         }
     }
@@ -62,12 +63,12 @@ impl PtraceVcpu {
             access => access,
         };
         match self.fill(gpa, access)? {
-            Some(Filled::No) => {
+            Some(Filled::NotAllowed) => {
                 self.expected = Some((gpa, access));
                 let access = if access.contains(Access::WRITE) { Access::WRITE } else { access };
                 Ok(Some(Exit::PageFault { addr: gpa, access }))
             }
-            Some(Filled::Mapped | Filled::Already) => {
+            Some(Filled::Allowed) => {
                 if access == Access::READ {
                     self.taken_for_read = Some(again);
                 }

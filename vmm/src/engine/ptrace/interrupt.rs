@@ -68,26 +68,27 @@ mod tests {
     use super::*;
     use crate::engine::Kick;
     use crate::engine::kick::{Kicker, Requests, RunState};
-    use crate::engine::traced_child::{Stop, Tracee};
+    use crate::engine::ptrace::testing::Spinning;
+    use crate::engine::ptrace::tracee::{Resume, Stop};
     use shadow_mmu::inject::Faults;
     use std::sync::Arc;
 
-    fn kicker_of(tracee: &Tracee) -> Kicker {
-        let state = Arc::new(RunState::new(TraceeInterrupt::new(tracee.pid(), tracee.pid())));
+    fn kicker_of(tracee: Tracee) -> Kicker {
+        let state = Arc::new(RunState::new(TraceeInterrupt::new(tracee.pid, tracee.tid)));
         let lease = state.begin_lease();
         Kicker { state, lease, faults: Faults::default() }
     }
 
     #[test]
     fn a_kick_stops_a_tracee_that_spins() {
-        let tracee = Tracee::spinning();
-        let kicker = kicker_of(&tracee);
+        let Some(tracee) = Spinning::new() else { return };
+        let kicker = kicker_of(*tracee);
         for _ in 0..100 {
             kicker.state.enter(Requests::empty()).unwrap();
             std::thread::scope(|scope| {
                 scope.spawn(|| kicker.kick());
-                tracee.resume();
-                assert_eq!(tracee.wait(), Stop::Signal(libc::SIGURG));
+                tracee.resume(Resume::Engine).unwrap();
+                assert_eq!(tracee.wait().unwrap(), Stop::Signal(libc::SIGURG));
             });
             kicker.state.leave();
             assert_eq!(kicker.state.enter(Requests::empty()), Err(Requests::KICK));
@@ -97,21 +98,21 @@ mod tests {
 
     #[test]
     fn a_kick_before_the_tracee_is_resumed_is_not_lost() {
-        let tracee = Tracee::spinning();
-        let kicker = kicker_of(&tracee);
+        let Some(tracee) = Spinning::new() else { return };
+        let kicker = kicker_of(*tracee);
         kicker.state.enter(Requests::empty()).unwrap();
         kicker.kick();
-        tracee.resume();
-        assert_eq!(tracee.wait(), Stop::Signal(libc::SIGURG));
+        tracee.resume(Resume::Engine).unwrap();
+        assert_eq!(tracee.wait().unwrap(), Stop::Signal(libc::SIGURG));
         kicker.state.leave();
     }
 
     #[test]
     fn a_tracee_that_is_gone_is_no_error() {
-        let tracee = Tracee::spinning();
-        let interrupt = TraceeInterrupt::new(tracee.pid(), tracee.pid());
+        let Some(tracee) = Spinning::new() else { return };
+        let interrupt = TraceeInterrupt::new(tracee.pid, tracee.tid);
         tracee.kill();
-        assert_eq!(tracee.wait(), Stop::Gone);
+        assert!(matches!(tracee.wait().unwrap(), Stop::Gone(_)));
         interrupt.signal().unwrap();
         let nobody = TraceeInterrupt::new(0, 0).signal().unwrap_err();
         assert_eq!(nobody.raw_os_error(), Some(libc::EINVAL));

@@ -10,6 +10,7 @@
 //!              its stops as exceptions                                              stop.rs
 //!              its faults; reads told from writes                                   faults.rs, access.rs
 //!              ptrace(2)                                                            tracee.rs
+//!              its XSAVE area                                                       fpu.rs
 //!              the CPU time that it uses, and its process                           cpu_time.rs
 //!              and what is known of one that is lost                                snapshot.rs
 //! ```
@@ -34,6 +35,7 @@ mod child;
 mod cpu_time;
 mod error;
 mod faults;
+mod fpu;
 mod interrupt;
 mod pair;
 mod proc;
@@ -41,6 +43,8 @@ mod service;
 mod snapshot;
 mod stop;
 mod stub;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 mod tlb;

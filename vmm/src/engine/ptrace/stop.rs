@@ -10,20 +10,14 @@
 use super::access::is_x87;
 use super::stub;
 use super::tracee::{Tracee, USER_CS};
-use crate::engine::regs::{GENERAL_PROTECTION, with_general_registers};
+use crate::engine::exception::{
+    ALIGNMENT, BREAKPOINT, DEBUG, DIVIDE_ERROR, GENERAL_PROTECTION, INVALID_OPCODE, SIMD, STACK_SEGMENT, X87,
+};
+use crate::engine::regs::with_general_registers;
 use crate::engine::{Exit, Regs};
 use libc::{c_int, user_regs_struct};
 use shadow_mmu::addr::{Access, Gpa};
 use std::io;
-
-const DIVIDE_ERROR: u8 = 0;
-const DEBUG: u8 = 1;
-const BREAKPOINT: u8 = 3;
-const INVALID_OPCODE: u8 = 6;
-const STACK_SEGMENT: u8 = 12;
-const X87: u8 = 16;
-const ALIGNMENT: u8 = 17;
-const SIMD: u8 = 19;
 
 // si_code
 const SI_KERNEL: c_int = 0x80;

@@ -176,7 +176,8 @@ const fn low(argument: u32) -> u32 {
 const fn high(argument: u32) -> u32 {
     low(argument) + 4
 }
-const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// System calls of 64-bit code, in seccomp_data and in ptrace_syscall_info.
+pub(super) const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 
 const fn statement(code: u32, k: u32) -> sock_filter {
     sock_filter { code: code as u16, jt: 0, jf: 0, k }

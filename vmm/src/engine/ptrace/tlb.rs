@@ -39,6 +39,11 @@ pub(super) fn forget_own(tracee: Tracee) {
     }
 }
 
+fn munmap(bytes: Range<u64>) -> Call {
+    let arguments = [bytes.start, bytes.end - bytes.start, 0, 0, 0, 0];
+    Call { number: libc::SYS_munmap, arguments }
+}
+
 /// Mappings of the guest's process.
 pub(super) struct ProcessMappings<'a> {
     vm: &'a PtraceVm,
@@ -94,18 +99,15 @@ impl HostMappings for ProcessMappings<'_> {
     }
 
     fn unmap(&mut self, pages: &[Range<u64>]) -> io::Result<()> {
-        let is_everything = matches!(pages, [all] if all.end << PAGE_SHIFT > TASK_SIZE);
-        if !is_everything
-            && let Some(errno) = self.vm.faults.get().and_then(|faults| faults.fail(&WINDOW_MADVISE))
-        {
+        if let Some(errno) = self.vm.faults.get().and_then(|faults| faults.fail(&WINDOW_MADVISE)) {
             return Err(io::Error::from_raw_os_error(errno));
         }
-        let calls = pages.iter().filter_map(|pages| {
-            let (start, end) = (pages.start << PAGE_SHIFT, (pages.end << PAGE_SHIFT).min(TASK_SIZE));
-            let bytes = end.checked_sub(start).filter(|&bytes| bytes > 0)?;
-            Some(Call { number: libc::SYS_munmap, arguments: [start, bytes, 0, 0, 0, 0] })
-        });
-        self.make(calls.collect())
+        let bytes = |pages: &Range<u64>| pages.start << PAGE_SHIFT..pages.end << PAGE_SHIFT;
+        self.make(pages.iter().map(bytes).map(munmap).collect())
+    }
+
+    fn unmap_all(&mut self) -> io::Result<()> {
+        self.make(vec![munmap(0..TASK_SIZE)])
     }
 }
 

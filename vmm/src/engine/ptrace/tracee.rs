@@ -8,7 +8,8 @@
 //! where one cannot be blocked it is not delivered; SIGKILL is, and ends the process.
 
 use super::interrupt::TraceeInterrupt;
-use super::stub::{self, LIST, LIST_ENTRIES, LIST_ENTRY};
+use super::stub::{self, AUDIT_ARCH_X86_64, LIST, LIST_ENTRIES, LIST_ENTRY};
+use crate::engine::regs::FIXED_FLAGS;
 use libc::{c_int, c_long, c_uint, pid_t, user_regs_struct};
 use shadow_mmu::addr::{LINUX_TASK_SIZE, Pfn};
 use shadow_mmu::frame::FramePool;
@@ -16,15 +17,24 @@ use std::io;
 use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
-const PTRACE_SYSEMU: c_uint = 31;
 /// The selectors of 64-bit ring 3.
 pub(super) const USER_CS: u64 = 0x33;
 const USER_SS: u64 = 0x2b;
-/// Interrupts on, and the bit that is always set.
-const PLAIN_FLAGS: u64 = 0x202;
 /// `PTRACE_O_TRACESYSGOOD` makes system call stops SIGTRAP with this bit.
 const SYSGOOD: c_int = 0x80;
 const PTRACE_EVENT_STOP: c_int = 128;
+
+/// Requests that take numbers: none of umbra's memory is read or written for them.
+#[derive(Debug, Clone, Copy)]
+#[repr(u32)]
+enum Plain {
+    PokeUser = libc::PTRACE_POKEUSER,
+    Continue = libc::PTRACE_CONT,
+    Sysemu = 31,
+    SetOptions = libc::PTRACE_SETOPTIONS,
+    Seize = libc::PTRACE_SEIZE,
+    Interrupt = libc::PTRACE_INTERRUPT,
+}
 
 /// Why a tracee stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,16 +111,34 @@ pub(super) fn is_of_its_end(error: &io::Error) -> bool {
 }
 
 impl Tracee {
-    fn request(self, request: c_uint, address: usize, data: usize) -> io::Result<()> {
-        // SAFETY: the callers pass what the request takes; the kernel checks who may.
-        checked(unsafe { libc::ptrace(request, self.tid, address, data) })
+    fn request(self, request: Plain, address: usize, data: usize) -> io::Result<()> {
+        // SAFETY: takes numbers; the kernel checks who may.
+        checked(unsafe { libc::ptrace(request as c_uint, self.tid, address, data) })
+    }
+
+    /// A request that the kernel answers by filling in `data`.
+    ///
+    /// # Safety
+    /// With this `address` the kernel writes no more than a `T`, any bytes of which are one, and nothing else.
+    unsafe fn get<T>(self, request: c_uint, address: usize, data: &mut T) -> io::Result<()> {
+        // SAFETY: the caller's word; the kernel checks who may.
+        checked(unsafe { libc::ptrace(request, self.tid, address, std::ptr::from_mut(data)) })
+    }
+
+    /// A request for which the kernel reads `data`.
+    ///
+    /// # Safety
+    /// With this `address` the kernel reads no more than a `T`, and writes nothing.
+    unsafe fn set<T>(self, request: c_uint, address: usize, data: &T) -> io::Result<()> {
+        // SAFETY: the caller's word; the kernel checks who may.
+        checked(unsafe { libc::ptrace(request, self.tid, address, std::ptr::from_ref(data)) })
     }
 
     /// Attaches to a thread that runs, and waits until it has stopped.
     pub(super) fn seize(self) -> io::Result<()> {
         const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
-        self.request(libc::PTRACE_SEIZE, 0, OPTIONS as usize)?;
-        self.request(libc::PTRACE_INTERRUPT, 0, 0)?;
+        self.request(Plain::Seize, 0, OPTIONS as usize)?;
+        self.request(Plain::Interrupt, 0, 0)?;
         loop {
             match self.wait()? {
                 Stop::Attached => break,
@@ -134,20 +162,21 @@ impl Tracee {
     /// Blocks these signals (bit 0 is signal 1) for the tracee. Threads that it makes begin with the same.
     pub(super) fn block_signals(self, mask: u64) -> io::Result<()> {
         const PTRACE_SETSIGMASK: c_uint = 0x420b;
-        self.request(PTRACE_SETSIGMASK, size_of::<u64>(), (&raw const mask).addr())
+        // SAFETY: the address is the size of the mask.
+        unsafe { self.set(PTRACE_SETSIGMASK, size_of::<u64>(), &mask) }
     }
 
     /// The same options for one that asked to be traced.
     pub(super) fn set_options(self) -> io::Result<()> {
         const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
-        self.request(libc::PTRACE_SETOPTIONS, 0, OPTIONS as usize)
+        self.request(Plain::SetOptions, 0, OPTIONS as usize)
     }
 
     /// Lets it go on.
     pub(super) fn resume(self, how: Resume) -> io::Result<()> {
         match how {
-            Resume::Guest => self.request(PTRACE_SYSEMU, 0, 0),
-            Resume::Engine => self.request(libc::PTRACE_CONT, 0, 0),
+            Resume::Guest => self.request(Plain::Sysemu, 0, 0),
+            Resume::Engine => self.request(Plain::Continue, 0, 0),
         }
     }
 
@@ -178,13 +207,15 @@ impl Tracee {
     /// All general registers, segments and bases.
     pub(super) fn registers(self) -> io::Result<user_regs_struct> {
         let mut registers = plain_registers();
-        self.request(libc::PTRACE_GETREGS, 0, (&raw mut registers).addr())?;
+        // SAFETY: fills in a user_regs_struct.
+        unsafe { self.get(libc::PTRACE_GETREGS, 0, &mut registers) }?;
         Ok(registers)
     }
 
     /// Sets them.
     pub(super) fn set_registers(self, registers: &user_regs_struct) -> io::Result<()> {
-        self.request(libc::PTRACE_SETREGS, 0, std::ptr::from_ref(registers).addr())
+        // SAFETY: reads a user_regs_struct.
+        unsafe { self.set(libc::PTRACE_SETREGS, 0, registers) }
     }
 
     /// Sets them for a guest, whose bases of fs and gs may be where `wrfsbase` puts them and ptrace does not.
@@ -204,36 +235,39 @@ impl Tracee {
         let words: [u64; size_of::<user_regs_struct>() / size_of::<u64>()] =
             unsafe { std::mem::transmute(*registers) };
         let first = offset_of!(user_regs_struct, fs_base) / size_of::<u64>();
-        words[..first].iter().enumerate().try_for_each(|(n, &word)| {
-            self.request(libc::PTRACE_POKEUSER, n * size_of::<u64>(), word as usize)
-        })
+        words[..first]
+            .iter()
+            .enumerate()
+            .try_for_each(|(n, &word)| self.request(Plain::PokeUser, n * size_of::<u64>(), word as usize))
     }
 
     /// What the signal says that it stopped for.
     pub(super) fn signal_info(self) -> io::Result<libc::siginfo_t> {
         // SAFETY: a siginfo_t is plain data, and zeros are one.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-        self.request(libc::PTRACE_GETSIGINFO, 0, (&raw mut info).addr())?;
+        // SAFETY: fills in a siginfo_t.
+        unsafe { self.get(libc::PTRACE_GETSIGINFO, 0, &mut info) }?;
         Ok(info)
     }
 
     /// The XSAVE area, up to `state.len()` bytes of it; how many there were.
     pub(super) fn xstate(self, state: &mut [u8]) -> io::Result<usize> {
         let mut area = libc::iovec { iov_base: state.as_mut_ptr().cast(), iov_len: state.len() };
-        self.request(libc::PTRACE_GETREGSET, NT_X86_XSTATE, (&raw mut area).addr())?;
+        // SAFETY: sets the length in the iovec, and fills in up to so many bytes of `state`, which is borrowed for that.
+        unsafe { self.get(libc::PTRACE_GETREGSET, NT_X86_XSTATE, &mut area) }?;
         Ok(area.iov_len)
     }
 
     /// Sets it.
     pub(super) fn set_xstate(self, state: &[u8]) -> io::Result<()> {
-        let area = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
-        self.request(libc::PTRACE_SETREGSET, NT_X86_XSTATE, (&raw const area).addr())
+        let mut area = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
+        // SAFETY: sets the length in the iovec, which is ours, and reads `state`.
+        unsafe { self.get(libc::PTRACE_SETREGSET, NT_X86_XSTATE, &mut area) }
     }
 
     /// Which of the two ways into the kernel a system call took.
     pub(super) fn is_64_bit_call(self) -> io::Result<bool> {
         const PTRACE_GET_SYSCALL_INFO: c_uint = 0x420e;
-        const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
         /// The head of ptrace_syscall_info; the kernel copies as much as it is asked for.
         #[repr(C)]
         #[derive(Default)]
@@ -243,9 +277,8 @@ impl Tracee {
             arch: u32,
         }
         let mut head = Head::default();
-        let (size, at) = (size_of::<Head>(), &raw mut head);
-        // SAFETY: the kernel writes at most `size` bytes to `at`.
-        checked(unsafe { libc::ptrace(PTRACE_GET_SYSCALL_INFO, self.tid, size, at) })?;
+        // SAFETY: the address is the size of the head, and the kernel writes no more.
+        unsafe { self.get(PTRACE_GET_SYSCALL_INFO, size_of::<Head>(), &mut head) }?;
         Ok(head.arch == AUDIT_ARCH_X86_64)
     }
 
@@ -430,7 +463,7 @@ pub(super) fn plain_registers() -> user_regs_struct {
         orig_rax: u64::MAX,
         rip: 0,
         cs: USER_CS,
-        eflags: PLAIN_FLAGS,
+        eflags: FIXED_FLAGS,
         rsp: 0,
         ss: USER_SS,
         fs_base: 0,

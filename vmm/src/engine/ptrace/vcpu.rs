@@ -26,15 +26,14 @@ use super::snapshot::snapshot;
 use super::stop::{self, Meaning};
 use super::tlb::{forget_own, set_own};
 use super::tracee::{Resume, Stop, Tracee, USER_CS, gone, plain_registers};
+use crate::engine::entry::{Injected, NO_REASON, injected};
+use crate::engine::exception::{GENERAL_PROTECTION, int_gate};
 use crate::engine::kick::{Kicker, Requests, RunState};
-use crate::engine::opcode::{INT, gate_of_idt};
-use crate::engine::regs::{GENERAL_PROTECTION, with_general_registers};
-use crate::engine::shortage::Shortage;
+use crate::engine::regs::with_general_registers;
+use crate::engine::shortage::{Next, Shortage};
 use crate::engine::{EngineError, Exit, Kick, Regs, TimeStamps, Vcpu};
-use crate::inject::points::{SYNC_REGS, VCPU_RUN};
 use libc::user_regs_struct;
 use shadow_mmu::addr::{Access, Gpa, Pfn};
-use shadow_mmu::inject::Effect;
 use shadow_mmu::shadow::Walker;
 use std::io;
 use std::sync::Arc;
@@ -48,6 +47,16 @@ enum Hold {
     Traced(Pair),
     /// It is gone, or nothing is known of it any more.
     Lost,
+}
+
+/// What an entry came to.
+enum Outcome {
+    /// The thread ran, to this stop.
+    Stopped(Stop),
+    /// EINTR or EAGAIN: it did not run.
+    Interrupted,
+    /// ENOMEM: the same.
+    NoMemory(EngineError),
 }
 
 /// One virtual CPU of a [`PtraceVm`], over one root table.
@@ -165,42 +174,25 @@ impl PtraceVcpu {
     }
 
     /// One run of the thread, to its next stop.
-    fn enter(&mut self) -> Result<Stop, EngineError> {
+    fn enter(&mut self) -> Result<Outcome, EngineError> {
         let Hold::Traced(pair) = &mut self.hold else {
             return Err(EngineError::lost("running a vCPU", io::Error::other("it is not attached")));
         };
         let (tracee, service) = (self.tracee, &self.vm.service);
-        let stop = pair
-            .around(|| tracee.resume(Resume::Guest).and_then(|()| tracee.wait()), || service.watch_pairs());
-        stop.map_err(|source| EngineError::lost("PTRACE_SYSEMU", source))
-    }
-
-    /// What an armed plan does to this entry: `Ok(true)`: it comes to nothing, and is tried again.
-    fn injected(&mut self) -> Result<bool, EngineError> {
-        let faults = &self.kicker.faults;
-        if let Some(errno) = faults.fail(&SYNC_REGS) {
-            return Err(EngineError::lost("PTRACE_SETREGS", io::Error::from_raw_os_error(errno)));
-        }
-        match faults.hit(&VCPU_RUN) {
-            Effect::Fail(libc::EINTR | libc::EAGAIN) => Ok(true),
-            Effect::Fail(libc::ENOMEM) => {
-                let error = EngineError::lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(libc::ENOMEM));
-                let Some(pause) = self.shortage.pause() else { return Err(error) };
-                self.shortage.wait(pause, || self.state.wants(Requests::all()));
-                Ok(true)
-            }
-            Effect::Fail(errno) => {
-                Err(EngineError::lost("PTRACE_SYSEMU", io::Error::from_raw_os_error(errno)))
-            }
-            Effect::Exit(reason) => Err(EngineError::lost(
-                "the vCPU stopped for no reason of the guest's",
-                io::Error::other(format!("injected exit reason {reason}")),
-            )),
-            _ => {
-                self.shortage = Shortage::default();
-                Ok(false)
-            }
-        }
+        let came_back = match injected(&self.kicker.faults) {
+            Some(Injected::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Injected::Exit(source)) => return Err(EngineError::lost(NO_REASON, source)),
+            None => pair.around(
+                || tracee.resume(Resume::Guest).and_then(|()| tracee.wait()),
+                || service.watch_pairs(),
+            ),
+        };
+        let lost = |source| EngineError::lost("PTRACE_SYSEMU", source);
+        came_back.map(Outcome::Stopped).or_else(|error| match error.raw_os_error() {
+            Some(libc::EINTR | libc::EAGAIN) => Ok(Outcome::Interrupted),
+            Some(libc::ENOMEM) => Ok(Outcome::NoMemory(lost(error))),
+            _ => Err(lost(error)),
+        })
     }
 
     /// Runs until there is something to report. Every error is the end of this vCPU.
@@ -220,13 +212,20 @@ impl PtraceVcpu {
                 self.state.take(requests);
                 return Ok(Exit::Kicked);
             }
-            let stop = match self.injected() {
-                Ok(false) => self.enter().map(Some),
-                Ok(true) => Ok(None),
-                Err(error) => Err(error),
-            };
+            let outcome = self.enter();
             self.state.leave();
-            let Some(stop) = stop? else { continue };
+            let stop = match outcome? {
+                Outcome::Stopped(stop) => stop,
+                Outcome::Interrupted => continue,
+                Outcome::NoMemory(error) => {
+                    match self.shortage.sit_out(|| self.state.wants(Requests::all())) {
+                        Next::Again => continue,
+                        Next::GiveUp => return Err(error),
+                    }
+                }
+            };
+            // What it needed to run it had.
+            self.shortage = Shortage::default();
             let registers = match stop {
                 Stop::Gone(status) => return Err(self.ended(gone(status))),
                 _ => self.tracee.registers().map_err(|source| EngineError::lost("PTRACE_GETREGS", source))?,
@@ -239,9 +238,7 @@ impl PtraceVcpu {
             };
             match meaning.map_err(|source| EngineError::lost("asking a tracee why it stopped", source))? {
                 Meaning::Exit(Exit::Exception { vector: GENERAL_PROTECTION, .. }) => {
-                    let mut code = [0; 2];
-                    let is_int = self.walker.fetch(Gpa(self.regs.rip), &mut code) == 2 && code[0] == INT;
-                    let error_code = if is_int { gate_of_idt(code[1]) } else { 0 };
+                    let error_code = int_gate(&self.walker, self.regs.rip).unwrap_or(0);
                     return Ok(Exit::Exception { vector: GENERAL_PROTECTION, error_code });
                 }
                 Meaning::Exit(exit) => return Ok(exit),
