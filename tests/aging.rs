@@ -3,7 +3,7 @@
 //! told of them.
 //!
 //! Exact numbers of accessed pages are expected where KVM or umbra sees accesses in software. A CPU that walks the tables
-//! itself may set A for pages that nobody touched ([`Exactness`]).
+//! itself may set A for pages that nobody touched ([`Marks`]).
 //!
 //! Nothing here depends on how fast a machine is: where a number is exact, no timer takes part in it (the interval is longer
 //! than the test, and the pass or reading at the end is the only one); else a test waits until what must come has come.
@@ -12,12 +12,12 @@
 
 mod common;
 
-use common::pages::{Exactness, NEVER, Running, exactness, pages, reports, row};
+use common::pages::{NEVER, Running, marks, pages, reports, row};
 use common::{code, engine, finish, folder, guests, run, stderr};
 use serde_json::Value;
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
-use vmm::engine::EngineKind;
+use vmm::engine::{EngineKind, Marks};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -55,10 +55,10 @@ fn what_was_touched_is_young_and_what_was_only_brought_in_is_not() {
         assert_eq!((row["start"].as_u64().unwrap(), row["rights"].as_str().unwrap()), (at, "rw-p"));
         let (young, untouched) = (ages(row)[0], row["untouched_kib"].as_u64().unwrap());
         assert_eq!(young + untouched, 256, "{bits}: {row}");
-        match exactness(bits) {
-            Exactness::Exact => assert_eq!(young, 44, "{bits}: {row}"),
+        match marks(bits) {
+            Marks::Exact => assert_eq!(young, 44, "{bits}: {row}"),
             // All that was touched, and not all that was brought in.
-            Exactness::CpuGuesses => assert!((44..256).contains(&young), "{bits}: {row}"),
+            Marks::CpuGuesses => assert!((44..256).contains(&young), "{bits}: {row}"),
         }
     }
 }
@@ -80,10 +80,10 @@ fn on_sigusr1_what_is_idle_is_old_and_what_is_used_is_not() {
                 let Some(row) = row(report, at) else { return false };
                 let ages = ages(row);
                 let (idle, used) = (ages[7], ages[..3].iter().sum::<u64>());
-                let is_told = match exactness(bits) {
-                    Exactness::Exact => (idle, used) == (64, 128),
+                let is_told = match marks(bits) {
+                    Marks::Exact => (idle, used) == (64, 128),
                     // Some that are used look idle for a while, and some of the others are looked at ahead of need.
-                    Exactness::CpuGuesses => idle >= 32 && used >= 64,
+                    Marks::CpuGuesses => idle >= 32 && used >= 64,
                 };
                 report["passes"].as_u64().unwrap() > 8 && is_told
             },

@@ -9,12 +9,13 @@
 
 mod common;
 
-use common::pages::{Exactness, NEVER, exactness, program, reports, row};
+use common::pages::{NEVER, marks, program, reports, row};
 use common::{STATIC, assert_same, cc, code, finish, folder, native_images, offered, run, stderr};
 use serde_json::Value;
 use std::fs;
 use std::process::{Command, Output};
 use std::time::Duration;
+use vmm::engine::Marks;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -263,7 +264,7 @@ fn what_is_young_is_the_same_under_each() {
     let path = program("engines-aging");
     let program = path.to_str().unwrap();
     for bits in ["on", "off"] {
-        if exactness(bits) == Exactness::CpuGuesses {
+        if marks(bits) == Marks::CpuGuesses {
             println!("skipped with --ad-bits {bits}: the CPU sets A for pages that nobody touched");
             continue;
         }

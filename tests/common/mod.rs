@@ -10,14 +10,16 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
-use vmm::engine::kvm::host_facts;
-use vmm::engine::{EngineChoice, EngineKind};
+use vmm::engine::{EngineChoice, EngineKind, kvm};
 
 /// What keeps `engine` from running guests here. Where the environment has `UMBRA_REQUIRE_KVM` or `UMBRA_REQUIRE_PTRACE`, as on
 /// machines that are known to have it, an obstacle to that one is a failure.
 fn obstacle(engine: EngineKind) -> Option<String> {
     let (obstacle, required) = match engine {
-        EngineKind::Kvm => (host_facts(&vmm::cli::kvm_device()).obstacle, "UMBRA_REQUIRE_KVM"),
+        EngineKind::Kvm => {
+            let obstacle = kvm::facts(&vmm::cli::kvm_device()).err();
+            (obstacle.map(|error| error.to_string()), "UMBRA_REQUIRE_KVM")
+        }
         EngineKind::Ptrace => {
             let obstacle = vmm::engine::ptrace::probe().err();
             (obstacle.map(|error| error.to_string()), "UMBRA_REQUIRE_PTRACE")

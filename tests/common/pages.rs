@@ -7,28 +7,21 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
-use vmm::engine::EngineKind;
+use vmm::engine::{EngineConfig, Marks, choice};
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// An interval so long that the only pass, and the only reading, is the one at the end.
 pub const NEVER: &str = "600m";
 
-/// How exactly A bits say which pages were accessed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How exactly A says what was accessed, on this host with `--ad-bits BITS`.
 #[allow(dead_code, reason = "not every test looks at A")]
-pub enum Exactness {
-    /// These and no others: accesses are faults, or KVM shadows the guest's tables and sets A for those that it serves.
-    Exact,
-    /// The CPU sets A, for prefetches and speculative accesses too, and for none while it has the translation cached.
-    CpuGuesses,
-}
-
-/// That of this host with `--ad-bits BITS`.
-#[allow(dead_code, reason = "not every test looks at A")]
-pub fn exactness(bits: &str) -> Exactness {
-    let facts = vmm::engine::kvm::host_facts(&vmm::cli::kvm_device());
-    let in_software = super::engine() == EngineKind::Ptrace || facts.kvm_backend.walks_in_software();
-    if bits == "off" || in_software { Exactness::Exact } else { Exactness::CpuGuesses }
+pub fn marks(bits: &str) -> Marks {
+    if bits == "off" {
+        // Accesses are faults.
+        return Marks::Exact;
+    }
+    let config = EngineConfig { choice: super::engine().into(), ..vmm::cli::engine() };
+    choice::trial(&config).unwrap().marks()
 }
 
 /// Every report of this kind on stderr.

@@ -153,7 +153,7 @@ fn is_out_of_frames(error: &anyhow::Error) -> bool {
         cause.is::<OutOfFrames>()
             || matches!(cause.downcast_ref(), Some(MmError::NoMemory))
             || matches!(cause.downcast_ref(), Some(ShadowError::OutOfFrames(_)))
-            || cause.downcast_ref().is_some_and(SetupError::is_out_of_frames)
+            || matches!(cause.downcast_ref(), Some(SetupError::Frames(_)))
             || matches!(
                 cause.downcast_ref(),
                 Some(

@@ -2,8 +2,7 @@
 //! What umbra says about a guest: how it died, and what it cost.
 
 use crate::aging::AgingCost;
-use crate::engine::kvm::HostFacts;
-use crate::engine::{EngineKind, Regs};
+use crate::engine::{EngineKind, HostFacts, Regs};
 use crate::guest::{Death, ExitStatus};
 use crate::stalls::StallSummary;
 use crate::vm::{Frames, Machine};
@@ -74,7 +73,7 @@ impl Stats {
         let (shadow, mm, pool) = (machine.shadow().stats(), machine.mm().stats(), machine.pool().stats());
         Self {
             engine: machine.engine().kind(),
-            kvm_backend: machine.engine().facts().kvm_backend.to_string(),
+            kvm_backend: machine.engine().facts().kvm_backend(),
             wall_s: wall.as_secs_f64(),
             pf_taken: get(&shadow.pf_taken),
             pf_fixed: get(&shadow.pf_fixed),
@@ -211,11 +210,11 @@ fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -
 
 /// What the host is, and which capabilities it has.
 pub(crate) fn write_host(out: &mut String, host: &HostFacts) -> std::fmt::Result {
-    writeln!(out, "backend   {}", host.kvm_backend)?;
+    writeln!(out, "backend   {}", host.kvm_backend())?;
     writeln!(out, "host      Linux {}, {}, {} CPUs", host.kernel, host.cpu, host.cpus)?;
-    if !host.capabilities.is_empty() {
+    if !host.capabilities().is_empty() {
         writeln!(out, "capabilities")?;
-        for capability in &host.capabilities {
+        for capability in host.capabilities() {
             writeln!(out, "  {:<32} {}", capability.name, capability.value)?;
         }
     }

@@ -17,6 +17,7 @@ mod rings;
 
 pub use config::{Accesses, AdBitsUse, Frames, Tracking, VmConfig, WindowFill};
 
+use crate::causes::one_line;
 use crate::crash;
 use crate::deterministic::Interval;
 use crate::engine::{Engine, EngineError, Regs, SetupError, TimeStamps, choice};
@@ -116,10 +117,11 @@ impl Machine {
         let engine = choice::open(&config.engine, Arc::clone(&pool))?;
         engine.arm(config.faults.clone());
         let mm = Mm::with_faults(Arc::clone(&pool), config.faults.clone())?;
+        let engine_tlb = Arc::clone(&engine).tlb();
         let tlb = ConfiguredTlb {
-            engine: Arc::clone(&engine).tlb(),
+            ad_bits: config.tracking.ad_bits.of(&*engine_tlb),
+            engine: engine_tlb,
             window: config.window,
-            ad_bits: config.tracking.ad_bits.of(&*engine),
             faults: config.faults.clone(),
         };
         let shadow = Arc::new(ShadowMmu::new(Arc::clone(&mm), Arc::new(tlb))?);
@@ -241,7 +243,7 @@ impl Machine {
     }
     /// What marks the CPU sets, as far as they are used.
     pub fn ad_bits(&self) -> AdBits {
-        self.config.tracking.ad_bits.of(&*self.engine)
+        self.config.tracking.ad_bits.of(&*Arc::clone(&self.engine).tlb())
     }
     /// Readable when a vCPU waits for [`collect_dirty_rings`](Self::collect_dirty_rings); `None` without rings.
     ///
@@ -342,7 +344,7 @@ struct MachineHost(Arc<Machine>);
 impl Host for MachineHost {
     fn start_thread(&self, thread: Thread, regs: Regs, xsave: Vec<u8>) -> Result<(), i32> {
         Arc::clone(&self.0).spawn(thread, regs, Some(xsave)).map_err(|error| {
-            log::warn!("the guest gets no further thread: {error:#}");
+            log::warn!("the guest gets no further thread: {}", one_line(&error));
             libc::EAGAIN
         })
     }

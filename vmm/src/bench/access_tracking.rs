@@ -24,7 +24,6 @@ use super::linux::LinuxPages;
 use super::memstress::{Memstress, Work};
 use super::phases::{Phase, measure_phases, median, selftest_time};
 use super::{Contestant, Host, Report, ratios};
-use crate::engine::kvm::HostFacts;
 use crate::vm::{Accesses, AdBitsUse, Tracking, WindowFill};
 use anyhow::{Context, Result};
 use shadow_mmu::addr::{HvaRange, PAGE_SIZE};
@@ -45,7 +44,7 @@ const STILL_IDLE: &str = "Still idle";
 /// # Errors
 /// What keeps umbra from running a guest at all.
 pub fn bench_access_tracking(
-    facts: &HostFacts,
+    host: &Host,
     work: &Work,
     runs: usize,
     progress: &mut dyn FnMut(&str),
@@ -89,7 +88,7 @@ pub fn bench_access_tracking(
     }
     Ok(Report {
         bench: "access_tracking".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing,

@@ -24,7 +24,7 @@ use super::linux::LinuxPages;
 use super::memstress::{Memstress, Work};
 use super::{Contestant, Host, Measure, Report, measure, ratios};
 use crate::causes::one_line;
-use crate::engine::kvm::HostFacts;
+use crate::engine::Marks;
 use crate::vm::WindowFill;
 use anyhow::{Context, Result, bail};
 use shadow_mmu::addr::HvaRange;
@@ -51,12 +51,7 @@ const COLD_BYTES: usize = 256 << 20;
 ///
 /// # Errors
 /// What keeps umbra from running a guest at all; a pass that does not find what was touched.
-pub fn bench_age(
-    facts: &HostFacts,
-    pages: u64,
-    runs: usize,
-    progress: &mut dyn FnMut(&str),
-) -> Result<Report> {
+pub fn bench_age(host: &Host, pages: u64, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     // A guest and a process, both there all the time.
     Work::new(1, pages).expect_room(2)?;
     progress("bringing the memory in");
@@ -106,7 +101,7 @@ pub fn bench_age(
     }
     Ok(Report {
         bench: "age".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing,
@@ -124,24 +119,12 @@ enum Flush {
     Within,
 }
 
-/// Who sets A, and so how exactly it says what was accessed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Exactness {
-    /// A KVM that shadows the guest's tables and walks them for each access that it is told of.
-    Software,
-    /// The CPU. A translation that it has cached may hide an access, and it may set A for what was never accessed: for
-    /// prefetches and for speculative accesses (Intel SDM vol. 3, 4.10.2.3).
-    Cpu,
-}
-
-impl Exactness {
-    /// How many pages may be found young where so many were accessed. A prefetcher runs ahead of an access, one page beyond
-    /// it at most; and a CPU that guesses what comes next may guess a few pages anywhere.
-    fn may_find(self, accessed: u64) -> RangeInclusive<u64> {
-        match self {
-            Self::Software => accessed..=accessed,
-            Self::Cpu => accessed * 9 / 10..=accessed * 2 + GUESSES,
-        }
+/// How many pages may be found young where so many were accessed. A prefetcher runs ahead of an access, one page beyond it at
+/// most; and a CPU that guesses what comes next may guess a few pages anywhere.
+fn may_find(marks: Marks, accessed: u64) -> RangeInclusive<u64> {
+    match marks {
+        Marks::Exact => accessed..=accessed,
+        Marks::CpuGuesses => accessed * 9 / 10..=accessed * 2 + GUESSES,
     }
 }
 
@@ -152,7 +135,7 @@ struct Guest {
     pages: u64,
     tlb: Arc<dyn Tlb>,
     host_bits: AdBits,
-    exactness: Exactness,
+    marks: Marks,
 }
 
 impl Guest {
@@ -163,10 +146,9 @@ impl Guest {
         memstress.pass("write")?;
         let region = memstress.region()?;
         let engine = memstress.expect_machine()?.engine();
-        let (tlb, backend) = (Arc::clone(engine).tlb(), engine.facts().kvm_backend);
+        let (tlb, marks) = (Arc::clone(engine).tlb(), engine.marks());
         let host_bits = tlb.ad_bits();
-        let exactness = if backend.walks_in_software() { Exactness::Software } else { Exactness::Cpu };
-        Ok(Self { memstress: RefCell::new(memstress), region, pages, tlb, host_bits, exactness })
+        Ok(Self { memstress: RefCell::new(memstress), region, pages, tlb, host_bits, marks })
     }
 
     /// Nanoseconds a page of one pass after `command`, which touches `expected` pages.
@@ -199,7 +181,7 @@ impl Guest {
                 young += pages_within(range, self.region);
             }
         });
-        let found = self.exactness.may_find(expected);
+        let found = may_find(self.marks, expected);
         if !found.contains(&young) {
             bail!(
                 "the pass found {young} pages young where {expected} had been touched; here it may find {} to {}",
@@ -295,13 +277,13 @@ mod tests {
     #[test]
     fn a_cpu_may_miss_some_and_guess_some_and_software_may_not() {
         for accessed in [0, 7, 1000] {
-            assert_eq!(Exactness::Software.may_find(accessed), accessed..=accessed);
-            assert!(Exactness::Cpu.may_find(accessed).contains(&(accessed + 1)));
+            assert_eq!(may_find(Marks::Exact, accessed), accessed..=accessed);
+            assert!(may_find(Marks::CpuGuesses, accessed).contains(&(accessed + 1)));
             // Below ten pages too.
-            assert_eq!(Exactness::Cpu.may_find(accessed).contains(&(accessed / 2)), accessed == 0);
+            assert_eq!(may_find(Marks::CpuGuesses, accessed).contains(&(accessed / 2)), accessed == 0);
         }
-        assert_eq!(Exactness::Cpu.may_find(7).start(), &6);
-        assert!(!Exactness::Cpu.may_find(1000).contains(&10_000));
+        assert_eq!(may_find(Marks::CpuGuesses, 7).start(), &6);
+        assert!(!may_find(Marks::CpuGuesses, 1000).contains(&10_000));
     }
 
     #[test]

@@ -18,7 +18,6 @@ use super::access_tracking::TOLD;
 use super::memstress::{Memstress, Work};
 use super::phases::{Phase, measure_phases, median};
 use super::{Contestant, Host, Report};
-use crate::engine::kvm::HostFacts;
 use crate::vm::WindowFill;
 use anyhow::Result;
 use shadow_mmu::mm::Mm;
@@ -48,7 +47,7 @@ const SPIN: u64 = 100;
 /// # Errors
 /// What keeps umbra from running a guest at all.
 pub fn bench_age_overhead(
-    facts: &HostFacts,
+    host: &Host,
     options: &AgeOverhead,
     runs: usize,
     progress: &mut dyn FnMut(&str),
@@ -60,7 +59,7 @@ pub fn bench_age_overhead(
     // Rounds are fitted to the window by one of them, and a machine may slow down.
     memstress.expect(options.window.saturating_mul(2));
     memstress.pass("write")?;
-    let host_bits = memstress.expect_machine()?.engine().ad_bits();
+    let host_bits = Arc::clone(memstress.expect_machine()?.engine()).tlb().ad_bits();
     let memstress = RefCell::new(memstress);
     let run = |aging: Option<AdBits>| {
         let memstress = &memstress;
@@ -92,7 +91,7 @@ pub fn bench_age_overhead(
     memstress.into_inner().finish()?;
     Ok(Report {
         bench: "age-overhead".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing,

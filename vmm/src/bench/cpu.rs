@@ -8,9 +8,9 @@
 //! A translator's slowdown depends on the kind far more than anything else here does. So beside the ratio of sums, in which the
 //! worst kind weighs most, there is the geometric mean of the kinds' ratios.
 
+use super::Report;
 use super::phases::{Phase, measure_phases};
 use super::runners::{Engines, NATIVE, QEMU, Runners, ratios_of, umbra_with};
-use super::{Host, Report};
 use crate::engine::EngineConfig;
 use anyhow::{Result, ensure};
 
@@ -29,7 +29,7 @@ pub fn bench_cpu(
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let Engines { present, missing, facts } = &Engines::of(config)?;
+    let Engines { present, missing, host } = &Engines::of(config)?;
     let runners = Runners::new("compute", present)?;
     let passes = passes.to_string();
     let args = ["--rounds", passes.as_str()];
@@ -54,7 +54,7 @@ pub fn bench_cpu(
     }
     Ok(Report {
         bench: "cpu".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing: missing.iter().cloned().chain(others_missing).collect(),

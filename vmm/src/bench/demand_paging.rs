@@ -16,8 +16,7 @@
 use super::memstress::{Memstress, Work};
 use super::phases::{Phase, measure_phases, median, selftest_time};
 use super::{Contestant, Host, Report, ratios};
-use crate::engine::EngineKind;
-use crate::engine::kvm::HostFacts;
+use crate::engine::{EngineKind, choice};
 use crate::vm::{Tracking, WindowFill};
 use anyhow::{Result, bail};
 use shadow_mmu::shadow::FaultAroundPolicy;
@@ -64,7 +63,7 @@ impl DemandPaging {
 /// # Errors
 /// What keeps umbra from running a guest at all; [`UffdMode::Minor`]; a delay without a thread that could wait.
 pub fn bench_demand_paging(
-    facts: &HostFacts,
+    host: &Host,
     options: &DemandPaging,
     runs: usize,
     progress: &mut dyn FnMut(&str),
@@ -88,7 +87,7 @@ pub fn bench_demand_paging(
     let mut contestants =
         vec![Contestant::required("umbra", guest(FaultAroundPolicy::Adaptive, WindowFill::Ahead))];
     let mut missing = Vec::new();
-    match facts.engine() {
+    match choice::kind(&crate::cli::engine())? {
         EngineKind::Kvm => contestants
             .push(Contestant::required("kvm-demand-paging", guest(ALL_AT_ONCE, WindowFill::OnDemand))),
         engine => missing.push(format!("kvm-demand-paging: guests run by {engine}, and it is KVM's")),
@@ -116,7 +115,7 @@ pub fn bench_demand_paging(
     }
     Ok(Report {
         bench: "demand_paging".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing,

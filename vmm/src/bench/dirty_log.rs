@@ -27,7 +27,6 @@ use super::linux::LinuxPages;
 use super::memstress::{Memstress, Work};
 use super::phases::{Phase, measure_phases, selftest_time};
 use super::{Contestant, Host, Report, ratios};
-use crate::engine::kvm::HostFacts;
 use crate::vm::{Tracking, WindowFill};
 use anyhow::{Context, Result, bail};
 use shadow_mmu::addr::{Gfn, Hva, HvaRange, PAGE_SIZE};
@@ -88,7 +87,7 @@ impl DirtyLogWork {
 /// # Errors
 /// What keeps umbra from running a guest at all; a method that the engine does not have; a log that lost a write.
 pub fn bench_dirty_log(
-    facts: &HostFacts,
+    host: &Host,
     options: &DirtyLogWork,
     runs: usize,
     progress: &mut dyn FnMut(&str),
@@ -129,7 +128,7 @@ pub fn bench_dirty_log(
         .collect();
     Ok(Report {
         bench: "dirty_log".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing,

@@ -15,7 +15,7 @@
 //! page to after the last; one further page is touched before.
 
 use super::runners::{Engines, Runners};
-use super::{Contestant, Host, Measure, Report, measure, output, ratios, umbra};
+use super::{Contestant, Measure, Report, measure, output, ratios, umbra};
 use crate::engine::{EngineConfig, EngineKind};
 use anyhow::{Context, Result};
 
@@ -29,7 +29,7 @@ pub fn bench_fault(
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let Engines { present, missing, facts } = &Engines::of(config)?;
+    let Engines { present, missing, host } = &Engines::of(config)?;
     let run = |engine: EngineKind, options: &'static [&'static str]| {
         move || {
             // Room for the pages, their tables, and the reserve that pages ahead of need stay clear of.
@@ -84,7 +84,7 @@ pub fn bench_fault(
     );
     Ok(Report {
         bench: "fault".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing: missing.iter().cloned().chain(others_missing).collect(),

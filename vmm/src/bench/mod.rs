@@ -27,8 +27,7 @@ mod userfault;
 pub use memstress::{Memstress, Pass, Work};
 pub use userfault::WindowHandler;
 
-use crate::engine::EngineKind;
-use crate::engine::kvm::HostFacts;
+use crate::engine::{Engine, EngineKind, HostFacts};
 use anyhow::{Context, Result, bail};
 use contestant::{Contestant, take_turns};
 use serde::Serialize;
@@ -65,15 +64,21 @@ pub struct Host {
     pub cpus: usize,
 }
 
-impl From<&HostFacts> for Host {
-    fn from(facts: &HostFacts) -> Self {
-        Self {
-            engine: Some(facts.engine()),
-            kvm_backend: facts.kvm_backend.to_string(),
-            kernel: facts.kernel.clone(),
-            cpu: facts.cpu.clone(),
-            cpus: facts.cpus,
-        }
+impl Host {
+    /// Where guests run by `engine`.
+    pub fn of(engine: &dyn Engine) -> Self {
+        Self::new(Some(engine.kind()), engine.facts())
+    }
+
+    /// Where none run.
+    fn without_guests() -> Self {
+        Self::new(None, HostFacts::with(None))
+    }
+
+    fn new(engine: Option<EngineKind>, facts: HostFacts) -> Self {
+        let kvm_backend = facts.kvm_backend();
+        let HostFacts { kernel, cpu, cpus, .. } = facts;
+        Self { engine, kvm_backend, kernel, cpu, cpus }
     }
 }
 

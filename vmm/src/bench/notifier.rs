@@ -22,7 +22,6 @@
 //! Two ratios a contestant: `Y.N/umbra.N`, and `X.N.threads.speedup`, throughput of all threads over that of one.
 
 use super::{Host, Measure, Report, Row, measure, ratios};
-use crate::engine::kvm::{Backend, HostFacts};
 use anyhow::{Context, Result};
 use arc_swap::ArcSwap;
 use shadow_mmu::addr::{Hva, HvaRange, PAGE_SIZE};
@@ -183,12 +182,7 @@ fn nanoseconds_on_threads(contestant: &dyn Contestant, threads: usize, window: D
 ///
 /// # Errors
 /// No memory for an address space of a few pages.
-pub fn bench_notifier(
-    facts: &HostFacts,
-    window: Duration,
-    runs: usize,
-    progress: &mut dyn FnMut(&str),
-) -> Result<Report> {
+pub fn bench_notifier(window: Duration, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut contestants: Vec<(String, Box<dyn Contestant>)> = Vec::new();
     for count in LISTENERS {
@@ -234,7 +228,7 @@ pub fn bench_notifier(
     }
     Ok(Report {
         bench: "notifier".into(),
-        host: Host { engine: None, kvm_backend: Backend::None.to_string(), ..Host::from(facts) },
+        host: Host::without_guests(),
         rows,
         ratios,
         missing,
@@ -246,8 +240,6 @@ pub fn bench_notifier(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::kvm::host_facts;
-    use std::path::Path;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     /// Counts what it hears.
@@ -289,8 +281,7 @@ mod tests {
 
     #[test]
     fn the_report_has_every_row_and_ratio() {
-        let facts = host_facts(Path::new("/nonexistent"));
-        let report = bench_notifier(&facts, Duration::from_nanos(1), 2, &mut |_| {}).unwrap();
+        let report = bench_notifier(Duration::from_nanos(1), 2, &mut |_| {}).unwrap();
         assert!(report.missing.is_empty(), "{:?}", report.missing);
         assert!(report.text().starts_with("notifier, Linux "), "{}", report.text());
         for contestant in ["umbra", "rwlock", "arc-swap"] {

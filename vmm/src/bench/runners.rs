@@ -5,9 +5,8 @@
 //! does not have is named with its reason, and is no error unless it was asked for or there is no other. The translator is
 //! `qemu-x86_64-static` (Debian's qemu-user-static), wherever it is in PATH.
 
-use super::{Contestant, NativeImage, Row, output, ratios, umbra};
+use super::{Contestant, Host, NativeImage, Row, output, ratios, umbra};
 use crate::causes::one_line;
-use crate::engine::kvm::HostFacts;
 use crate::engine::{EngineChoice, EngineConfig, EngineKind, choice};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
@@ -27,7 +26,7 @@ pub(super) struct Engines {
     /// A line for each that this host does not have.
     pub(super) missing: Vec<String>,
     /// The host, as the first of them sees it.
-    pub(super) facts: HostFacts,
+    pub(super) host: Host,
 }
 
 impl Engines {
@@ -43,16 +42,16 @@ impl Engines {
         };
         let (mut present, mut missing, mut first) = (Vec::new(), Vec::new(), None);
         for &choice in wanted {
-            match choice::facts(&EngineConfig { choice, ..config.clone() }) {
-                Ok(facts) => {
-                    present.push(facts.engine());
-                    first.get_or_insert(facts);
+            match choice::trial(&EngineConfig { choice, ..config.clone() }) {
+                Ok(engine) => {
+                    present.push(engine.kind());
+                    first.get_or_insert_with(|| Host::of(&*engine));
                 }
                 Err(error) => missing.push(format!("engine {choice}: {}", one_line(&error))),
             }
         }
-        let Some(facts) = first else { bail!("no guest can be run here: {}", missing.join("; ")) };
-        Ok(Self { present, missing, facts })
+        let Some(host) = first else { bail!("no guest can be run here: {}", missing.join("; ")) };
+        Ok(Self { present, missing, host })
     }
 }
 

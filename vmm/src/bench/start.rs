@@ -2,7 +2,7 @@
 //! `bench start`: from the command to its end, for the smallest guest there is.
 
 use super::{Contestant, Host, Measure, NativeImage, Report, measure, output, ratios, umbra};
-use crate::engine::kvm::HostFacts;
+use crate::engine::choice;
 use anyhow::Result;
 use std::process::Command;
 use std::time::Instant;
@@ -11,9 +11,9 @@ use std::time::Instant;
 ///
 /// # Errors
 /// What keeps umbra from running a guest at all.
-pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn bench_start(host: &Host, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     // Found out before, so that no run does it again.
-    let engine = facts.engine().to_string();
+    let engine = choice::kind(&crate::cli::engine())?.to_string();
     let native = NativeImage::new("hello")?;
     let timed = |command: &mut Command| -> Result<f64> {
         let began = Instant::now();
@@ -28,7 +28,7 @@ pub fn bench_start(facts: &HostFacts, runs: usize, progress: &mut dyn FnMut(&str
     let ratios = ratios(&rows, &[("umbra", "native")]);
     Ok(Report {
         bench: "start".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         rows,
         ratios,
         missing,

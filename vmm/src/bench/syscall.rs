@@ -10,9 +10,9 @@
 //! The guest, `syscalls`, times many calls in a row with its own clock. With umbra the call is answered by umbra, natively and
 //! with qemu by Linux.
 
+use super::Report;
 use super::phases::{Phase, measure_phases};
 use super::runners::{Engines, NATIVE, QEMU, Runners, ratios_of, umbra_with};
-use super::{Host, Report};
 use crate::engine::{EngineConfig, EngineKind};
 use anyhow::{Result, ensure};
 
@@ -29,7 +29,7 @@ pub fn bench_syscall(
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    let Engines { present, missing, facts } = &Engines::of(config)?;
+    let Engines { present, missing, host } = &Engines::of(config)?;
     let runners = Runners::new("syscalls", present)?;
     let calls = calls.to_string();
     let args = ["--calls", calls.as_str()];
@@ -40,7 +40,7 @@ pub fn bench_syscall(
     }
     Ok(Report {
         bench: "syscall".into(),
-        host: Host::from(facts),
+        host: host.clone(),
         ratios: ratios_of(&rows, &CALLS, &pairs),
         rows,
         missing: missing.iter().cloned().chain(others_missing).collect(),

@@ -4,12 +4,11 @@
 use super::bench_ksm::{self, KsmArgs};
 use super::{choose_engine, parse};
 use crate::bench::{
-    AgeOverhead, DemandPaging, DirtyLogWork, NotOk, Report, UffdMode, Work, bench_access_tracking, bench_age,
-    bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault, bench_notifier,
-    bench_start, bench_syscall,
+    AgeOverhead, DemandPaging, DirtyLogWork, Host, NotOk, Report, UffdMode, Work, bench_access_tracking,
+    bench_age, bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault,
+    bench_notifier, bench_start, bench_syscall,
 };
 use crate::causes::{one_line, say, tell};
-use crate::engine::kvm::{HostFacts, host_facts};
 use crate::engine::{EngineChoice, EngineConfig, choice};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
@@ -227,13 +226,6 @@ enum Uffd {
 
 pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     let config = choose_engine(args.engine)?;
-    let facts = match args.bench {
-        // It runs no guest.
-        Bench::Notifier { .. } => host_facts(&config.kvm_device),
-        // They look for all engines themselves.
-        Bench::Fault { .. } | Bench::Cpu { .. } | Bench::Syscall { .. } => host_facts(&config.kvm_device),
-        _ => choice::facts(&config)?,
-    };
     let live = std::io::stderr().is_terminal();
     let mut progress = |line: &str| {
         if live {
@@ -241,7 +233,7 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
             let _ = std::io::stderr().flush();
         }
     };
-    let report = measure(&facts, &config, args.bench, usize::from(args.runs), &mut progress);
+    let report = measure(&config, args.bench, usize::from(args.runs), &mut progress);
     progress("");
     let report = match report {
         // As the kernel's selftest has it: the word on stdout, the status 1. Why is for people.
@@ -262,33 +254,35 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
 }
 
 fn measure(
-    facts: &HostFacts,
     config: &EngineConfig,
     bench: Bench,
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
+    let host = || choice::trial(config).map(|engine| Host::of(&*engine));
     match bench {
+        // They look for all engines themselves.
         Bench::Fault { pages } => bench_fault(config, pages, runs, progress),
         Bench::Cpu { passes } => bench_cpu(config, passes, runs, progress),
         Bench::Syscall { calls } => bench_syscall(config, calls, runs, progress),
-        Bench::Start => bench_start(facts, runs, progress),
-        Bench::Notifier { window } => bench_notifier(facts, window, runs, progress),
+        // It runs no guest.
+        Bench::Notifier { window } => bench_notifier(window, runs, progress),
+        Bench::Start => bench_start(&host()?, runs, progress),
         Bench::DemandPaging { memory, uffd, delay_us } => {
             let uffd = uffd.map(|mode| match mode {
                 Uffd::Missing => UffdMode::Missing,
                 Uffd::Minor => UffdMode::Minor,
             });
             let options = DemandPaging { work: memory.work(), uffd, delay: Duration::from_micros(delay_us) };
-            bench_demand_paging(facts, &options, runs, progress)
+            bench_demand_paging(&host()?, &options, runs, progress)
         }
-        Bench::AccessTracking { memory } => bench_access_tracking(facts, &memory.work(), runs, progress),
-        Bench::DirtyLog(args) => bench_dirty_log(facts, &args.options()?, runs, progress),
-        Bench::Ksm(args) => bench_ksm::measure(facts, args, runs, progress),
-        Bench::Age(AgeArgs { pages, overhead: false, .. }) => bench_age(facts, pages, runs, progress),
+        Bench::AccessTracking { memory } => bench_access_tracking(&host()?, &memory.work(), runs, progress),
+        Bench::DirtyLog(args) => bench_dirty_log(&host()?, &args.options()?, runs, progress),
+        Bench::Ksm(args) => bench_ksm::measure(&host()?, args, runs, progress),
+        Bench::Age(AgeArgs { pages, overhead: false, .. }) => bench_age(&host()?, pages, runs, progress),
         Bench::Age(AgeArgs { bytes, interval, window, .. }) => {
             let options = AgeOverhead { pages: bytes.0, interval, window };
-            bench_age_overhead(facts, &options, runs, progress)
+            bench_age_overhead(&host()?, &options, runs, progress)
         }
     }
 }

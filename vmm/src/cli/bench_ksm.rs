@@ -4,9 +4,8 @@
 use super::parse;
 use super::replacement::Replacement;
 use crate::bench::{
-    Compat, CompatMode, KsmWork, MergeType, Mix, Report, bench_ksm, bench_ksm_compat, draw_ksm,
+    Compat, CompatMode, Host, KsmWork, MergeType, Mix, Report, bench_ksm, bench_ksm_compat, draw_ksm,
 };
-use crate::engine::kvm::HostFacts;
 use anyhow::{Result, bail};
 use clap::Args;
 use shadow_mmu::ksm::ZeroPages;
@@ -105,13 +104,13 @@ impl ModeArgs {
 }
 
 pub(super) fn measure(
-    facts: &HostFacts,
+    host: &Host,
     args: KsmArgs,
     runs: usize,
     progress: &mut dyn FnMut(&str),
 ) -> Result<Report> {
     if args.kernel_compat {
-        return compat(facts, &args.compat, runs, progress);
+        return compat(host, &args.compat, runs, progress);
     }
     // Before minutes of measuring.
     let plot = args.plot.as_deref().map(Replacement::prepare).transpose()?;
@@ -122,19 +121,14 @@ pub(super) fn measure(
         window: args.window,
         limit: args.limit,
     };
-    let report = bench_ksm(facts, &work, runs, progress)?;
+    let report = bench_ksm(host, &work, runs, progress)?;
     if let Some(plot) = plot {
         plot.write(draw_ksm(&report)?.as_bytes())?;
     }
     Ok(report)
 }
 
-fn compat(
-    facts: &HostFacts,
-    args: &CompatArgs,
-    runs: usize,
-    progress: &mut dyn FnMut(&str),
-) -> Result<Report> {
+fn compat(host: &Host, args: &CompatArgs, runs: usize, progress: &mut dyn FnMut(&str)) -> Result<Report> {
     let Some(mode) = args.mode.chosen() else {
         bail!("--kernel-compat needs one of -M, -U, -Z, -P, -D and -C");
     };
@@ -146,5 +140,5 @@ fn compat(
         mib: args.size,
         merge_type: if args.merge_type == 1 { MergeType::Prctl } else { MergeType::Madvise },
     };
-    bench_ksm_compat(facts, &options, runs, progress)
+    bench_ksm_compat(host, &options, runs, progress)
 }

@@ -3,8 +3,8 @@
 
 use super::{ENGINE, engine_of_environment, kvm_device};
 use crate::causes::one_line;
-use crate::engine::kvm::{Effort, FlushReport, HostFacts, KvmVm, host_facts};
-use crate::engine::{EngineChoice, EngineKind, ptrace};
+use crate::engine::kvm::{self, Effort, FlushReport, KvmVm};
+use crate::engine::{EngineChoice, EngineKind, HostFacts, ptrace};
 use crate::report::write_host;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -13,6 +13,7 @@ use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::watch::{Watchable, watchable};
 use std::fmt::Write as _;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -49,6 +50,24 @@ impl From<Option<String>> for Usable {
     }
 }
 
+/// What this host is, as far as it can be learned without running a guest.
+#[derive(Debug, Serialize)]
+struct Host {
+    #[serde(flatten)]
+    facts: HostFacts,
+    /// Why KVM's device cannot be used, in one line.
+    obstacle: Option<String>,
+}
+
+impl Host {
+    fn new(device: &Path) -> Self {
+        match kvm::facts(device) {
+            Ok(kvm) => Self { facts: HostFacts::with(Some(kvm)), obstacle: None },
+            Err(error) => Self { facts: HostFacts::with(None), obstacle: Some(error.to_string()) },
+        }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     /// What runs guests where no `--engine` says which.
@@ -57,7 +76,7 @@ struct Report {
     ptrace: Usable,
     /// KVM's.
     device: String,
-    host: HostFacts,
+    host: Host,
     flush: Option<FlushReport>,
     /// Which mappings of umbra's own process could be shown to a guest: by KVM, with userfaultfd.
     adoptable: Option<&'static str>,
@@ -68,7 +87,7 @@ struct Report {
 
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let device = kvm_device();
-    let host = host_facts(&device);
+    let host = Host::new(&device);
     let (flush, no_kvm) = match &host.obstacle {
         Some(obstacle) => (None, Some(obstacle.clone())),
         None => match probe(args.rounds) {
@@ -107,7 +126,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         advice,
         ready: engine.is_some(),
     };
-    if report.host.cpus < 2 {
+    if report.host.facts.cpus < 2 {
         report.advice.push("one CPU: guests with several threads take turns".into());
     }
     let mut out = std::io::stdout().lock();
@@ -160,7 +179,7 @@ fn write_text(out: &mut String, report: &Report) -> std::fmt::Result {
     writeln!(out, "kvm       {}", word(&report.kvm))?;
     writeln!(out, "ptrace    {}", word(&report.ptrace))?;
     writeln!(out, "device    {}", report.device)?;
-    write_host(out, &report.host)?;
+    write_host(out, &report.host.facts)?;
     if let Some(flush) = &report.flush {
         writeln!(out, "flush methods, each with two vCPUs writing through the entry")?;
         writeln!(

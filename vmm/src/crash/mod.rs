@@ -106,7 +106,7 @@ fn write_head(out: &mut String, kind: &str, what: &str, machine: &Machine) -> st
     writeln!(out, "command   {}", command_line(std::env::args_os()))?;
     let engine = machine.engine();
     writeln!(out, "engine    {}", engine.kind())?;
-    write_host(out, engine.facts())?;
+    write_host(out, &engine.facts())?;
     for line in engine.describe() {
         writeln!(out, "{line}")?;
     }

@@ -7,7 +7,7 @@
 //!
 //! `FOUND` is locked while `auto` decides, and by nobody who holds another lock.
 
-use super::kvm::{Effort, HostFacts, KvmVm};
+use super::kvm::{Effort, KvmVm};
 use super::ptrace::PtraceVm;
 use super::{Engine, EngineKind, SetupError};
 use crate::causes::{one_line, say};
@@ -59,7 +59,7 @@ pub struct EngineConfig {
     pub kvm_device: PathBuf,
 }
 
-/// Memory of an engine that nothing will run on.
+/// Memory of a [`trial`].
 const SMALL: u64 = 4 << 20;
 
 /// What was asked for and could be had, and which engine that is.
@@ -96,8 +96,7 @@ fn make(choice: EngineChoice, config: &EngineConfig, pool: &Arc<FramePool>) -> R
         choice,
         || Ok(kvm(config, Arc::clone(pool))? as Arc<dyn Engine>),
         || {
-            let vm =
-                PtraceVm::new(Arc::clone(pool)).map_err(SetupError::from).context("cannot use ptrace")?;
+            let vm = PtraceVm::new(Arc::clone(pool)).context("cannot use ptrace")?;
             Ok(vm as Arc<dyn Engine>)
         },
         |notice| say(notice),
@@ -112,22 +111,21 @@ pub fn kind(config: &EngineConfig) -> Result<EngineKind> {
     let known = found().get(config).copied();
     match known {
         Some(kind) => Ok(kind),
-        None => Ok(facts(config)?.engine()),
+        None => Ok(trial(config)?.kind()),
     }
 }
 
-/// What the host is, under the engine that `config` asks for, and which that is.
+/// A machine of the engine that `config` asks for, to ask it what it is: nothing will run on it.
 ///
 /// # Errors
 /// Those of [`open`].
-pub fn facts(config: &EngineConfig) -> Result<HostFacts> {
-    let pool = Arc::new(FramePool::new(SMALL, FreedFrames::Keep)?);
-    Ok(open(config, pool)?.facts().clone())
+pub fn trial(config: &EngineConfig) -> Result<Arc<dyn Engine>> {
+    open(config, Arc::new(FramePool::new(SMALL, FreedFrames::Keep)?))
 }
 
 fn kvm(config: &EngineConfig, pool: Arc<FramePool>) -> Result<Arc<KvmVm>> {
-    let vm = KvmVm::new(&config.kvm_device, pool).map_err(SetupError::from).context("cannot use KVM")?;
-    vm.probe_flush(Effort::Quick).map_err(SetupError::from).context("cannot use this KVM")?;
+    let vm = KvmVm::new(&config.kvm_device, pool).context("cannot use KVM")?;
+    vm.probe_flush(Effort::Quick).context("cannot use this KVM")?;
     Ok(vm)
 }
 
@@ -163,30 +161,20 @@ fn choose<T>(
 
 /// What is wrong with KVM. What to do about it is for those who want KVM, and `umbra doctor` says it.
 fn without_advice(no_kvm: &anyhow::Error) -> String {
-    use super::kvm::SetupError as Kvm;
-    match no_kvm.downcast_ref() {
-        Some(SetupError::Kvm(Kvm::DeviceMissing(path))) => {
-            format!("cannot use KVM: {} does not exist", path.display())
-        }
-        Some(SetupError::Kvm(Kvm::DevicePermission(path))) => {
-            format!("cannot use KVM: no permission to open {}", path.display())
-        }
-        Some(SetupError::Kvm(Kvm::Device { path, source })) => {
-            format!("cannot use KVM: {}: {source}", path.display())
-        }
-        _ => one_line(no_kvm),
-    }
+    let line = one_line(no_kvm);
+    let advice = no_kvm.downcast_ref().map_or("", SetupError::advice);
+    line.strip_suffix(advice).unwrap_or(&line).to_owned()
 }
 
 fn is_about_the_pool(error: &anyhow::Error) -> bool {
-    error.downcast_ref().is_some_and(SetupError::is_out_of_frames)
+    matches!(error.downcast_ref(), Some(SetupError::Frames(_)))
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-    use super::super::kvm;
+    use super::super::kvm::KvmError;
     use super::*;
     use std::cell::RefCell;
 
@@ -235,13 +223,16 @@ mod tests {
     fn the_notice_is_one_short_line_without_advice() {
         let path: PathBuf = "/dev/kvm".into();
         for error in [
-            kvm::SetupError::DeviceMissing(path.clone()),
-            kvm::SetupError::DevicePermission(path.clone()),
-            kvm::SetupError::Device { path, source: std::io::Error::from_raw_os_error(libc::ENOTTY) },
+            KvmError::DeviceMissing(path.clone()),
+            KvmError::DevicePermission(path.clone()),
+            KvmError::Device { path, source: std::io::Error::from_raw_os_error(libc::ENOTTY) },
         ] {
+            let advice = error.advice();
+            assert!(!advice.is_empty());
             let error = anyhow::Error::from(SetupError::from(error)).context("cannot use KVM");
             let (_, told) = made(EngineChoice::Auto, Err(error), Ok("ptrace"));
             assert!(told.len() == 1 && told[0].contains("/dev/kvm") && told[0].len() <= 180, "{told:?}");
+            assert!(!told[0].contains(advice), "{told:?}");
         }
     }
 
@@ -252,15 +243,15 @@ mod tests {
         // As if KVM had been there before: that it is gone is an error, and no reason for another engine.
         found().insert(config.clone(), EngineKind::Kvm);
         assert_eq!(kind(&config).unwrap(), EngineKind::Kvm);
-        let error = facts(&config).unwrap_err().to_string();
+        let error = trial(&config).unwrap_err().to_string();
         assert_eq!(error, "cannot use KVM");
     }
 
     #[test]
     fn what_auto_found_is_what_it_stays_and_a_failure_decides_nothing() {
         let config = EngineConfig { choice: EngineChoice::Auto, kvm_device: "/nonexistent/new/kvm".into() };
-        let Ok(facts) = facts(&config) else { return assert_eq!(found().get(&config), None) };
-        assert_eq!((facts.engine(), found().get(&config)), (EngineKind::Ptrace, Some(&EngineKind::Ptrace)));
+        let Ok(engine) = trial(&config) else { return assert_eq!(found().get(&config), None) };
+        assert_eq!((engine.kind(), found().get(&config)), (EngineKind::Ptrace, Some(&EngineKind::Ptrace)));
         assert_eq!(kind(&config).unwrap(), EngineKind::Ptrace);
         let asked = EngineConfig { choice: EngineChoice::Kvm, ..config };
         assert!(kind(&asked).is_err() && found().get(&asked).is_none());
@@ -278,7 +269,7 @@ mod tests {
 
     #[test]
     fn a_pool_that_is_too_small_is_said_and_no_reason_for_another_engine() {
-        let full = SetupError::from(kvm::SetupError::Frames(shadow_mmu::frame::OutOfFrames));
+        let full = SetupError::from(shadow_mmu::frame::OutOfFrames);
         let (engine, told) = made(EngineChoice::Auto, Err(full).context("cannot use KVM"), Ok("ptrace"));
         assert!(is_about_the_pool(&engine.unwrap_err()) && told.is_empty());
     }
@@ -286,7 +277,7 @@ mod tests {
     #[test]
     fn a_missing_device_is_named() {
         let config = EngineConfig { choice: EngineChoice::Kvm, kvm_device: "/nonexistent/kvm".into() };
-        let error = format!("{:#}", facts(&config).unwrap_err());
+        let error = format!("{:#}", trial(&config).unwrap_err());
         assert!(error.starts_with("cannot use KVM: /nonexistent/kvm does not exist"), "{error}");
     }
 }

@@ -11,12 +11,14 @@
 //! | [`ptrace`] | a traced process, whose mappings are filled from the shadow map |
 //! | [`choice`] | which of them |
 
-use kvm::HostFacts;
+use kvm::KvmError;
+use ptrace::PtraceError;
 use serde::Serialize;
 use shadow_mmu::addr::{Access, Gpa, Pfn};
+use shadow_mmu::frame::OutOfFrames;
 use shadow_mmu::inject::Faults;
 use shadow_mmu::mm::watch::HostSlots;
-use shadow_mmu::shadow::{AdBits, Prefaulted, Tlb};
+use shadow_mmu::shadow::{Prefaulted, Tlb};
 use std::fmt::{self, Debug};
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,6 +30,7 @@ mod conformance;
 mod entry;
 pub(crate) mod exception;
 mod fpu;
+mod host;
 mod kick;
 pub mod kvm;
 pub mod ptrace;
@@ -38,6 +41,7 @@ mod snapshot;
 pub(crate) mod testing;
 
 pub use choice::{EngineChoice, EngineConfig};
+pub use host::HostFacts;
 pub use regs::Regs;
 pub use snapshot::{Facts, VcpuSnapshot};
 
@@ -79,7 +83,7 @@ pub trait Engine: Debug + Send + Sync {
     /// registers zero and the FPU of a new process.
     ///
     /// # Errors
-    /// [`SetupError`]; one that [is a limit](SetupError::is_vcpu_limit) where too many are in use at once.
+    /// [`SetupError`]; [`SetupError::VcpuLimit`] where too many are in use at once.
     fn create_vcpu(self: Arc<Self>, root: Pfn) -> Result<Box<dyn Vcpu>, SetupError>;
 
     /// The flush strategy, for the shadow map.
@@ -93,9 +97,6 @@ pub trait Engine: Debug + Send + Sync {
 
     /// The most vCPUs that can be in use at once.
     fn max_vcpus(&self) -> usize;
-
-    /// What the engine does with the Accessed and Dirty marks.
-    fn ad_bits(&self) -> AdBits;
 
     /// The place and the raw value of the entry that belongs into the upper half of every root table, if there is one. It is
     /// constant, and it is not an entry of the shadow map: leave it alone when that is zapped.
@@ -115,22 +116,46 @@ pub trait Engine: Debug + Send + Sync {
         Duration::ZERO
     }
 
-    /// What the host is.
-    fn facts(&self) -> &HostFacts;
+    /// What A says of a guest's accesses.
+    fn marks(&self) -> Marks;
+
+    /// What the host is, for reports. Read anew each time.
+    fn facts(&self) -> HostFacts;
 
     /// What is in use, for reports: a line each.
     fn describe(&self) -> Vec<String>;
+}
+
+/// How exactly A says which pages were accessed. (D is set for writes alone, by every engine.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Marks {
+    /// These and no others: software sets A, for accesses that it serves.
+    Exact,
+    /// A CPU that walks the tables sets A. A translation that it has cached may hide an access, and it may set A for what was
+    /// never accessed: for prefetches and for speculative accesses (Intel SDM vol. 3, 4.10.2.3).
+    CpuGuesses,
 }
 
 /// An engine cannot be set up, or cannot give what it is asked for. One line that says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] kvm::SetupError),
+    #[error("{error}{advice}", error = .0, advice = .0.advice())]
+    Kvm(#[from] KvmError),
     /// ptrace.
+    #[error("{error}{advice}", error = .0, advice = .0.advice())]
+    Ptrace(#[from] PtraceError),
+    /// The frame pool has too few frames for what the engine keeps there.
     #[error(transparent)]
-    Ptrace(#[from] ptrace::SetupError),
+    Frames(#[from] OutOfFrames),
+    /// All vCPUs that a machine may have are in use.
+    #[error("{}", vcpu_limit(*.engine, *.limit))]
+    VcpuLimit {
+        /// Whose.
+        engine: EngineKind,
+        /// [`Engine::max_vcpus`].
+        limit: usize,
+    },
     /// Another engine could do it.
     #[error("the {engine} engine {what}: {instead}")]
     Unsupported {
@@ -143,18 +168,25 @@ pub enum SetupError {
     },
 }
 
-impl SetupError {
-    /// Whether all vCPUs that a machine may have are in use.
-    pub fn is_vcpu_limit(&self) -> bool {
-        matches!(
-            self,
-            Self::Kvm(kvm::SetupError::VcpuLimit { .. }) | Self::Ptrace(ptrace::SetupError::VcpuLimit { .. })
-        )
+fn vcpu_limit(engine: EngineKind, limit: usize) -> String {
+    match engine {
+        EngineKind::Kvm => {
+            format!("KVM allows {limit} vCPUs in one VM and all are running: the guest has too many threads")
+        }
+        EngineKind::Ptrace => {
+            format!("the ptrace engine runs {limit} guest threads at most and all are running")
+        }
     }
+}
 
-    /// Whether the frame pool has too few frames for it.
-    pub fn is_out_of_frames(&self) -> bool {
-        matches!(self, Self::Kvm(kvm::SetupError::Frames(_)) | Self::Ptrace(ptrace::SetupError::Frames(_)))
+impl SetupError {
+    /// The end of the line, where that is advice for whoever wants this engine and no other; else empty.
+    fn advice(&self) -> &'static str {
+        match self {
+            Self::Kvm(error) => error.advice(),
+            Self::Ptrace(error) => error.advice(),
+            Self::Frames(_) | Self::VcpuLimit { .. } | Self::Unsupported { .. } => "",
+        }
     }
 }
 

@@ -19,6 +19,7 @@
 //! | [`campaign`] | random plans, each run judged |
 //! | `waits` | what delays go by: the host's clock or virtual time |
 //! | `listener` | the points that are notifier callbacks |
+//! | `armed` | the points of an engine, which is made before |
 //!
 //! docs/fault-injection.md is the page for people.
 //!
@@ -26,6 +27,7 @@
 //! Whether a hit fires depends on the plan's seed, the rule and how many hits it has seen, and on nothing else: no clock, no thread.
 //! So a plan without times does the same to each run in which the points are hit in the same order.
 
+mod armed;
 #[cfg(feature = "inject")]
 pub mod campaign;
 mod listener;
@@ -43,6 +45,7 @@ mod waits;
 #[cfg(feature = "inject")]
 mod words;
 
+pub(crate) use armed::Armed;
 pub use listener::NotifierFaults;
 #[cfg(feature = "inject")]
 pub use plan::{After, Memory, Pick, Plan, PlanError, Rule, What};

@@ -2,7 +2,7 @@
 //! What a machine is to be like, and the flush strategy that comes of it.
 
 use crate::deterministic::Deterministic;
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::EngineConfig;
 use crate::inject::points::FLUSH;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{FramePool, FreedFrames};
@@ -107,8 +107,8 @@ pub enum AdBitsUse {
 }
 
 impl AdBitsUse {
-    /// What that comes to on this engine.
-    pub(super) fn of(self, engine: &dyn Engine) -> AdBits {
+    /// What that comes to with this engine's TLB.
+    pub(super) fn of(self, engine: &dyn Tlb) -> AdBits {
         match self {
             Self::Engine => engine.ad_bits(),
             Self::Off => AdBits::None,

@@ -21,7 +21,6 @@ use super::{expect_room, mix};
 use crate::bench::contestant::Contestant;
 use crate::bench::phases::{Phase, measure_phases, median};
 use crate::bench::{Host, Report, Row};
-use crate::engine::kvm::HostFacts;
 use anyhow::{Context, Result};
 use shadow_mmu::ksm::{KsmSettings, KsmStats, ZeroPages};
 use std::collections::BTreeMap;
@@ -98,7 +97,7 @@ impl Compat {
 /// # Errors
 /// What keeps umbra from running a guest; [`NotOk`] where a mode that checks finds something wrong, or passes take too long.
 pub fn bench_ksm_compat(
-    facts: &HostFacts,
+    host: &Host,
     options: &Compat,
     runs: usize,
     progress: &mut dyn FnMut(&str),
@@ -110,7 +109,7 @@ pub fn bench_ksm_compat(
     let lines = lines(options.mode, area, &rows);
     let bench = "ksm-kernel-compat".into();
     let (ratios, notes) = (BTreeMap::new(), Vec::new());
-    Ok(Report { bench, host: Host::from(facts), rows, ratios, missing, notes, lines })
+    Ok(Report { bench, host: host.clone(), rows, ratios, missing, notes, lines })
 }
 
 /// Where the times of `-C` come from.

@@ -37,7 +37,6 @@ use super::contestant::Contestant;
 use super::phases::{Phase, measure_phases};
 use super::{Host, Report, linux};
 use crate::causes::one_line;
-use crate::engine::kvm::HostFacts;
 use anyhow::{Result, bail};
 use ksmd::{Ksmd, KsmdSide};
 use mix::Content;
@@ -83,7 +82,7 @@ fn expect_room(pages: u64) -> Result<()> {
 /// # Errors
 /// What keeps umbra from running a guest at all; content that changed by sharing.
 pub fn bench_ksm(
-    facts: &HostFacts,
+    host: &Host,
     options: &KsmWork,
     runs: usize,
     progress: &mut dyn FnMut(&str),
@@ -121,7 +120,7 @@ pub fn bench_ksm(
     let (rows, missing) = measure_phases(runs, contestants, progress)?;
     let notes = notes.into_inner().into_iter().collect();
     let (ratios, lines) = targets::targets(&rows, plan.background);
-    Ok(Report { bench: "ksm".into(), host: Host::from(facts), rows, ratios, missing, notes, lines })
+    Ok(Report { bench: "ksm".into(), host: host.clone(), rows, ratios, missing, notes, lines })
 }
 
 fn umbra_run(settings: KsmSettings, plan: &Plan) -> Result<Measured> {

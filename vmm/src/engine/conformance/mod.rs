@@ -28,7 +28,7 @@ mod registers;
 pub(super) mod shortage;
 mod track;
 
-use super::{Engine, EngineChoice, EngineConfig, EngineKind, choice};
+use super::{Engine, EngineChoice, EngineConfig, choice};
 use crate::causes::one_line;
 use guest::Guest;
 use shadow_mmu::frame::{FramePool, FreedFrames};
@@ -69,12 +69,4 @@ fn machines(freed: FreedFrames) -> impl Iterator<Item = (Arc<FramePool>, Arc<dyn
 /// A guest of each engine, with `code` and a stack.
 fn guests(code: &[u8]) -> impl Iterator<Item = Guest> {
     machines(FreedFrames::Keep).map(move |(pool, engine)| Guest::over(pool, engine, code))
-}
-
-/// Whether the CPU marks accesses when they are made, and nothing else: not ahead of them, as one that walks the tables may.
-fn marks_are_exact(engine: &dyn Engine) -> bool {
-    match engine.kind() {
-        EngineKind::Kvm => engine.facts().kvm_backend.walks_in_software(),
-        EngineKind::Ptrace => true,
-    }
 }

@@ -6,8 +6,8 @@
 //! for itself, so that a log is about nothing else.
 
 use super::guest::{CODE, DATA, RW, RX, STACK_TOP, start};
-use super::{machines, marks_are_exact};
-use crate::engine::{Engine, Exit, Kick, Vcpu};
+use super::machines;
+use crate::engine::{Engine, Exit, Kick, Marks, Vcpu};
 use shadow_mmu::addr::{Access, Gfn, Hva, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::{Backing, FaultRequest, MapFlags, Mm, PageAge};
@@ -178,7 +178,7 @@ fn i48_a_pass_finds_exactly_the_pages_that_a_real_cpu_accessed() {
                     young.extend(pages.map(|page| page - SLOT.0));
                 }
             });
-            if marks_are_exact(&*guest.engine) {
+            if guest.engine.marks() == Marks::Exact {
                 assert_eq!(young, accessed, "round {round}");
             } else {
                 // The CPU may set A ahead of accesses too, for what has a leaf.

@@ -1,30 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Why no VM can be had, each in one line that says what to do.
+//! Why no VM can be had, each in one line; and what to do about it.
 
-use shadow_mmu::frame::{OutOfFrames, PoolError};
+use shadow_mmu::frame::PoolError;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
-/// The KVM engine cannot be set up, or cannot be given one more vCPU.
+/// The KVM engine cannot be set up, or cannot be given one more vCPU: what is wrong. [`advice`](Self::advice) is what to do.
 #[derive(Debug, thiserror::Error)]
-pub enum SetupError {
+pub enum KvmError {
     /// No device file.
-    #[error(
-        "{} does not exist: load KVM (modprobe kvm_amd or kvm_intel, virtualisation on in the firmware), or give this \
-         container the device",
-        .0.display()
-    )]
+    #[error("{} does not exist", .0.display())]
     DeviceMissing(PathBuf),
     /// The device file may not be opened.
-    #[error(
-        "no permission to open {}: join the group that owns it (usually kvm: usermod -aG kvm USER, then log in again) \
-         or chmod it",
-        .0.display()
-    )]
+    #[error("no permission to open {}", .0.display())]
     DevicePermission(PathBuf),
     /// The device file is there but KVM does not answer.
-    #[error("cannot use {}: {source}; is it KVM's device, and is a KVM module loaded?", path.display())]
+    #[error("{}: {source}", path.display())]
     Device {
         /// The device file.
         path: PathBuf,
@@ -32,28 +24,19 @@ pub enum SetupError {
         source: io::Error,
     },
     /// Not the KVM that everybody has had since Linux 2.6.22.
-    #[error("KVM speaks API version {found}, umbra speaks 12: use a Linux kernel's own KVM")]
+    #[error("KVM speaks API version {found}, umbra speaks 12")]
     ApiVersion {
         /// What KVM_GET_API_VERSION said.
         found: i32,
     },
     /// KVM lacks something the engine is built on.
-    #[error("KVM lacks {name} ({why}): use a newer kernel")]
+    #[error("KVM lacks {name} ({why})")]
     MissingCapability {
         /// The capability's name in the kernel's documentation.
         name: &'static str,
         /// What it is needed for.
         why: &'static str,
     },
-    /// KVM has no more vCPUs for one VM.
-    #[error("KVM allows {limit} vCPUs in one VM and all are running: the guest has too many threads")]
-    VcpuLimit {
-        /// KVM_CAP_MAX_VCPUS.
-        limit: usize,
-    },
-    /// The pool has no frame for the monitor.
-    #[error(transparent)]
-    Frames(#[from] OutOfFrames),
     /// The pool's file cannot be mapped for KVM.
     #[error(transparent)]
     Window(#[from] PoolError),
@@ -68,12 +51,12 @@ pub enum SetupError {
         source: io::Error,
     },
     /// The small guest that tries flush methods did not behave as a guest does.
-    #[error("the flush probe failed: {0}; please report it with the output of `umbra doctor`")]
+    #[error("the flush probe failed: {0}")]
     Probe(String),
     /// Too many flush methods left stale translations behind, or were refused.
     #[error(
         "no way to flush all translations works on this host (tried {tried}): a guest could reach freed memory, so none is \
-         started; please report it with the output of `umbra doctor`"
+         started"
     )]
     NoFlush {
         /// The methods and what went wrong.
@@ -81,7 +64,24 @@ pub enum SetupError {
     },
 }
 
-impl SetupError {
+impl KvmError {
+    /// What an operator can do about it, to be put behind the message; empty where nothing is known that would help.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::DeviceMissing(_) => {
+                ": load KVM (modprobe kvm_amd or kvm_intel, virtualisation on in the firmware), or give this container the device"
+            }
+            Self::DevicePermission(_) => {
+                ": join the group that owns it (usually kvm: usermod -aG kvm USER, then log in again) or chmod it"
+            }
+            Self::Device { .. } => "; is it KVM's device, and is a KVM module loaded?",
+            Self::ApiVersion { .. } => ": use a Linux kernel's own KVM",
+            Self::MissingCapability { .. } => ": use a newer kernel",
+            Self::Window(_) | Self::Host { .. } => "",
+            Self::Probe(_) | Self::NoFlush { .. } => "; please report it with the output of `umbra doctor`",
+        }
+    }
+
     /// A refusal by the host, from an errno.
     pub(super) fn host(what: impl Into<String>, addresses: Option<Range<u64>>, errno: i32) -> Self {
         Self::Host { what: what.into(), addresses, source: io::Error::from_raw_os_error(errno) }

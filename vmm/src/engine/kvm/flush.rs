@@ -42,18 +42,18 @@
 //! two system calls.
 
 use super::KvmVm;
+use super::probe::FlushReport;
 use super::window::{Run, Window};
 use crate::engine::kick::{Requests, RunState};
+use crate::inject::Armed;
 use crate::inject::points::{KICK, WINDOW_MADVISE};
 use kvm_bindings::kvm_userspace_memory_region;
 use serde::Serialize;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
-use shadow_mmu::inject::Faults;
 use shadow_mmu::shadow::{AdBits, Tlb, Zapped};
 use shadow_mmu::sync::{Arc, Condvar, Mutex};
 use std::fmt;
 use std::io;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::MmapRegion;
@@ -144,15 +144,15 @@ pub(super) struct Flusher {
     dummy: Mutex<MmapRegion>,
     /// Methods that work, by [`FlushMethod::bit`].
     working: AtomicU8,
-    /// Whether the host sets A again, once it is cleared, only after a flush.
-    a_needs_flush: AtomicBool,
+    /// As in [`FlushReport`].
+    a_bit_needs_flush: AtomicBool,
     stopped: AtomicBool,
     states: Mutex<Vec<Arc<RunState>>>,
     /// Flushers that want all vCPUs outside.
     holders: Mutex<usize>,
     released: Condvar,
-    /// Empty until [`KvmVm::arm`]: what the probes find is to be true.
-    pub(super) faults: OnceLock<Faults>,
+    /// Empty until [`Engine::arm`](crate::engine::Engine::arm): what the probes find is to be true.
+    pub(super) faults: Armed,
 }
 
 impl Flusher {
@@ -164,12 +164,12 @@ impl Flusher {
             window,
             dummy: Mutex::new(dummy),
             working: AtomicU8::new(working),
-            a_needs_flush: AtomicBool::new(true),
+            a_bit_needs_flush: AtomicBool::new(true),
             stopped: AtomicBool::new(false),
             states: Mutex::new(Vec::new()),
             holders: Mutex::new(0),
             released: Condvar::new(),
-            faults: OnceLock::new(),
+            faults: Armed::default(),
         })
     }
 
@@ -178,9 +178,10 @@ impl Flusher {
         self.working.store(methods.iter().fold(0, |bits, method| bits | method.bit()), Ordering::Release);
     }
 
-    /// What the probe saw of A.
-    pub(super) fn set_ad_bits(&self, bits: AdBits) {
-        self.a_needs_flush.store(bits != AdBits::Unflushed, Ordering::Release);
+    /// Goes by what the probe found from now on.
+    pub(super) fn learn(&self, report: &FlushReport) {
+        self.set_working(&report.chosen);
+        self.a_bit_needs_flush.store(report.a_bit_needs_flush, Ordering::Release);
     }
 
     /// The methods in use.
@@ -206,9 +207,7 @@ impl Flusher {
     fn request_of_all(&self, request: Requests) {
         let states = self.states.lock().clone();
         for state in &states {
-            if let Some(faults) = self.faults.get() {
-                faults.hit(&KICK);
-            }
+            self.faults.hit(&KICK);
             state.request(request, None);
         }
         for state in &states {
@@ -256,20 +255,10 @@ fn wait_until(done: impl Fn() -> bool) {
 }
 
 impl KvmVm {
-    /// What the CPUs of this VM do with A and D, as [`probe_flush`](Self::probe_flush) found; before it, the more careful
-    /// answer. Every CPU with KVM sets both bits in tables that ring 3 walks.
-    pub fn ad_bits(&self) -> AdBits {
-        if self.flusher.a_needs_flush.load(Ordering::Acquire) {
-            AdBits::AfterFlush
-        } else {
-            AdBits::Unflushed
-        }
-    }
-
     /// Flushes `runs` by `method`, or more than that.
     pub(super) fn flush_by(&self, method: FlushMethod, runs: &[Run]) -> io::Result<()> {
         if matches!(method, FlushMethod::WindowMadvise | FlushMethod::ProcessMadvise)
-            && let Some(errno) = self.fail(&WINDOW_MADVISE)
+            && let Some(errno) = self.flusher.faults.fail(&WINDOW_MADVISE)
         {
             return Err(io::Error::from_raw_os_error(errno));
         }
@@ -357,7 +346,7 @@ impl Tlb for KvmTlb {
         let runs = Run::coalesce(zapped.iter().map(frames).collect());
         let order = match runs.len() {
             0 => return,
-            n if n >= ALTERNATE_ROOT_RUNS && self.vm.facts().kvm_backend.is_two_dimensional() => {
+            n if n >= ALTERNATE_ROOT_RUNS && self.vm.facts.backend.is_two_dimensional() => {
                 [AlternateRoot, ProcessMadvise, WindowMadvise, DummySlot]
             }
             _ if self.vm.is_dummy_slot_cheaper(&runs) => {
@@ -371,7 +360,7 @@ impl Tlb for KvmTlb {
 
     fn flush_all(&self) {
         use FlushMethod::{AlternateRoot, DummySlot};
-        let order = if self.vm.facts().kvm_backend.is_two_dimensional() {
+        let order = if self.vm.facts.backend.is_two_dimensional() {
             [AlternateRoot, DummySlot]
         } else {
             [DummySlot, AlternateRoot]
@@ -379,8 +368,12 @@ impl Tlb for KvmTlb {
         self.vm.flush_by_first(&order, &[self.vm.flusher.window.whole()]);
     }
 
+    /// As the probe found; before it, the more careful answer. Every CPU with KVM sets both bits in tables that ring 3 walks.
     fn ad_bits(&self) -> AdBits {
-        self.vm.ad_bits()
+        match self.vm.flusher.a_bit_needs_flush.load(Ordering::Acquire) {
+            true => AdBits::AfterFlush,
+            false => AdBits::Unflushed,
+        }
     }
 
     fn prefault(&self, frames: &[Pfn]) {

@@ -5,7 +5,8 @@ use super::probe_guest::{Pace, with_guest};
 use super::testing::*;
 use super::{Backend, Change, Effort, FlushMethod, KvmVcpu};
 use crate::engine::conformance::flush::{COUNT, wait_for_change, zapped};
-use crate::engine::{Exit, Vcpu};
+use crate::engine::{Engine, Exit, Vcpu};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -43,7 +44,7 @@ fn the_chosen_methods_pass_200_rounds_of_every_change() {
 #[test]
 fn the_control_is_stale_on_shadowing_hosts() {
     let Some(guest) = Guest::new(&SYSCALL) else { return };
-    if !matches!(guest.vm.facts().kvm_backend, Backend::Pvm | Backend::Shadow) {
+    if !matches!(guest.vm.facts.backend, Backend::Pvm | Backend::Shadow) {
         return;
     }
     for pace in [Pace::Spinning, Pace::Napping] {
@@ -116,7 +117,7 @@ fn without_a_method_that_works_the_guest_is_stopped_for_good() {
         wait_for_change(&guest, frame);
         guest.vm.flusher.set_working(&[]);
         let old = guest.spte(DATA).swap(0, Ordering::SeqCst);
-        guest.vm.tlb().flush(&[zapped(DATA, old)]);
+        Arc::clone(&guest.vm).tlb().flush(&[zapped(DATA, old)]);
         // The promise holds all the same.
         let before = guest.word(frame, 0);
         std::thread::sleep(Duration::from_millis(2));

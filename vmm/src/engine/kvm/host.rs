@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What this host is: the KVM backend, the kernel, the CPU, the capabilities. Every figure umbra prints names them.
-//!
-//! [`host_facts`] needs no permission: what it cannot learn it leaves out, and says why.
+//! What KVM is on this host: the backend and the capabilities.
 
-use super::error::SetupError;
-use crate::engine::EngineKind;
+use super::error::KvmError;
+use crate::engine::host::cpuinfo;
+use crate::engine::{Marks, SetupError};
 use kvm_ioctls::{Cap, Kvm};
 use serde::Serialize;
-use std::ffi::{CStr, CString, c_ulong};
+use std::ffi::{CString, c_ulong};
 use std::fmt;
 use std::fs;
-use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -28,8 +26,6 @@ pub enum Backend {
     Shadow,
     /// No KVM module that this program knows.
     Unknown,
-    /// KVM is not in use: its device cannot be used, or nothing runs on it.
-    None,
 }
 
 impl Backend {
@@ -38,11 +34,12 @@ impl Backend {
         matches!(self, Self::Npt | Self::Ept)
     }
 
-    /// Whether guests' page tables are walked in software, by KVM or another engine, which sets A and D there for accesses
-    /// that have happened. A CPU that walks them may set A for prefetches and speculative accesses too (Intel SDM vol. 3,
-    /// 4.10.2.3); D it sets for writes alone.
-    pub fn walks_in_software(self) -> bool {
-        matches!(self, Self::Pvm | Self::Shadow | Self::None)
+    /// Who walks guests' page tables, and so what A says there: KVM, where it shadows them, or a CPU.
+    pub fn marks(self) -> Marks {
+        match self {
+            Self::Pvm | Self::Shadow => Marks::Exact,
+            Self::Npt | Self::Ept | Self::Unknown => Marks::CpuGuesses,
+        }
     }
 }
 
@@ -54,7 +51,6 @@ impl fmt::Display for Backend {
             Self::Ept => "ept",
             Self::Shadow => "shadow",
             Self::Unknown => "unknown",
-            Self::None => "none",
         })
     }
 }
@@ -68,39 +64,16 @@ pub struct Capability {
     pub value: i32,
 }
 
-/// What this host is.
-#[derive(Debug, Clone, Serialize)]
-pub struct HostFacts {
-    /// How KVM runs guests.
-    pub kvm_backend: Backend,
-    /// Kernel release, as `uname -r` prints it.
-    pub kernel: String,
-    /// The CPU's name for itself.
-    pub cpu: String,
-    /// CPUs that this process may use.
-    pub cpus: usize,
-    /// The capabilities umbra looks at; empty where the device cannot be opened.
+/// What KVM is here.
+#[derive(Debug, Clone)]
+pub struct KvmFacts {
+    /// How it runs guests.
+    pub backend: Backend,
+    /// The capabilities umbra looks at.
     pub capabilities: Vec<Capability>,
-    /// Why the device cannot be used, in one line; `None` where it can.
-    pub obstacle: Option<String>,
 }
 
-impl HostFacts {
-    /// Those of an engine that is not KVM, or of none.
-    pub fn without_kvm() -> Self {
-        Self { kvm_backend: Backend::None, ..machine_facts() }
-    }
-
-    /// The engine that they are of.
-    pub fn engine(&self) -> EngineKind {
-        match self.kvm_backend {
-            Backend::None => EngineKind::Ptrace,
-            Backend::Pvm | Backend::Npt | Backend::Ept | Backend::Shadow | Backend::Unknown => {
-                EngineKind::Kvm
-            }
-        }
-    }
-
+impl KvmFacts {
     /// The value of a capability that umbra looks at; 0 for others.
     pub fn capability(&self, name: &str) -> i32 {
         self.capabilities.iter().find(|capability| capability.name == name).map_or(0, |found| found.value)
@@ -135,62 +108,46 @@ const WANTED: [Wanted; 11] = [
 /// Opens KVM's device and checks that it can do what the engine needs.
 ///
 /// # Errors
-/// Every [`SetupError`] about the device and its capabilities.
-pub(super) fn open(device: &Path) -> Result<(Kvm, HostFacts), SetupError> {
-    let mut facts = machine_facts();
-    let missing = || SetupError::DeviceMissing(device.to_owned());
+/// Every [`KvmError`] about the device and its capabilities.
+pub(super) fn open(device: &Path) -> Result<(Kvm, KvmFacts), KvmError> {
+    let missing = || KvmError::DeviceMissing(device.to_owned());
     let name = CString::new(device.as_os_str().as_bytes()).map_err(|_| missing())?;
     let kvm = Kvm::new_with_path(name).map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENOTDIR => missing(),
-        libc::EACCES | libc::EPERM => SetupError::DevicePermission(device.to_owned()),
+        libc::EACCES | libc::EPERM => KvmError::DevicePermission(device.to_owned()),
         errno => {
-            SetupError::Device { path: device.to_owned(), source: std::io::Error::from_raw_os_error(errno) }
+            KvmError::Device { path: device.to_owned(), source: std::io::Error::from_raw_os_error(errno) }
         }
     })?;
     match kvm.get_api_version() {
         12 => {}
         negative if negative < 0 => {
             let source = std::io::Error::last_os_error();
-            return Err(SetupError::Device { path: device.to_owned(), source });
+            return Err(KvmError::Device { path: device.to_owned(), source });
         }
-        found => return Err(SetupError::ApiVersion { found }),
+        found => return Err(KvmError::ApiVersion { found }),
     }
-    facts.capabilities = WANTED
-        .iter()
-        .map(|&(name, cap, ..)| Capability { name, value: kvm.check_extension_raw(cap as c_ulong) })
-        .collect();
+    let of_kvm =
+        |&(name, cap, ..): &Wanted| Capability { name, value: kvm.check_extension_raw(cap as c_ulong) };
+    let facts = KvmFacts {
+        backend: backend(Path::new("/sys/module"), &cpuinfo("vendor_id")),
+        capabilities: WANTED.iter().map(of_kvm).collect(),
+    };
     for (name, _, least, why) in WANTED {
         let value = facts.capability(name);
         if value < least || name == "KVM_CAP_SYNC_REGS" && value & least != least {
-            return Err(SetupError::MissingCapability { name, why });
+            return Err(KvmError::MissingCapability { name, why });
         }
     }
     Ok((kvm, facts))
 }
 
-/// What this host is, as far as it can be learned without running a guest.
-pub fn host_facts(device: &Path) -> HostFacts {
-    match open(device) {
-        Ok((_, facts)) => facts,
-        Err(obstacle) => HostFacts { obstacle: Some(obstacle.to_string()), ..HostFacts::without_kvm() },
-    }
-}
-
-/// The facts that need no device.
-fn machine_facts() -> HostFacts {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));
-        line.and_then(|line| line.split_once(':')).map_or("unknown", |(_, value)| value.trim())
-    };
-    HostFacts {
-        kvm_backend: backend(Path::new("/sys/module"), field("vendor_id")),
-        kernel: kernel_release(),
-        cpu: field("model name").to_owned(),
-        cpus: std::thread::available_parallelism().map_or(1, usize::from),
-        capabilities: Vec::new(),
-        obstacle: None,
-    }
+/// What KVM is here, without a VM.
+///
+/// # Errors
+/// Those about the device and its capabilities.
+pub fn facts(device: &Path) -> Result<KvmFacts, SetupError> {
+    Ok(open(device)?.1)
 }
 
 /// The backend, from the modules that are loaded. A kernel with KVM built in shows both vendors' modules, hence `vendor`.
@@ -212,38 +169,22 @@ fn backend(modules: &Path, vendor: &str) -> Backend {
     found.unwrap_or(Backend::Unknown)
 }
 
-fn kernel_release() -> String {
-    let mut name = MaybeUninit::<libc::utsname>::zeroed();
-    // SAFETY: the buffer is a utsname; the call writes nothing else.
-    if unsafe { libc::uname(name.as_mut_ptr()) } != 0 {
-        return "unknown".to_owned();
-    }
-    // SAFETY: zeroed is a valid utsname, and the kernel has filled it since.
-    let name = unsafe { name.assume_init() };
-    // SAFETY: the kernel ends every field with a zero byte.
-    let release = unsafe { CStr::from_ptr(name.release.as_ptr()) };
-    release.to_string_lossy().into_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_device_is_said_in_one_line_and_the_rest_is_known() {
-        let facts = host_facts(Path::new("/nonexistent/kvm"));
-        let obstacle = facts.obstacle.unwrap();
+    fn a_missing_device_is_said_in_one_line() {
+        let obstacle = facts(Path::new("/nonexistent/kvm")).unwrap_err().to_string();
         assert!(
             obstacle.contains("/nonexistent/kvm does not exist") && !obstacle.contains('\n'),
             "{obstacle}"
         );
-        assert!(!facts.kernel.is_empty() && facts.cpus > 0);
-        assert_eq!(facts.kvm_backend, Backend::None);
     }
 
     #[test]
     fn a_device_that_is_not_kvm_is_refused() {
-        assert!(matches!(open(Path::new("/dev/null")), Err(SetupError::Device { .. })));
+        assert!(matches!(open(Path::new("/dev/null")), Err(KvmError::Device { .. })));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!   So the signal never goes to a thread that ended, nor to a recycled thread id; and the sender's pointer to
 //!   `immediate_exit` is good, because the vCPU cannot be dropped under it.
 
-use super::error::SetupError;
+use super::error::KvmError;
 use crate::engine::kick::Interrupt;
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
@@ -24,11 +24,11 @@ fn kick_signal() -> c_int {
 extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {}
 
 /// Installs the handler of the kick signal, once a process.
-pub(super) fn install_handler() -> Result<(), SetupError> {
+pub(super) fn install_handler() -> Result<(), KvmError> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
     INSTALLED
         .get_or_init(|| register_signal_handler(kick_signal(), on_kick).map_err(|error| error.errno()))
-        .map_err(|errno| SetupError::host("installing the kick signal's handler", None, errno))
+        .map_err(|errno| KvmError::host("installing the kick signal's handler", None, errno))
 }
 
 /// This thread's id, with the kick signal unblocked. One system call pair a thread, not one a run.

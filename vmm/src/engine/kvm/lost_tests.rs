@@ -6,7 +6,7 @@
 
 use super::testing::*;
 use crate::engine::conformance::shortage::Planted;
-use crate::engine::{EngineError, Exit, Vcpu, VcpuSnapshot};
+use crate::engine::{Engine, EngineError, Exit, Vcpu, VcpuSnapshot};
 use crate::inject::points::VCPU_RUN;
 use kvm_bindings::KVM_EXIT_SHUTDOWN;
 use shadow_mmu::inject::{Effect, Faults, Hit, Injector};

@@ -5,12 +5,13 @@
 use super::FlushMethod;
 use super::testing::*;
 use super::window::Run;
-use crate::engine::{Exit, Vcpu};
+use crate::engine::{Engine, Exit, Vcpu};
 use kvm_ioctls::SyncReg;
 use shadow_mmu::addr::{Access, PAGE_SIZE, Pfn};
 use shadow_mmu::frame::Fill;
 use shadow_mmu::shadow::Spte;
 use shadow_mmu::sync::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -171,7 +172,7 @@ fn prefaults() {
         for ahead in [false, true] {
             let Some(guest) = Guest::new(&code) else { return };
             let mut vcpu = guest.vcpu();
-            let tlb = guest.vm.tlb();
+            let tlb = Arc::clone(&guest.vm).tlb();
             let (mut populate, mut touch) = (Duration::ZERO, Duration::ZERO);
             for round in 0..8 {
                 let at = DATA + round * 512 * PAGE_SIZE;
@@ -224,7 +225,7 @@ fn setup() {
         let (mut new, mut probe, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         while new.len() < 15 {
             let start = Instant::now();
-            let vm = super::KvmVm::new(&device, std::sync::Arc::clone(&pool)).unwrap();
+            let vm = super::KvmVm::new(&device, Arc::clone(&pool)).unwrap();
             new.push(start.elapsed());
             let start = Instant::now();
             vm.probe_flush(super::Effort::Quick).unwrap();

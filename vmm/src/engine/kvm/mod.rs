@@ -7,7 +7,6 @@
 //!        ├─ flush methods, and which of them work here                        flush.rs, probe.rs
 //!        ├─ memslots of adopted mappings                                      host_slots.rs
 //!        └─ parked vCPUs                                                      raw_vcpu.rs, fpu.rs
-//!           as an engine                                                       engine.rs
 //! KvmVcpu ─ entry, exit, registers                                            vcpu.rs, exit.rs, interrupt.rs
 //!           and what is known of one that is lost                             snapshot.rs
 //! ```
@@ -15,7 +14,6 @@
 //! Locks, all of them leaves: `parked` (free list), the flusher's registry and dummy slot, the list of adopted memslots, the
 //! monitor's list of frames. `making` is held while a vCPU is made and covers the leaf locks taken in that.
 
-mod engine;
 mod error;
 mod exit;
 mod flush;
@@ -44,14 +42,13 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use error::SetupError;
+pub use error::KvmError;
 pub use flush::FlushMethod;
-
-pub use host::{Backend, Capability, HostFacts, host_facts};
+pub use host::{Backend, Capability, KvmFacts, facts};
 pub use probe::{Change, Effort, FlushReport, FlushRow};
 pub use vcpu::KvmVcpu;
 
-use crate::engine::fpu::FpuLayout;
+use crate::engine::{Engine, EngineKind, HostFacts, Marks, SetupError, Vcpu};
 use flush::{Flusher, KvmTlb};
 use host_slots::{AdoptedSlots, KvmHostSlots};
 use kvm_bindings::kvm_userspace_memory_region;
@@ -60,12 +57,12 @@ use monitor::Monitor;
 use raw_vcpu::{CpuModel, RawVcpu};
 use shadow_mmu::addr::Pfn;
 use shadow_mmu::frame::FramePool;
-use shadow_mmu::inject::{Faults, Point};
+use shadow_mmu::inject::Faults;
 use shadow_mmu::mm::watch::HostSlots;
-use shadow_mmu::shadow::Tlb;
+use shadow_mmu::shadow::{Prefaulted, Tlb};
 use shadow_mmu::sync::{Arc, Mutex};
+use std::ops::Range;
 use std::path::Path;
-use std::sync::OnceLock;
 use window::Window;
 
 /// What is needed to make one more vCPU.
@@ -84,13 +81,11 @@ struct Making {
 pub struct KvmVm {
     parked: Mutex<Vec<RawVcpu>>,
     making: Mutex<Making>,
-    /// Set by the first vCPU, when KVM has said which components it accepts.
-    fpu: OnceLock<FpuLayout>,
     vm: VmFd,
     flusher: Flusher,
     adopted: AdoptedSlots,
     monitor: Monitor,
-    facts: HostFacts,
+    facts: KvmFacts,
 }
 
 impl KvmVm {
@@ -106,10 +101,10 @@ impl KvmVm {
             match kvm.create_vm() {
                 // A signal while KVM allocates: again, says its documentation.
                 Err(error) if error.errno() == libc::EINTR => {}
-                result => break result.map_err(SetupError::ioctl("KVM_CREATE_VM"))?,
+                result => break result.map_err(KvmError::ioctl("KVM_CREATE_VM"))?,
             }
         };
-        let window = Window::new(pool.map_window()?);
+        let window = Window::new(pool.map_window().map_err(KvmError::from)?);
         let slot = kvm_userspace_memory_region {
             slot: 0,
             flags: 0,
@@ -119,13 +114,13 @@ impl KvmVm {
         };
         // SAFETY: the window is a mapping of that size, nobody else's, and is unmapped after the VM is gone.
         unsafe { vm.set_user_memory_region(slot) }.map_err(|error| {
-            SetupError::host(
+            KvmError::host(
                 "KVM_SET_USER_MEMORY_REGION of the frame pool",
                 Some(0..window.bytes()),
                 error.errno(),
             )
         })?;
-        let flusher = Flusher::new(window).map_err(|source| SetupError::Host {
+        let flusher = Flusher::new(window).map_err(|source| KvmError::Host {
             what: "mapping a page for flushing".to_owned(),
             addresses: None,
             source,
@@ -134,7 +129,6 @@ impl KvmVm {
         Ok(Arc::new(Self {
             parked: Mutex::new(Vec::new()),
             making: Mutex::new(Making { model, made: 0 }),
-            fpu: OnceLock::new(),
             vm,
             flusher,
             adopted: AdoptedSlots::default(),
@@ -143,37 +137,14 @@ impl KvmVm {
         }))
     }
 
-    /// From now on `faults` decides over the VM's fault points, and over those of vCPUs that are leased from now on. Once.
-    pub fn arm(&self, faults: Faults) {
-        let _ = self.flusher.faults.set(faults);
-    }
-
-    fn fail(&self, point: &'static Point) -> Option<i32> {
-        self.flusher.faults.get()?.fail(point)
-    }
-
-    fn faults(&self) -> Faults {
-        self.flusher.faults.get().cloned().unwrap_or_default()
-    }
-
-    /// The place and the raw value of the entry that belongs into the upper half of every root table that a vCPU of this
-    /// VM walks. It is constant, and it is not an entry of the shadow map: leave it alone when that is zapped.
-    pub fn monitor_entry(&self) -> (usize, u64) {
-        self.monitor.entry()
-    }
-
-    /// A vCPU that walks the table `root`, which holds the [monitor's entry](Self::monitor_entry), with all registers
-    /// zero and the FPU of a new process.
-    ///
-    /// # Errors
-    /// [`SetupError`]; [`SetupError::VcpuLimit`] where too many are in use at once.
-    pub fn create_vcpu(self: &Arc<Self>, root: Pfn) -> Result<KvmVcpu, SetupError> {
+    /// One vCPU more: a parked one, if there is one, else a new one of KVM's.
+    fn new_vcpu(self: &Arc<Self>, root: Pfn) -> Result<KvmVcpu, SetupError> {
         let parked = self.parked.lock().pop();
         let raw = match parked {
             Some(raw) => raw,
             None => self.make_vcpu()?,
         };
-        raw.reset(self.fpu())?;
+        raw.reset()?;
         Ok(KvmVcpu::new(raw, Arc::clone(self), root))
     }
 
@@ -181,13 +152,12 @@ impl KvmVm {
         let mut making = self.making.lock();
         let number = making.made;
         if number >= self.max_vcpus() {
-            return Err(SetupError::VcpuLimit { limit: self.max_vcpus() });
+            return Err(SetupError::VcpuLimit { engine: EngineKind::Kvm, limit: self.max_vcpus() });
         }
         // Counted even if it fails below: KVM does not give a number back.
         making.made += 1;
         let pages = self.monitor.add_vcpu(number)?;
         let raw = RawVcpu::new(&self.vm, &mut making.model, number, pages)?;
-        let _ = self.fpu.set(making.model.fpu.clone());
         self.flusher.register(&raw.state);
         Ok(raw)
     }
@@ -196,39 +166,61 @@ impl KvmVm {
     fn park(&self, raw: RawVcpu) {
         self.parked.lock().push(raw);
     }
+}
 
-    fn fpu(&self) -> &FpuLayout {
-        self.fpu.get_or_init(|| self.making.lock().model.fpu.clone())
+impl Engine for KvmVm {
+    fn kind(&self) -> EngineKind {
+        EngineKind::Kvm
     }
 
-    /// The VM's flush strategy, for its shadow map.
-    pub fn tlb(self: &Arc<Self>) -> Arc<dyn Tlb> {
-        Arc::new(KvmTlb { vm: Arc::clone(self) })
+    fn create_vcpu(self: Arc<Self>, root: Pfn) -> Result<Box<dyn Vcpu>, SetupError> {
+        Ok(Box::new(self.new_vcpu(root)?))
     }
 
-    /// The VM's memslots for adopted mappings, for the watch over its address space.
-    pub fn host_slots(self: &Arc<Self>) -> Arc<dyn HostSlots> {
-        Arc::new(KvmHostSlots { vm: Arc::clone(self) })
+    fn tlb(self: Arc<Self>) -> Arc<dyn Tlb> {
+        Arc::new(KvmTlb { vm: self })
     }
 
-    /// The most vCPUs that can be in use at once.
-    pub fn max_vcpus(&self) -> usize {
+    fn host_slots(self: Arc<Self>) -> Result<Arc<dyn HostSlots>, SetupError> {
+        Ok(Arc::new(KvmHostSlots { vm: self }))
+    }
+
+    fn max_vcpus(&self) -> usize {
         usize::try_from(self.facts.capability("KVM_CAP_MAX_VCPUS")).unwrap_or(0).max(1)
     }
 
-    /// The addresses, in this process, of the mapping of the frame pool that KVM has as its RAM.
-    pub fn window(&self) -> std::ops::Range<u64> {
+    fn upper_entry(&self) -> Option<(usize, u64)> {
+        Some(self.monitor.entry())
+    }
+
+    /// Where KVM shadows the guest's tables it brings in what has the marks eight at a time.
+    fn prefaulted(&self) -> Prefaulted {
+        match self.facts.backend.is_two_dimensional() {
+            true => Prefaulted::Old,
+            false => Prefaulted::Young,
+        }
+    }
+
+    /// What KVM has as its RAM.
+    fn window(&self) -> Option<Range<u64>> {
         let window = &self.flusher.window;
-        window.address()..window.address() + window.bytes()
+        Some(window.address()..window.address() + window.bytes())
     }
 
-    /// The ways to flush translations that are in use: those that work here.
-    pub fn flush_methods(&self) -> Vec<FlushMethod> {
-        self.flusher.methods()
+    fn arm(&self, faults: Faults) {
+        self.flusher.faults.arm(faults);
     }
 
-    /// What this host is.
-    pub fn facts(&self) -> &HostFacts {
-        &self.facts
+    fn marks(&self) -> Marks {
+        self.facts.backend.marks()
+    }
+
+    fn facts(&self) -> HostFacts {
+        HostFacts::with(Some(self.facts.clone()))
+    }
+
+    fn describe(&self) -> Vec<String> {
+        let methods: Vec<_> = self.flusher.methods().iter().map(ToString::to_string).collect();
+        vec![format!("flush methods that work: {}", methods.join(", "))]
     }
 }

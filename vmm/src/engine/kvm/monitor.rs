@@ -21,6 +21,7 @@
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{Fill, FramePool, OutOfFrames};
 use shadow_mmu::sync::Mutex;
+use shadow_mmu::table::index;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -66,11 +67,6 @@ const WRITABLE: u64 = READ_ONLY | WRITE;
 const EXECUTABLE: u64 = PRESENT | ACCESSED_DIRTY;
 /// For entries that lead to a table: the leaf decides.
 const TABLE: u64 = PRESENT | WRITE | ACCESSED_DIRTY;
-
-/// Index of `address` in the table of `level`, 4 being the root.
-const fn index(address: u64, level: u32) -> usize {
-    (address >> (12 + 9 * (level - 1)) & 511) as usize
-}
 
 /// How a guest arrived in the monitor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,7 +144,7 @@ impl Monitor {
         let monitor = Self { pool, level3, level2, bare_root, frames: Mutex::new(frames) };
         monitor.write_stubs(stubs);
         monitor.write_tables(tables);
-        monitor.set(level3, index(BASE, 3), level2.offset() | TABLE);
+        monitor.set(level3, index(BASE / PAGE_SIZE, 3), level2.offset() | TABLE);
         let (root_index, entry) = monitor.entry();
         monitor.set(bare_root, root_index, entry);
         monitor.map(STUBS, stubs, EXECUTABLE)?;
@@ -158,7 +154,7 @@ impl Monitor {
 
     /// Place and value of the entry that puts the monitor into a root table.
     pub(super) fn entry(&self) -> (usize, u64) {
-        (index(BASE, 4), self.level3.offset() | TABLE)
+        (index(BASE / PAGE_SIZE, 4), self.level3.offset() | TABLE)
     }
 
     /// The pool that the monitor's frames are from.
@@ -211,7 +207,7 @@ impl Monitor {
 
     /// Maps one page of the monitor, which was not mapped before.
     fn map(&self, address: u64, pfn: Pfn, bits: u64) -> Result<(), OutOfFrames> {
-        let slot = index(address, 2);
+        let slot = index(address / PAGE_SIZE, 2);
         let level1 = match self.pool.words(self.level2)[slot].load(Ordering::Acquire) {
             0 => {
                 let table = self.alloc()?;
@@ -220,7 +216,7 @@ impl Monitor {
             }
             entry => Pfn((entry >> 12) as u32),
         };
-        self.set(level1, index(address, 1), pfn.offset() | bits);
+        self.set(level1, index(address / PAGE_SIZE, 1), pfn.offset() | bits);
         Ok(())
     }
 

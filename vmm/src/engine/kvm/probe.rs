@@ -5,12 +5,12 @@
 //! stale. Methods that were not tried are not used. One of those chosen must be [full](FlushMethod::is_full).
 
 use super::KvmVm;
-use super::error::SetupError;
+use super::error::KvmError;
 use super::flush::FlushMethod;
 use super::host::Backend;
 use super::probe_guest::{Pace, Prober, with_guest};
+use crate::engine::SetupError;
 use serde::Serialize;
-use shadow_mmu::shadow::AdBits;
 use shadow_mmu::sync::Arc;
 use std::fmt;
 
@@ -112,7 +112,7 @@ fn row(
     method: FlushMethod,
     change: Change,
     rounds: u32,
-) -> Result<FlushRow, SetupError> {
+) -> Result<FlushRow, KvmError> {
     let mut row = FlushRow { method, change, rounds, stale: 0, median_us: 0.0, refused: None };
     let mut times = Vec::new();
     for _ in 0..rounds {
@@ -138,7 +138,7 @@ fn try_plan(
     plan: &Plan,
     rounds: u32,
     rows: &mut Vec<FlushRow>,
-) -> Result<(), SetupError> {
+) -> Result<(), KvmError> {
     for &(method, changes) in plan {
         for &change in changes {
             let row = row(prober, method, change, rounds)?;
@@ -165,7 +165,7 @@ fn are_enough(methods: &[FlushMethod]) -> bool {
     methods.iter().any(|method| method.is_full())
 }
 
-fn probe(prober: &mut Prober<'_>, backend: Backend, effort: Effort) -> Result<FlushReport, SetupError> {
+fn probe(prober: &mut Prober<'_>, backend: Backend, effort: Effort) -> Result<FlushReport, KvmError> {
     let (plan, rounds, a_bit_rounds) = match effort {
         Effort::Quick => (quick_plan(backend), 1, 2),
         Effort::Thorough { rounds } => (thorough_plan(), rounds.max(1), 20),
@@ -184,7 +184,7 @@ fn probe(prober: &mut Prober<'_>, backend: Backend, effort: Effort) -> Result<Fl
     }
     let chosen = passed(&rows);
     if !are_enough(&chosen) {
-        return Err(SetupError::NoFlush { tried: summary(&rows) });
+        return Err(KvmError::NoFlush { tried: summary(&rows) });
     }
     Ok(FlushReport { backend, rows, chosen, a_bit_needs_flush })
 }
@@ -204,18 +204,13 @@ impl KvmVm {
     /// threads.
     ///
     /// # Errors
-    /// [`SetupError::NoFlush`] if none works, [`SetupError::Probe`] if the probe's guest does not run, and what
-    /// [`create_vcpu`](Self::create_vcpu) says.
+    /// [`KvmError::NoFlush`] if none works, [`KvmError::Probe`] if the probe's guest does not run, and what
+    /// [`create_vcpu`](crate::engine::Engine::create_vcpu) says.
     pub fn probe_flush(self: &Arc<Self>, effort: Effort) -> Result<FlushReport, SetupError> {
-        let backend = self.facts().kvm_backend;
+        let backend = self.facts.backend;
         let pace = if effort == Effort::Quick { Pace::Napping } else { Pace::Spinning };
         let report = with_guest(self, pace, |prober| probe(prober, backend, effort))?;
-        self.flusher.set_working(&report.chosen);
-        self.flusher.set_ad_bits(if report.a_bit_needs_flush {
-            AdBits::AfterFlush
-        } else {
-            AdBits::Unflushed
-        });
+        self.flusher.learn(&report);
         Ok(report)
     }
 }

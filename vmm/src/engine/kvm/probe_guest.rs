@@ -8,16 +8,17 @@
 //!
 //! Tables and frames are the guest's own, from the pool, and go back to it.
 
-use super::error::SetupError;
-use super::flush::FlushMethod;
+use super::error::KvmError;
+use super::flush::{FlushMethod, KvmTlb};
 use super::probe::Change;
 use super::window::Run;
 use super::{KvmVcpu, KvmVm};
-use crate::engine::{Exit, Kick, Regs, Vcpu};
+use crate::engine::{Exit, Kick, Regs, SetupError, Vcpu};
 use shadow_mmu::addr::{Access, Gfn, Pfn};
 use shadow_mmu::frame::{Fill, FramePool, OutOfFrames};
-use shadow_mmu::shadow::Spte;
+use shadow_mmu::shadow::{Spte, Tlb};
 use shadow_mmu::sync::{Arc, Condvar, Mutex};
+use shadow_mmu::table::{TOP, index};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -106,12 +107,12 @@ impl Seat {
 
     /// Waits until `look` sees something, or until the vCPU faults if that means something. If it does not, the fault is
     /// an old one, of the time before the entry was what it is now, and the vCPU tries again.
-    fn wait<T: Copy>(&self, on_fault: Option<T>, look: impl Fn() -> Option<T>) -> Result<T, SetupError> {
+    fn wait<T: Copy>(&self, on_fault: Option<T>, look: impl Fn() -> Option<T>) -> Result<T, KvmError> {
         let start = Instant::now();
         let mut state = self.state.lock();
         loop {
             if let Some(failure) = &state.failure {
-                return Err(SetupError::Probe(failure.clone()));
+                return Err(KvmError::Probe(failure.clone()));
             }
             if let Some(seen) = look() {
                 return Ok(seen);
@@ -124,7 +125,7 @@ impl Seat {
                 self.changed.notify_all();
             }
             if start.elapsed() > PATIENCE {
-                return Err(SetupError::Probe("a vCPU neither ran nor faulted".to_owned()));
+                return Err(KvmError::Probe("a vCPU neither ran nor faulted".to_owned()));
             }
             state = self.changed.wait_timeout(state, GLANCE);
         }
@@ -164,15 +165,15 @@ impl<'a> Memory<'a> {
         let set = |table: Pfn, index: usize, entry: u64| {
             pool.words(table)[index].store(entry, Ordering::SeqCst);
         };
-        let (monitor_index, monitor) = vm.monitor_entry();
+        let (monitor_index, monitor) = vm.monitor.entry();
         set(memory.root(), monitor_index, monitor);
-        for level in (1..=3).rev() {
-            let index = (CODE.0 >> (9 * level) & 511) as usize;
-            set(memory.frames[3 - level], index, Spte::table(memory.frames[4 - level]).0);
+        for depth in 0..3 {
+            let entry = Spte::table(memory.frames[depth + 1]);
+            set(memory.frames[depth], index(CODE.0, TOP - depth as u8), entry.0);
         }
         pool.write(memory.frames[4], 0, &LOOP);
         let code = Spte::leaf(memory.frames[4], Access::READ | Access::EXEC);
-        set(memory.frames[3], (CODE.0 & 511) as usize, code.0);
+        set(memory.frames[3], index(CODE.0, 1), code.0);
         Ok(memory)
     }
 
@@ -182,7 +183,7 @@ impl<'a> Memory<'a> {
 
     /// The leaf entry that everything is about.
     fn entry(&self) -> &AtomicU64 {
-        &self.pool.words(self.frames[3])[(DATA.0 & 511) as usize]
+        &self.pool.words(self.frames[3])[index(DATA.0, 1)]
     }
 
     fn data(&self, which: usize) -> Pfn {
@@ -216,7 +217,7 @@ pub(super) struct Prober<'a> {
 
 impl Prober<'_> {
     /// Installs the entry for the current frame, all rights and marks, and waits until every vCPU writes through it.
-    fn set_up(&self) -> Result<(), SetupError> {
+    fn set_up(&self) -> Result<(), KvmError> {
         let frame = self.memory.data(self.current);
         let before = self.memory.counters(frame);
         let entry = Spte::leaf(frame, Access::READ | Access::WRITE).touched(Access::WRITE);
@@ -236,7 +237,7 @@ impl Prober<'_> {
         &mut self,
         method: FlushMethod,
         change: Change,
-    ) -> Result<io::Result<Round>, SetupError> {
+    ) -> Result<io::Result<Round>, KvmError> {
         self.set_up()?;
         let (old, new) = (self.memory.data(self.current), self.memory.data(1 - self.current));
         let new_before = self.memory.counters(new);
@@ -297,7 +298,7 @@ impl Prober<'_> {
     }
 
     /// Clears A and flushes nothing; whether A stays clear while both vCPUs go on.
-    pub(super) fn a_stays_clear(&self) -> Result<bool, SetupError> {
+    pub(super) fn a_stays_clear(&self) -> Result<bool, KvmError> {
         self.set_up()?;
         let frame = self.memory.data(self.current);
         self.memory.entry().store(Spte::leaf(frame, Access::READ | Access::WRITE).0, Ordering::SeqCst);
@@ -314,13 +315,13 @@ impl Prober<'_> {
 pub(super) fn with_guest<T>(
     vm: &Arc<KvmVm>,
     pace: Pace,
-    probe: impl FnOnce(&mut Prober<'_>) -> Result<T, SetupError>,
+    probe: impl FnOnce(&mut Prober<'_>) -> Result<T, KvmError>,
 ) -> Result<T, SetupError> {
     let memory = Memory::new(vm, vm.monitor.pool())?;
     let seats: [Seat; VCPUS] = Default::default();
     let mut vcpus = Vec::new();
     for number in 0..VCPUS as u64 {
-        let mut vcpu = vm.create_vcpu(memory.root())?;
+        let mut vcpu = vm.new_vcpu(memory.root())?;
         let counter = DATA.gpa().0 + number * COUNTER_STRIDE;
         *vcpu.regs_mut() = Regs { rip: CODE.gpa().0, rdi: counter, ..Regs::default() };
         vcpus.push(vcpu);
@@ -335,6 +336,6 @@ pub(super) fn with_guest<T>(
         result
     });
     // The tables go back to the pool; what KVM remembers of them must be gone before they are something else.
-    vm.tlb().flush_all();
-    result
+    KvmTlb { vm: Arc::clone(vm) }.flush_all();
+    Ok(result?)
 }

@@ -10,7 +10,7 @@
 //! and the XSAVE components (it can write no MSR, control or debug register): [`RawVcpu::reset`] sets the latter, every
 //! entry the others.
 
-use super::error::SetupError;
+use super::error::KvmError;
 use super::interrupt::KvmInterrupt;
 use super::monitor::{self, VcpuPages};
 use crate::engine::fpu::FpuLayout;
@@ -49,15 +49,15 @@ const EFER: u64 = 0xd01;
 pub(super) struct CpuModel {
     cpuid: CpuId,
     cr4: u64,
-    pub(super) fpu: FpuLayout,
+    fpu: FpuLayout,
 }
 
 impl CpuModel {
     /// The host's CPU, as far as KVM passes it through.
-    pub(super) fn of_host(kvm: &Kvm, xsave2: i32) -> Result<Self, SetupError> {
+    pub(super) fn of_host(kvm: &Kvm, xsave2: i32) -> Result<Self, KvmError> {
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(SetupError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
+            .map_err(KvmError::ioctl("KVM_GET_SUPPORTED_CPUID"))?;
         let leaf7 = cpuid.as_slice().iter().find(|e| e.function == 7 && e.index == 0);
         let (ebx, ecx) = leaf7.map_or((0, 0), |e| (e.ebx, e.ecx));
         let optional = [(ebx, 0, CR4_FSGSBASE), (ebx, 7, CR4_SMEP), (ebx, 20, CR4_SMAP), (ecx, 2, CR4_UMIP)];
@@ -122,6 +122,8 @@ pub(super) struct RawVcpu {
     pub(super) fd: VcpuFd,
     pub(super) state: Arc<RunState>,
     pub(super) pages: VcpuPages,
+    /// What KVM accepted for this vCPU.
+    pub(super) fpu: FpuLayout,
     /// The system registers of ring 3, but for CR3 and the FS and GS bases.
     ring3: kvm_sregs,
     /// A second mapping of `kvm_run`, for `state` to set `immediate_exit` through while `fd` has the first one borrowed.
@@ -135,24 +137,25 @@ impl RawVcpu {
         model: &mut CpuModel,
         number: usize,
         pages: VcpuPages,
-    ) -> Result<Self, SetupError> {
-        let mut fd = vm.create_vcpu(number as u64).map_err(SetupError::ioctl("KVM_CREATE_VCPU"))?;
+    ) -> Result<Self, KvmError> {
+        let mut fd = vm.create_vcpu(number as u64).map_err(KvmError::ioctl("KVM_CREATE_VCPU"))?;
         let mut kick_view = KvmRunWrapper::mmap_from_fd(&fd, PAGE_SIZE as usize)
-            .map_err(SetupError::ioctl("mapping a vCPU's shared page"))?;
-        fd.set_cpuid2(&model.cpuid_of(number as u32)).map_err(SetupError::ioctl("KVM_SET_CPUID2"))?;
+            .map_err(KvmError::ioctl("mapping a vCPU's shared page"))?;
+        fd.set_cpuid2(&model.cpuid_of(number as u32)).map_err(KvmError::ioctl("KVM_SET_CPUID2"))?;
         set_xcr0(&fd, model)?;
+        let fpu = model.fpu.clone();
         set_syscall_msrs(&fd)?;
         let ring3 = ring3_sregs(&fd, model, pages)?;
         fd.set_sync_valid_reg(SyncReg::Register);
         fd.set_sync_valid_reg(SyncReg::SystemRegister);
         // SAFETY: the pointer is into `kick_view`, which lives as long as `fd`; only a thread that has `fd` enters.
         let interrupt = unsafe { KvmInterrupt::new(&raw mut kick_view.as_mut_ref().immediate_exit) };
-        Ok(Self { fd, state: Arc::new(RunState::new(interrupt)), pages, ring3, _kick_view: kick_view })
+        Ok(Self { fd, state: Arc::new(RunState::new(interrupt)), pages, fpu, ring3, _kick_view: kick_view })
     }
 
     /// Makes the FPU that of a new process.
-    pub(super) fn reset(&self, fpu: &FpuLayout) -> Result<(), SetupError> {
-        fpu.set(&self.fd, &fpu.initial()).map_err(|source| SetupError::Host {
+    pub(super) fn reset(&self) -> Result<(), KvmError> {
+        self.fpu.set(&self.fd, &self.fpu.initial()).map_err(|source| KvmError::Host {
             what: "KVM_SET_XSAVE".to_owned(),
             addresses: None,
             source,
@@ -165,8 +168,8 @@ impl RawVcpu {
     }
 }
 
-fn ring3_sregs(fd: &VcpuFd, model: &CpuModel, pages: VcpuPages) -> Result<kvm_sregs, SetupError> {
-    let reset = fd.get_sregs().map_err(SetupError::ioctl("KVM_GET_SREGS"))?;
+fn ring3_sregs(fd: &VcpuFd, model: &CpuModel, pages: VcpuPages) -> Result<kvm_sregs, KvmError> {
+    let reset = fd.get_sregs().map_err(KvmError::ioctl("KVM_GET_SREGS"))?;
     let table = |(base, limit)| kvm_dtable { base, limit, ..Default::default() };
     Ok(kvm_sregs {
         cs: code_segment(monitor::USER_CS, 3),
@@ -192,7 +195,7 @@ fn ring3_sregs(fd: &VcpuFd, model: &CpuModel, pages: VcpuPages) -> Result<kvm_sr
     })
 }
 
-fn set_syscall_msrs(fd: &VcpuFd) -> Result<(), SetupError> {
+fn set_syscall_msrs(fd: &VcpuFd) -> Result<(), KvmError> {
     let values = [
         (MSR_STAR, monitor::STAR),
         (MSR_LSTAR, monitor::SYSCALL_ENTRY),
@@ -201,16 +204,16 @@ fn set_syscall_msrs(fd: &VcpuFd) -> Result<(), SetupError> {
     ];
     let entries = values.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
     let msrs = Msrs::from_entries(&entries)
-        .map_err(|error| SetupError::host(format!("KVM_SET_MSRS ({error:?})"), None, libc::ENOMEM))?;
-    let set = fd.set_msrs(&msrs).map_err(SetupError::ioctl("KVM_SET_MSRS"))?;
+        .map_err(|error| KvmError::host(format!("KVM_SET_MSRS ({error:?})"), None, libc::ENOMEM))?;
+    let set = fd.set_msrs(&msrs).map_err(KvmError::ioctl("KVM_SET_MSRS"))?;
     match values.get(set) {
         None => Ok(()),
-        Some((msr, _)) => Err(SetupError::host(format!("KVM_SET_MSRS of MSR {msr:#x}"), None, libc::EINVAL)),
+        Some((msr, _)) => Err(KvmError::host(format!("KVM_SET_MSRS of MSR {msr:#x}"), None, libc::EINVAL)),
     }
 }
 
 /// Sets XCR0 to all that CPUID offers; where KVM refuses that, to less. The model learns it.
-fn set_xcr0(fd: &VcpuFd, model: &mut CpuModel) -> Result<(), SetupError> {
+fn set_xcr0(fd: &VcpuFd, model: &mut CpuModel) -> Result<(), KvmError> {
     /// All; without AVX-512, PKRU and later; without AVX.
     const LIMITS: [u64; 3] = [u64::MAX, 0b111, 0b11];
     let mut refused = None;
@@ -226,5 +229,5 @@ fn set_xcr0(fd: &VcpuFd, model: &mut CpuModel) -> Result<(), SetupError> {
             Err(error) => refused = Some(error.errno()),
         }
     }
-    Err(SetupError::host("KVM_SET_XCRS", None, refused.unwrap_or(libc::EINVAL)))
+    Err(KvmError::host("KVM_SET_XCRS", None, refused.unwrap_or(libc::EINVAL)))
 }

@@ -38,7 +38,7 @@ impl Guest {
 
     /// A vCPU at the start of the code.
     pub(super) fn vcpu(&self) -> KvmVcpu {
-        let mut vcpu = self.vm.create_vcpu(self.root).unwrap();
+        let mut vcpu = self.vm.new_vcpu(self.root).unwrap();
         start(&mut vcpu);
         vcpu
     }

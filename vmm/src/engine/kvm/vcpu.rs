@@ -48,11 +48,12 @@ use kvm_bindings::kvm_regs;
 use kvm_ioctls::SyncReg;
 use shadow_mmu::addr::{Access, Gpa, PAGE_SIZE, Pfn};
 use shadow_mmu::shadow::Walker;
+use shadow_mmu::table::LOWER_HALF_PAGES;
 use std::io;
 use std::sync::Arc;
 
 /// First address above the lower half.
-const LOWER_HALF_END: u64 = 1 << 47;
+const LOWER_HALF_END: u64 = LOWER_HALF_PAGES * PAGE_SIZE;
 
 /// Vectors that say the monitor is broken, or the machine: NMI, double fault, invalid TSS, machine check.
 const FATAL_VECTORS: [u8; 4] = [2, 8, 10, 18];
@@ -106,10 +107,17 @@ fn own_time_stamps(setting: libc::c_int) {
 impl KvmVcpu {
     pub(super) fn new(raw: RawVcpu, vm: Arc<KvmVm>, root: Pfn) -> Self {
         let lease = raw.state.begin_lease();
-        let kicker = Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.faults() });
+        let kicker =
+            Arc::new(Kicker { state: Arc::clone(&raw.state), lease, faults: vm.flusher.faults.get() });
         let walker = Walker::new(Arc::clone(vm.monitor.pool()), root);
         let (regs, shortage, time_stamps) = Default::default();
         Self { raw: Some(raw), vm, walker, kicker, regs, shortage, time_stamps }
+    }
+
+    /// KVM's part, for `what`.
+    fn raw(&self, what: &str) -> Result<&RawVcpu, EngineError> {
+        let raw = self.raw.as_ref();
+        raw.ok_or_else(|| EngineError::lost(what, io::Error::other("the vCPU failed before")))
     }
 
     #[cfg(test)]
@@ -301,19 +309,13 @@ impl Vcpu for KvmVcpu {
     }
 
     fn xsave(&self) -> Result<Vec<u8>, EngineError> {
-        let raw = self
-            .raw
-            .as_ref()
-            .ok_or_else(|| EngineError::lost("KVM_GET_XSAVE", io::Error::other("the vCPU failed before")))?;
-        self.vm.fpu().get(&raw.fd).map_err(|source| EngineError::lost("KVM_GET_XSAVE", source))
+        let raw = self.raw("KVM_GET_XSAVE")?;
+        raw.fpu.get(&raw.fd).map_err(|source| EngineError::lost("KVM_GET_XSAVE", source))
     }
 
     fn set_xsave(&mut self, state: &[u8]) -> Result<(), EngineError> {
-        let raw = self
-            .raw
-            .as_ref()
-            .ok_or_else(|| EngineError::lost("KVM_SET_XSAVE", io::Error::other("the vCPU failed before")))?;
-        self.vm.fpu().set(&raw.fd, state).map_err(|source| EngineError::lost("KVM_SET_XSAVE", source))
+        let raw = self.raw("KVM_SET_XSAVE")?;
+        raw.fpu.set(&raw.fd, state).map_err(|source| EngineError::lost("KVM_SET_XSAVE", source))
     }
 
     fn kicker(&self) -> Arc<dyn Kick> {

@@ -12,7 +12,7 @@
 //! call with it would not learn that the process was killed while another tracer waits for the caller.
 
 use super::StubFrames;
-use super::error::{EXEC, SEIZE, SetupError, TRACE, UNMAP};
+use super::error::{EXEC, PtraceError, SEIZE, TRACE, UNMAP};
 use super::stub::{self, LIST, MAP_FLAGS, POOL_FD, STUB, STUB_END};
 use super::tracee::{Stop, Tracee, gone};
 use libc::{c_char, c_int, pid_t};
@@ -123,11 +123,11 @@ fn become_guest(
 /// `pool`, of which this fills in the first.
 ///
 /// # Errors
-/// [`SetupError`]; no process is left then.
-pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupError> {
+/// [`PtraceError`]; no process is left then.
+pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, PtraceError> {
     // The new process begins with the same, and has no tracer yet who would keep a signal from ending it.
     block_signals();
-    let program = boot_file().map_err(SetupError::child(EXEC))?;
+    let program = boot_file().map_err(PtraceError::child(EXEC))?;
     let (pool_fd, program_fd) = (pool.file().as_raw_fd(), program.as_raw_fd());
     let parent = std::process::id() as pid_t;
     let highest = highest_descriptor().unwrap_or_default();
@@ -141,16 +141,16 @@ pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, SetupE
             .pre_exec(move || become_guest(parent, pool_fd, program_fd, highest).map(|never| match never {}))
     };
     let child = command.spawn().map_err(|error| match error.raw_os_error() {
-        Some(libc::ESRCH) => SetupError::child(TRACE)(io::Error::from_raw_os_error(libc::EPERM)),
-        _ => SetupError::child(EXEC)(error),
+        Some(libc::ESRCH) => PtraceError::child(TRACE)(io::Error::from_raw_os_error(libc::EPERM)),
+        _ => PtraceError::child(EXEC)(error),
     })?;
     let pid = child.id() as pid_t;
     let tracee = Tracee { pid, tid: pid };
     let worker = empty(tracee, pool, stub)
-        .and_then(|()| tracee.new_thread().map_err(|source| SetupError::Thread { source }))
+        .and_then(|()| tracee.new_thread().map_err(|source| PtraceError::Thread { source }))
         .inspect_err(|_| end(tracee))?;
     // It may be traced all the same, and then has to be waited for before the first thread can be.
-    worker.seize().map_err(SetupError::child(SEIZE)).inspect_err(|_| end(worker))?;
+    worker.seize().map_err(PtraceError::child(SEIZE)).inspect_err(|_| end(worker))?;
     Ok(worker)
 }
 
@@ -169,16 +169,16 @@ pub(super) fn end(worker: Tracee) {
 }
 
 /// Makes the program that was just executed an empty process with the stub in it.
-fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), SetupError> {
-    match tracee.wait().map_err(SetupError::child("waiting for it"))? {
+fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), PtraceError> {
+    match tracee.wait().map_err(PtraceError::child("waiting for it"))? {
         Stop::Signal(libc::SIGTRAP) => {}
-        Stop::Gone(status) => return Err(SetupError::child("executing it")(gone(status))),
+        Stop::Gone(status) => return Err(PtraceError::child("executing it")(gone(status))),
         other => {
             let what = io::Error::other(format!("it stopped with {other:?}"));
-            return Err(SetupError::child("executing it")(what));
+            return Err(PtraceError::child("executing it")(what));
         }
     }
-    tracee.set_options().map_err(SetupError::child("ptrace(PTRACE_SETOPTIONS)"))?;
+    tracee.set_options().map_err(PtraceError::child("ptrace(PTRACE_SETOPTIONS)"))?;
     pool.write(stub.code, 0, &stub::page());
     for (at, rights, pfn) in
         [(STUB, libc::PROT_READ | libc::PROT_EXEC, stub.code), (LIST, libc::PROT_READ, stub.list)]
@@ -186,22 +186,22 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), Setup
         let arguments = [at, PAGE_SIZE, rights as u64, MAP_FLAGS as u64, POOL_FD, pfn.offset()];
         tracee
             .call_at(stub::BOOT_CODE, libc::SYS_mmap, &arguments)
-            .map_err(SetupError::child("mapping the stub (mmap)"))?;
+            .map_err(PtraceError::child("mapping the stub (mmap)"))?;
     }
     for (start, end) in [(0, STUB), (STUB_END, LINUX_TASK_SIZE)] {
-        tracee.call(libc::SYS_munmap, &[start, end - start]).map_err(SetupError::child(UNMAP))?;
+        tracee.call(libc::SYS_munmap, &[start, end - start]).map_err(PtraceError::child(UNMAP))?;
     }
     let prctl = |what: c_int, argument: u64| tracee.call(libc::SYS_prctl, &[what as u64, argument, 0, 0, 0]);
     pool.write(stub.list, 0, NAME.to_bytes_with_nul());
-    prctl(libc::PR_SET_NAME, LIST).map_err(SetupError::child("naming it"))?;
-    prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(SetupError::child("prctl(PR_SET_NO_NEW_PRIVS)"))?;
+    prctl(libc::PR_SET_NAME, LIST).map_err(PtraceError::child("naming it"))?;
+    prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(PtraceError::child("prctl(PR_SET_NO_NEW_PRIVS)"))?;
     pool.write(stub.list, 0, &stub::filter_as_bytes());
     // Speculation is the guest's own affair: it has nothing in its process but itself. Before Linux 4.17 there is no such flag.
     let install =
         |flags| tracee.call(libc::SYS_seccomp, &[libc::SECCOMP_SET_MODE_FILTER as u64, flags, LIST]);
     install(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW)
         .or_else(|_| install(0))
-        .map_err(SetupError::child("installing its filter (seccomp)"))?;
+        .map_err(PtraceError::child("installing its filter (seccomp)"))?;
     pool.zero(stub.list);
     Ok(())
 }

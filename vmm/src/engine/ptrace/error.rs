@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Why the ptrace engine cannot be had, each in one line that says what to do.
+//! Why the ptrace engine cannot be had, each in one line; and what to do about it.
 
-use shadow_mmu::frame::OutOfFrames;
 use std::io;
 
-/// The ptrace engine cannot be set up, or cannot be given one more vCPU.
+/// The ptrace engine cannot be set up, or cannot be given one more vCPU: what is wrong. [`advice`](Self::advice) is what to do.
 #[derive(Debug, thiserror::Error)]
-pub enum SetupError {
+pub enum PtraceError {
+    /// The registers of a guest could not be read and set.
+    #[error("this CPU has no XSAVE, or the kernel does not use it")]
+    NoXsave,
     /// The guest's process could not be made, or did not come so far as to be a guest's.
-    #[error("cannot start a process for the guest: {what}: {source}{}", advice(what, source))]
+    #[error("cannot start a process for the guest: {what}: {source}")]
     Child {
         /// The step.
         what: &'static str,
@@ -16,32 +18,15 @@ pub enum SetupError {
         source: io::Error,
     },
     /// No further thread for a guest thread.
-    #[error("cannot make a further thread in the guest's process: {source}{}", limits(source))]
+    #[error("cannot make a further thread in the guest's process: {source}")]
     Thread {
         /// The host's word.
         source: io::Error,
     },
-    /// As many threads as the engine allows.
-    #[error("the ptrace engine runs {limit} guest threads at most and all are running")]
-    VcpuLimit {
-        /// How many.
-        limit: usize,
-    },
-    /// The pool has no frame for the stub.
-    #[error(transparent)]
-    Frames(#[from] OutOfFrames),
 }
 
-fn limits(error: &io::Error) -> &'static str {
-    if error.raw_os_error() == Some(libc::EAGAIN) {
-        "; see ulimit -u and the pids limit of this container"
-    } else {
-        ""
-    }
-}
-
-/// What an operator can do about it.
-fn advice(what: &str, error: &io::Error) -> &'static str {
+/// The advice for a step that the host refused.
+fn after(what: &str, error: &io::Error) -> &'static str {
     match (what, error.raw_os_error()) {
         (TRACE | SEIZE, Some(libc::EPERM)) => {
             "; tracing is forbidden here: is umbra itself traced (strace -f, a debugger), is kernel.yama.ptrace_scope 2 or 3, or \
@@ -70,7 +55,16 @@ pub(super) const EXEC: &str = "starting a program from memory (memfd_create, exe
 /// The step in which it is emptied.
 pub(super) const UNMAP: &str = "unmapping what the kernel put there (munmap)";
 
-impl SetupError {
+impl PtraceError {
+    /// What an operator can do about it, to be put behind the message; empty where nothing is known that would help.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::NoXsave => ": use KVM, or a kernel without `noxsave`",
+            Self::Child { what, source } => after(what, source),
+            Self::Thread { source } => after("", source),
+        }
+    }
+
     /// For `map_err`: a refusal of `what`.
     pub(super) fn child(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Child { what, source }

@@ -51,24 +51,24 @@ mod tlb;
 mod tracee;
 mod vcpu;
 
-pub use error::SetupError;
+pub use error::PtraceError;
 pub use vcpu::PtraceVcpu;
 
 use super::fpu::FpuLayout;
-use super::kvm::HostFacts;
-use super::{Engine, EngineKind, Vcpu};
+use super::{Engine, EngineKind, HostFacts, Marks, SetupError, Vcpu};
+use crate::inject::Armed;
 use pair::Pairs;
 use service::Service;
 use shadow_mmu::addr::{PAGE_SIZE, Pfn};
 use shadow_mmu::frame::{Fill, FramePool, FreedFrames, OutOfFrames};
 use shadow_mmu::inject::Faults;
 use shadow_mmu::mm::watch::HostSlots;
-use shadow_mmu::shadow::{AdBits, Prefaulted, SoftTlb, Tlb};
+use shadow_mmu::shadow::{Prefaulted, SoftTlb, Tlb};
 use std::arch::x86_64::__cpuid;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tracee::Tracee;
 
@@ -92,8 +92,7 @@ pub struct PtraceVm {
     fpu: FpuLayout,
     /// Of a linear address: with five levels `wrfsbase` takes more than with four.
     address_bits: u32,
-    faults: OnceLock<Faults>,
-    facts: HostFacts,
+    faults: Armed,
     pool: Arc<FramePool>,
 }
 
@@ -136,11 +135,7 @@ impl PtraceVm {
 
     /// The same with a TLB of at most `most` entries.
     fn with_entries(pool: Arc<FramePool>, most: usize) -> Result<Arc<Self>, SetupError> {
-        let fpu = FpuLayout::of_this_cpu().ok_or_else(|| {
-            SetupError::child("reading its registers")(io::Error::other(
-                "this CPU has no XSAVE, or the kernel does not use it",
-            ))
-        })?;
+        let fpu = FpuLayout::of_this_cpu().ok_or(PtraceError::NoXsave)?;
         let stub = StubFrames::new(&pool)?;
         let pairs = Arc::<Pairs>::default();
         let service = Service::start(&pool, stub, Arc::clone(&pairs)).inspect_err(|_| stub.put(&pool))?;
@@ -152,14 +147,9 @@ impl PtraceVm {
             vcpus: AtomicUsize::new(0),
             fpu,
             address_bits: __cpuid(ADDRESS_SIZES).eax >> 8 & 0xff,
-            faults: OnceLock::new(),
-            facts: HostFacts::without_kvm(),
+            faults: Armed::default(),
             pool,
         }))
-    }
-
-    fn faults(&self) -> Faults {
-        self.faults.get().cloned().unwrap_or_default()
     }
 
     fn vcpu_gone(&self) {
@@ -170,13 +160,13 @@ impl PtraceVm {
     fn new_vcpu(self: &Arc<Self>, root: Pfn) -> Result<PtraceVcpu, SetupError> {
         if self.vcpus.fetch_add(1, Ordering::Relaxed) >= MOST_VCPUS {
             self.vcpu_gone();
-            return Err(SetupError::VcpuLimit { limit: MOST_VCPUS });
+            return Err(SetupError::VcpuLimit { engine: EngineKind::Ptrace, limit: MOST_VCPUS });
         }
         match self.service.ask(Tracee::new_thread) {
             Ok(tracee) => Ok(PtraceVcpu::new(Arc::clone(self), tracee, root)),
             Err(error) => {
                 self.vcpu_gone();
-                Err(SetupError::Thread { source: error })
+                Err(PtraceError::Thread { source: error }.into())
             }
         }
     }
@@ -194,7 +184,7 @@ impl Engine for PtraceVm {
         EngineKind::Ptrace
     }
 
-    fn create_vcpu(self: Arc<Self>, root: Pfn) -> Result<Box<dyn Vcpu>, super::SetupError> {
+    fn create_vcpu(self: Arc<Self>, root: Pfn) -> Result<Box<dyn Vcpu>, SetupError> {
         Ok(Box::new(self.new_vcpu(root)?))
     }
 
@@ -202,8 +192,8 @@ impl Engine for PtraceVm {
         Arc::new(tlb::PtraceTlb { vm: self })
     }
 
-    fn host_slots(self: Arc<Self>) -> Result<Arc<dyn HostSlots>, super::SetupError> {
-        Err(super::SetupError::Unsupported {
+    fn host_slots(self: Arc<Self>) -> Result<Arc<dyn HostSlots>, SetupError> {
+        Err(SetupError::Unsupported {
             engine: EngineKind::Ptrace,
             what: "cannot show a guest memory of umbra's own process",
             instead: "use --engine kvm",
@@ -212,10 +202,6 @@ impl Engine for PtraceVm {
 
     fn max_vcpus(&self) -> usize {
         MOST_VCPUS
-    }
-
-    fn ad_bits(&self) -> AdBits {
-        AdBits::AfterFlush
     }
 
     fn upper_entry(&self) -> Option<(usize, u64)> {
@@ -232,15 +218,20 @@ impl Engine for PtraceVm {
     }
 
     fn arm(&self, faults: Faults) {
-        let _ = self.faults.set(faults);
+        self.faults.arm(faults);
     }
 
     fn cpu_time_outside(&self) -> Duration {
         cpu_time::of_process(self.service.worker.pid)
     }
 
-    fn facts(&self) -> &HostFacts {
-        &self.facts
+    /// A fill sets them, for the access that it serves.
+    fn marks(&self) -> Marks {
+        Marks::Exact
+    }
+
+    fn facts(&self) -> HostFacts {
+        HostFacts::with(None)
     }
 
     fn describe(&self) -> Vec<String> {
@@ -258,7 +249,7 @@ impl Engine for PtraceVm {
 /// # Errors
 /// [`SetupError`]: why not.
 pub fn probe() -> Result<(), SetupError> {
-    let no_pool = |error| SetupError::child("making a frame pool")(io::Error::other(format!("{error}")));
+    let no_pool = |error| PtraceError::child("making a frame pool")(io::Error::other(format!("{error}")));
     let pool = FramePool::new(16 * PAGE_SIZE, FreedFrames::Keep).map_err(no_pool)?;
     let vm = PtraceVm::new(Arc::new(pool))?;
     vm.new_vcpu(Pfn(0)).map(drop)

@@ -7,7 +7,7 @@
 
 use super::StubFrames;
 use super::child;
-use super::error::SetupError;
+use super::error::PtraceError;
 use super::pair::{self, LOOK, Pairs};
 use super::proc;
 use super::tracee::{Tracee, is_end};
@@ -42,12 +42,12 @@ impl Service {
     /// Starts a process whose stub is in the frames `stub` of `pool`.
     ///
     /// # Errors
-    /// [`SetupError`].
+    /// [`PtraceError`].
     pub(super) fn start(
         pool: &Arc<FramePool>,
         stub: StubFrames,
         pairs: Arc<Pairs>,
-    ) -> Result<Self, SetupError> {
+    ) -> Result<Self, PtraceError> {
         let (work, works) = channel::<Work>();
         let (tell, told) = sync_channel(1);
         let pool = Arc::clone(pool);
@@ -63,8 +63,8 @@ impl Service {
                     let _ = tell.send(Err(error));
                 }
             })
-            .map_err(SetupError::child("a thread that serves it"))?;
-        let died = || SetupError::child("a thread that serves it")(io::Error::other("it panicked"));
+            .map_err(PtraceError::child("a thread that serves it"))?;
+        let died = || PtraceError::child("a thread that serves it")(io::Error::other("it panicked"));
         let worker = told.recv().map_err(|_| died())??;
         Ok(Self { work: Mutex::new(Some(work)), thread: Some(thread), worker, why: Arc::default() })
     }

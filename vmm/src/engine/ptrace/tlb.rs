@@ -99,7 +99,7 @@ impl HostMappings for ProcessMappings<'_> {
     }
 
     fn unmap(&mut self, pages: &[Range<u64>]) -> io::Result<()> {
-        if let Some(errno) = self.vm.faults.get().and_then(|faults| faults.fail(&WINDOW_MADVISE)) {
+        if let Some(errno) = self.vm.faults.fail(&WINDOW_MADVISE) {
             return Err(io::Error::from_raw_os_error(errno));
         }
         let bytes = |pages: &Range<u64>| pages.start << PAGE_SHIFT..pages.end << PAGE_SHIFT;

@@ -86,7 +86,7 @@ impl PtraceVcpu {
     pub(super) fn new(vm: Arc<PtraceVm>, tracee: Tracee, root: Pfn) -> Self {
         let state = Arc::new(RunState::new(TraceeInterrupt::new(tracee.pid, tracee.tid)));
         let lease = state.begin_lease();
-        let kicker = Arc::new(Kicker { state: Arc::clone(&state), lease, faults: vm.faults() });
+        let kicker = Arc::new(Kicker { state: Arc::clone(&state), lease, faults: vm.faults.get() });
         Self {
             walker: Walker::new(Arc::clone(&vm.pool), root),
             xsave: None,
