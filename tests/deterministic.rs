@@ -355,7 +355,7 @@ fn input_that_one_thread_waits_for_is_the_same_whenever_it_comes() {
     let with = |pause: u64| {
         let options = [
             &["--deterministic", "--seed", "3", "--ksm=all,scan=10000/1ms", "--age", "3ms"][..],
-            &["--deterministic-trace", path.to_str().unwrap()],
+            &["--timeout", "100s", "--deterministic-trace", path.to_str().unwrap()],
         ]
         .concat();
         let mut command = run(&options, &["mix", "--pages", "256"]);

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{STATIC, assert_same, cc, finish, folder, guests, run, text};
+use common::{STATIC, assert_same, busybox, cc, finish, folder, guests, run, text};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -27,13 +27,7 @@ fn busybox_works_on_four_mebibytes() {
     if !guests() {
         return;
     }
-    let busybox = Path::new("/bin/busybox");
-    let is_static = Command::new(busybox).arg("true").output().is_ok_and(|out| out.status.success())
-        && std::fs::read(busybox).is_ok_and(|elf| !elf.windows(12).any(|bytes| bytes == b"ld-linux-x86"));
-    if !is_static {
-        println!("skipped: no static /bin/busybox (Debian: apt-get install busybox-static)");
-        return;
-    }
+    let Some(busybox) = busybox() else { return };
     let input = text(INPUT);
     compare(busybox, &["sha256sum"], &input);
     compare(busybox, &["sort", "-n"], &input);

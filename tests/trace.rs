@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{STATIC, cc, code, finish, folder, guests, kvm, run, stderr, umbra};
+use common::{STATIC, cc, code, finish, folder, full, guests, kvm, run, stderr, umbra};
 use serde_json::Value;
 use std::ffi::CString;
 use std::fs::File;
@@ -202,10 +202,11 @@ fn a_guest_does_not_wait_for_its_trace() {
 
 #[test]
 fn a_trace_that_cannot_be_written_is_told_and_the_status_is_the_guests() {
-    if !guests() || !std::path::Path::new("/dev/full").exists() {
+    if !guests() {
         return;
     }
-    let options = ["--trace", "notifier", "--trace-file", "/dev/full"];
+    let Some(full) = full() else { return };
+    let options = ["--trace", "notifier", "--trace-file", full];
     let output = finish(&mut run(&options, &["hello"]), b"", LIMIT);
     assert_eq!(code(output.status), 0);
     assert!(stderr(&output).starts_with("umbra: the trace is not complete: "), "{}", stderr(&output));
@@ -213,12 +214,12 @@ fn a_trace_that_cannot_be_written_is_told_and_the_status_is_the_guests() {
 
 #[test]
 fn the_demo_too_says_that_its_trace_cannot_be_written() {
-    if !kvm() || !std::path::Path::new("/dev/full").exists() {
+    if !kvm() {
         return;
     }
+    let Some(full) = full() else { return };
     for limit in ["60", "0.000001"] {
-        let options =
-            ["--adopt-demo", "--timeout", limit, "--trace", "notifier", "--trace-file", "/dev/full"];
+        let options = ["--adopt-demo", "--timeout", limit, "--trace", "notifier", "--trace-file", full];
         let output = finish(umbra().arg("run").args(options).env("RUST_LOG", "off"), b"", LIMIT);
         assert!(stderr(&output).contains("umbra: the trace is not complete: "), "{}", stderr(&output));
     }

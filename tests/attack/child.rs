@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The ptrace engine's child, from outside: what it has, and what becomes of it and of umbra when somebody signals it.
 
-use super::common::{code, finish, run, stderr};
+use super::common::{code, finish, run, stderr, wait};
 use super::processes::{Umbra, descendants, outlive, send, wait_for_the_guest};
 use super::{Engine, LIMIT, engine, reports};
 use std::fs;
 use std::io::Read;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// First byte past what a guest may map; above it lies the engine's stub.
 const TASK_SIZE: u64 = shadow_mmu::addr::TASK_SIZE;
@@ -30,10 +30,10 @@ fn child_of(umbra: &Umbra) -> u32 {
 }
 
 /// An umbra whose guest spins in four threads, and its child.
-fn spinning(mark: &str) -> (Umbra, u32) {
+fn spinning(round: &str) -> (Umbra, u32) {
     let mut command = outlive();
     command.stderr(Stdio::piped());
-    let mut umbra = Umbra::start(command, mark);
+    let mut umbra = Umbra::start(command, round);
     wait_for_the_guest(&mut umbra);
     let child = child_of(&umbra);
     (umbra, child)
@@ -114,7 +114,7 @@ fn a_child_killed_from_outside_is_a_clear_failure() {
     send(child, libc::SIGKILL);
     let mut said = String::new();
     umbra.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(code(umbra.child.wait().unwrap()), 125, "{said}");
+    assert_eq!(code(wait(&mut umbra.child, LIMIT, &said)), 125, "{said}");
     assert!(said.contains("ended by signal 9, from outside umbra") && !said.contains("panicked"), "{said}");
     assert_eq!(descendants(umbra.id()), []);
 }
@@ -132,7 +132,9 @@ fn signals_to_the_child_from_outside_change_nothing() {
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut umbra = Umbra::start(command, "child-signals");
     let mut sent = 0;
+    let began = Instant::now();
     while umbra.child.try_wait().unwrap().is_none() {
+        assert!(began.elapsed() < LIMIT, "it does not end");
         for child in descendants(umbra.id()) {
             for signal in
                 [libc::SIGTERM, libc::SIGSTOP, libc::SIGUSR1, libc::SIGINT, libc::SIGTSTP, libc::SIGCONT]

@@ -6,7 +6,7 @@
 //! process when umbra ends, for this process is a subreaper. Tests take turns with their umbras ([`Umbra`]), so that it is known
 //! whose orphan that is.
 
-use super::common::{code, run};
+use super::common::{code, run, wait};
 use super::{engine, reports};
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -110,8 +110,9 @@ pub(super) struct Umbra {
 }
 
 impl Umbra {
-    /// Starts `command` when it is this one's turn.
-    pub(super) fn start(mut command: Command, mark: &str) -> Self {
+    /// Starts `command` when it is this one's turn. Its mark is `round` of this process: another suite may run beside this one.
+    pub(super) fn start(mut command: Command, round: &str) -> Self {
+        let mark = format!("{}-{round}", std::process::id());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: takes plain numbers.
         assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }, 0);
@@ -121,8 +122,8 @@ impl Umbra {
         };
         // SAFETY: `lead` does nothing but that call.
         unsafe { command.pre_exec(lead) };
-        let child = command.env(MARK, mark).stdin(Stdio::null()).spawn().unwrap();
-        Self { child, mark: mark.to_owned(), _turn: turn }
+        let child = command.env(MARK, &mark).stdin(Stdio::null()).spawn().unwrap();
+        Self { child, mark, _turn: turn }
     }
 
     pub(super) fn id(&self) -> u32 {
@@ -131,7 +132,7 @@ impl Umbra {
 
     /// Waits until it has ended and nobody is left of it; how it ended.
     pub(super) fn check_it_leaves_nobody(&mut self, seen: &[Process], what: &str) -> i32 {
-        let status = code(self.child.wait().unwrap());
+        let status = code(wait(&mut self.child, LIMIT, what));
         let since = Instant::now();
         while let left = left(self.id(), &self.mark, seen)
             && !left.is_empty()
@@ -164,7 +165,7 @@ impl Drop for Umbra {
 
 /// `umbra run attack outlive`; what it prints can be read.
 pub(super) fn outlive() -> Command {
-    let mut command = run(&["--report-dir", reports()], &["attack", "outlive"]);
+    let mut command = run(&["--timeout", "250s", "--report-dir", reports()], &["attack", "outlive"]);
     command.stdout(Stdio::piped()).stderr(Stdio::null());
     command
 }
@@ -187,11 +188,13 @@ fn a_guest_that_blocks_everything_does_not_outlive_umbra() {
         return;
     }
     for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGINT] {
-        let mark = format!("{}-{signal}", std::process::id());
-        let mut umbra = Umbra::start(outlive(), &mark);
+        let mut umbra = Umbra::start(outlive(), &signal.to_string());
         wait_for_the_guest(&mut umbra);
         let (pid, seen) = (umbra.id(), descendants(umbra.id()));
-        assert!(left(pid, &mark, &seen).iter().any(|it| it.pid == pid), "the search finds umbra itself");
+        assert!(
+            left(pid, &umbra.mark, &seen).iter().any(|it| it.pid == pid),
+            "the search finds umbra itself"
+        );
         send(pid, signal);
         assert_eq!(umbra.check_it_leaves_nobody(&seen, &format!("signal {signal}")), 128 + signal);
     }
@@ -215,7 +218,7 @@ fn umbra_killed_while_it_starts_leaves_nobody() {
         let delay = Duration::from_micros(random % (start.as_micros() as u64 * 5 / 4 + 1));
         let mut command = outlive();
         command.stdout(Stdio::null());
-        let mut umbra = Umbra::start(command, &format!("{}-start-{round}", std::process::id()));
+        let mut umbra = Umbra::start(command, &format!("start-{round}"));
         std::thread::sleep(delay);
         let seen = descendants(umbra.id());
         send(umbra.id(), libc::SIGKILL);
@@ -233,8 +236,8 @@ fn who_hides_is_found_and_killed() {
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut umbra = Umbra::start(command, "hides");
     let leader = umbra.id();
-    umbra.child.wait().unwrap();
-    let left = left(leader, "hides", &[]);
+    wait(&mut umbra.child, LIMIT, "sh");
+    let left = left(leader, &umbra.mark, &[]);
     let [hidden] = &left[..] else { panic!("{left:?}") };
     assert_eq!((hidden.name.as_str(), hidden.parent), ("sleep", std::process::id()));
     assert_ne!(hidden.session, leader);

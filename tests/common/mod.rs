@@ -4,16 +4,17 @@
 
 pub mod pages;
 
+use std::fmt::Debug;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 use vmm::engine::{EngineChoice, EngineKind, kvm};
 
-/// What keeps `engine` from running guests here. Where the environment has `UMBRA_REQUIRE_KVM` or `UMBRA_REQUIRE_PTRACE`, as on
-/// machines that are known to have it, an obstacle to that one is a failure.
+/// What keeps `engine` from running guests here. Where the environment names it, by `UMBRA_ENGINE` or with `UMBRA_REQUIRE_KVM` or
+/// `UMBRA_REQUIRE_PTRACE`, as on machines that are known to have it, an obstacle to that one is a failure.
 fn obstacle(engine: EngineKind) -> Option<String> {
     let (obstacle, required) = match engine {
         EngineKind::Kvm => {
@@ -26,7 +27,8 @@ fn obstacle(engine: EngineKind) -> Option<String> {
         }
     };
     if let Some(obstacle) = &obstacle {
-        assert!(std::env::var_os(required).is_none(), "{engine} is required here: {obstacle}");
+        let required = vmm::cli::engine().choice == engine.into() || std::env::var_os(required).is_some();
+        assert!(!required, "{engine} is required here: {obstacle}");
     }
     obstacle
 }
@@ -113,6 +115,29 @@ pub fn cc(folder: &Path, name: &str, source: &str, flags: &[&str]) -> PathBuf {
     program
 }
 
+/// A busybox that a guest can be. Prints one line where there is none.
+pub fn busybox() -> Option<&'static Path> {
+    let busybox = Path::new("/bin/busybox");
+    // A dynamic program names its loader right behind the headers; the name alone is in static ones too.
+    let is_static = Command::new(busybox).arg("true").output().is_ok_and(|out| out.status.success())
+        && fs::read(busybox).is_ok_and(|elf| !elf[..elf.len().min(4096)].windows(4).any(|at| at == b"/ld-"));
+    if !is_static {
+        println!("skipped: no static /bin/busybox (Debian: apt-get install busybox-static)");
+    }
+    is_static.then_some(busybox)
+}
+
+/// A file to which nothing can be written. Prints one line where there is none.
+pub fn full() -> Option<&'static str> {
+    let is_there = Path::new(FULL).exists();
+    if !is_there {
+        println!("skipped: no {FULL}");
+    }
+    is_there.then_some(FULL)
+}
+
+const FULL: &str = "/dev/full";
+
 /// Flags of a static C program.
 pub const STATIC: &[&str] = &["-static", "-pthread"];
 
@@ -122,7 +147,6 @@ pub fn finish(command: &mut Command, input: &[u8], limit: Duration) -> Output {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let (mut stdin, mut stdout, mut stderr) =
         (child.stdin.take().unwrap(), child.stdout.take().unwrap(), child.stderr.take().unwrap());
-    let began = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(move || {
             // A program may end without reading all.
@@ -138,19 +162,25 @@ pub fn finish(command: &mut Command, input: &[u8], limit: Duration) -> Output {
             stderr.read_to_end(&mut bytes).unwrap();
             bytes
         });
-        let status = loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                break status;
-            }
-            if began.elapsed() > limit {
-                child.kill().unwrap();
-                let _ = child.wait();
-                panic!("{command:?} did not end within {limit:?}");
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        };
+        let status = wait(&mut child, limit, command);
         Output { status, stdout: out.join().unwrap(), stderr: err.join().unwrap() }
     })
+}
+
+/// Waits for the end of `child`, for at most `limit`; then it is killed, and `what` it is has failed.
+pub fn wait(child: &mut Child, limit: Duration, what: impl Debug) -> ExitStatus {
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if began.elapsed() > limit {
+            child.kill().unwrap();
+            let _ = child.wait();
+            panic!("{what:?} did not end within {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// What a shell would say of it: the exit code, or 128 + signal.

@@ -43,7 +43,7 @@ pub(super) struct Settings {
     /// `None` once the child has been told.
     alive: Option<PipeWriter>,
     child: libc::pid_t,
-    _lock: File,
+    lock: File,
 }
 
 impl Settings {
@@ -76,7 +76,7 @@ impl Settings {
         match child {
             -1 => Err(io::Error::last_os_error()).context("cannot fork"),
             0 => wait_and_restore(end.as_raw_fd(), lock.as_raw_fd(), &restored),
-            _ => Ok(Self { files, old, alive: Some(alive), child, _lock: lock }),
+            _ => Ok(Self { files, old, alive: Some(alive), child, lock }),
         }
     }
 
@@ -118,6 +118,8 @@ impl Drop for Settings {
                 );
             }
         }
+        // Closing it is not enough where somebody has forked meanwhile and holds a duplicate.
+        let _ = self.lock.unlock();
     }
 }
 
@@ -165,6 +167,7 @@ mod tests {
     use super::super::sysfs::tests::Folder;
     use super::*;
     use std::io::{BufRead, BufReader};
+    use std::os::unix::process::ExitStatusExt;
     use std::path::Path;
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
@@ -210,6 +213,8 @@ mod tests {
         assert!(!is_as_at_first(&folder.0));
         let error = Settings::take(KsmFiles::new(&folder.0).unwrap()).unwrap_err();
         assert!(error.to_string().contains("another benchmark"), "{error}");
+        // As a child has it that another test of this process forks.
+        let _duplicate = settings.lock.try_clone().unwrap();
         drop(settings);
         assert!(is_as_at_first(&folder.0), "{:?}", read(&folder.0));
         // And the lock is free.
@@ -283,6 +288,11 @@ mod tests {
     #[ignore = "run by another test"]
     fn changes_and_waits() {
         let Some(folder) = std::env::var_os(FOLDER) else { return };
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            // Who started the tests may ignore it, as nohup does, which is inherited.
+            // SAFETY: the default action runs no code of ours.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
         let _settings = change(Path::new(&folder));
         println!("changed");
         std::thread::sleep(Duration::from_secs(600));
@@ -309,7 +319,7 @@ mod tests {
             let pid = child.id() as libc::pid_t;
             // SAFETY: the process is our child and has not been waited for.
             assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-            child.wait().unwrap();
+            assert_eq!(child.wait().unwrap().signal(), Some(signal));
             let began = Instant::now();
             while !is_as_at_first(&folder.0) {
                 assert!(began.elapsed() < Duration::from_secs(60), "signal {signal}: {:?}", read(&folder.0));

@@ -137,14 +137,19 @@ fn kicks_among_faults_and_calls_lose_nothing() {
         let mut vcpu = guest.vcpu();
         vcpu.regs_mut().rdi = DATA;
         let kicker: Arc<dyn Kick> = vcpu.kicker();
-        let done = AtomicBool::new(false);
+        let (kicked, done) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
                     kicker.kick();
+                    kicked.store(true, Ordering::SeqCst);
                     std::thread::sleep(Duration::from_micros(20));
                 }
             });
+            // A busy host may take longer to begin with that thread than all of this takes.
+            while !kicked.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
             let (mut calls, mut faults, mut kicks) = (0, 0, 0);
             while calls < 3000 {
                 match vcpu.run().unwrap() {

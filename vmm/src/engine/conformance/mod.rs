@@ -14,8 +14,7 @@
 //! | `track` | aging and the dirty log, over a whole address space |
 //! | `shortage` | a host that is short of memory (feature `inject`) |
 //!
-//! A test does what it does for each of [`engines`] in turn; what it prints says which came last. `UMBRA_ENGINE` narrows
-//! them to one.
+//! A test does what it does for each of [`configs`] in turn; what it prints says which came last.
 
 mod exits;
 mod faults;
@@ -28,37 +27,15 @@ mod registers;
 pub(super) mod shortage;
 mod track;
 
-use super::{Engine, EngineChoice, EngineConfig, choice};
-use crate::causes::one_line;
+use super::testing::configs;
+use super::{Engine, choice};
 use guest::Guest;
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use std::sync::Arc;
 
-/// The engines to test here. One that the host does not offer is left out, which is said; where the environment has
-/// `UMBRA_REQUIRE_KVM`, that is a failure for KVM.
-fn engines() -> Vec<EngineConfig> {
-    let config = crate::cli::engine();
-    let mut engines = Vec::new();
-    for choice in [EngineChoice::Kvm, EngineChoice::Ptrace] {
-        if config.choice != EngineChoice::Auto && config.choice != choice {
-            continue;
-        }
-        let config = EngineConfig { choice, ..config.clone() };
-        match choice::kind(&config) {
-            Ok(_) => engines.push(config),
-            Err(error) => {
-                let required = choice == EngineChoice::Kvm && std::env::var_os("UMBRA_REQUIRE_KVM").is_some();
-                assert!(!required, "KVM is required here: {}", one_line(&error));
-                println!("skipped: {}", one_line(&error));
-            }
-        }
-    }
-    engines
-}
-
 /// A machine of each engine, over a pool of its own.
 fn machines(freed: FreedFrames) -> impl Iterator<Item = (Arc<FramePool>, Arc<dyn Engine>)> {
-    engines().into_iter().map(move |config| {
+    configs().into_iter().map(move |config| {
         println!("the {} engine:", config.choice);
         let pool = Arc::new(FramePool::new(64 << 20, freed).unwrap());
         let engine = choice::open(&config, Arc::clone(&pool)).unwrap();

@@ -7,7 +7,7 @@
 use super::*;
 use crate::engine::conformance::flush::{COUNT, wait_for_change, zapped};
 use crate::engine::conformance::guest::{self, CODE, DATA, RW, SYSCALL, start};
-use crate::engine::{EngineError, Exit};
+use crate::engine::{EngineError, EngineKind, Exit, testing};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -20,12 +20,9 @@ type Guest = guest::Guest<PtraceVm>;
 /// mov [rdi], rdi; add rdi, rsi; dec rcx; jnz to it; syscall
 const TOUCH: [u8; 14] = [0x48, 0x89, 0x3f, 0x48, 0x01, 0xf7, 0x48, 0xff, 0xc9, 0x75, 0xf5, 0x0f, 0x05, 0x90];
 
-/// A guest with a TLB of `most` entries, or `None` where this host forbids tracing.
+/// A guest with a TLB of `most` entries, or `None` where this engine is not tested.
 fn guest_with_entries(code: &[u8], most: usize) -> Option<Guest> {
-    if let Err(error) = probe() {
-        println!("skipped: {error}");
-        return None;
-    }
+    testing::config(EngineKind::Ptrace)?;
     let pool = Arc::new(FramePool::new(64 << 20, FreedFrames::Keep).unwrap());
     let vm = PtraceVm::with_entries(Arc::clone(&pool), most).unwrap();
     Some(Guest::over(pool, vm, code))
@@ -505,11 +502,15 @@ fn threads_are_not_tied_because_who_made_them_was() {
     });
 }
 
-/// Sets how much the process may map, and returns what it was.
-fn limit_mappings(pid: libc::pid_t, limit: libc::rlimit) -> libc::rlimit {
-    let mut before = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both are limits of ours.
-    let result = unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, &raw mut before) };
+/// Sets how much the process may map, in bytes, and returns what it was. The hard limit stays: it takes root to raise it.
+fn limit_mappings(pid: libc::pid_t, bytes: libc::rlim_t) -> libc::rlim_t {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the limit is ours to write; null sets none.
+    let result = unsafe { libc::prlimit(pid, libc::RLIMIT_AS, std::ptr::null(), &raw mut limit) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    let before = std::mem::replace(&mut limit.rlim_cur, bytes);
+    // SAFETY: the limit is ours; null has the old one not told.
+    let result = unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     before
 }
@@ -521,7 +522,7 @@ fn a_kick_ends_the_wait_for_memory_that_a_mapping_needs() {
     let frame = guest.map_new(DATA, RW);
     let mut vcpu = guest.vcpu();
     let kicker = vcpu.kicker();
-    let unlimited = limit_mappings(guest.pid(), libc::rlimit { rlim_cur: 0, rlim_max: libc::RLIM_INFINITY });
+    let before = limit_mappings(guest.pid(), 0);
     let (returned, stuck) = (AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -532,7 +533,7 @@ fn a_kick_ends_the_wait_for_memory_that_a_mapping_needs() {
                 if began.elapsed() > Duration::from_secs(30) {
                     stuck.store(true, Ordering::SeqCst);
                     // So that it comes back.
-                    limit_mappings(guest.pid(), unlimited);
+                    limit_mappings(guest.pid(), before);
                 }
             }
             kicker.kick();
@@ -547,7 +548,7 @@ fn a_kick_ends_the_wait_for_memory_that_a_mapping_needs() {
     });
     assert!(!stuck.load(Ordering::SeqCst), "it returned {} times", returned.load(Ordering::SeqCst));
     assert_eq!(guest.word(frame, 0), 0, "it ran without memory");
-    limit_mappings(guest.pid(), unlimited);
+    limit_mappings(guest.pid(), before);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             wait_for_change(&guest, frame);
