@@ -195,8 +195,9 @@ fn no_such_program() {
 
 #[test]
 fn not_an_elf() {
-    refused_elf("text", b"#!/bin/sh\necho no\n", &["not an ELF"]);
-    refused_elf("empty", b"", &["not an ELF"]);
+    let words = ["/program: not an ELF file", "a static x86-64 ELF program is needed"];
+    refused_elf("text", b"#!/bin/sh\necho no\n", &words);
+    refused_elf("empty", b"", &words);
 }
 
 #[test]
@@ -206,7 +207,75 @@ fn a_dynamic_elf() {
     }
     let folder = folder("dynamic");
     let program = cc(&folder, "dynamic", "int main() { return 0; }", &[]);
-    assert_refused(&finish(&mut run(&[], &[program]), b"", LIMIT), &["dynamic", "static"]);
+    assert_refused(
+        &finish(&mut run(&[], &[program]), b"", LIMIT),
+        &["/dynamic: a dynamic program", "a static x86-64 ELF program is needed", "gcc -static"],
+    );
+}
+
+/// What is wrong with the program is said first, and alone: it does not depend on an engine.
+#[test]
+fn a_program_is_looked_at_before_an_engine_is() {
+    let program = file("no-program", b"no");
+    for engine in ["auto", "kvm"] {
+        let mut command = run(&["--engine", engine], &[&program]);
+        let output = finish(command.env("UMBRA_KVM_DEVICE", "/nonexistent/kvm"), b"", LIMIT);
+        assert_refused(&output, &["/program: not an ELF file"]);
+    }
+}
+
+#[test]
+fn where_kvm_is_missing_umbra_says_what_the_documentation_says() {
+    if !has(EngineKind::Ptrace) {
+        return;
+    }
+    let mut command = run(&["--engine", "auto"], &["hello"]);
+    let output = finish(command.env("UMBRA_KVM_DEVICE", "/nonexistent/kvm"), b"", LIMIT);
+    assert_eq!(code(output.status), 0, "{}", stderr(&output));
+    let said = stderr(&output).replace("/nonexistent/kvm", "/dev/kvm");
+    let document = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/engines.md");
+    let document = std::fs::read_to_string(document).unwrap();
+    assert!(document.contains(&format!("```text\n{said}```")), "docs/engines.md does not say: {said}");
+}
+
+#[test]
+fn an_answer_that_cannot_be_written_is_a_failure_that_says_so() {
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut commands =
+        vec!["images", "images --json", "inject --list", "inject --list --json", "doctor --rounds 1 --json"];
+    if kvm() {
+        commands.push("run --adopt-demo --engine kvm");
+    }
+    for words in commands {
+        let mut command = umbra();
+        command.args(words.split_whitespace()).stdout(full()).stderr(Stdio::piped());
+        let output = command.spawn().unwrap().wait_with_output().unwrap();
+        assert_refused(&output, &["umbra: cannot write to stdout: No space left on device"]);
+        // A reader that is gone knows.
+        if !words.starts_with("run") {
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            let mut command = umbra();
+            command.args(words.split_whitespace()).stdout(writer).stderr(Stdio::piped());
+            let output = command.spawn().unwrap().wait_with_output().unwrap();
+            assert_eq!((code(output.status), stderr(&output).as_str()), (FAILED, ""), "{words}");
+        }
+    }
+}
+
+/// By its name, so that who wrote the program knows what it misses.
+#[test]
+fn a_call_that_is_missing_is_named_once() {
+    if !guests() {
+        return;
+    }
+    let source = "#include <sys/syscall.h>\n#include <unistd.h>\n\
+                  int main() { for (int i = 0; i < 9; i++) { syscall(SYS_epoll_create1, 0); syscall(SYS_rseq, 0, 0, 0, 0); } }";
+    let program = cc(&folder("missing-call"), "missing", source, STATIC);
+    let output = finish(&mut run(&[], &[program]), b"", LIMIT);
+    let said = stderr(&output);
+    assert_eq!((code(output.status), said.lines().count()), (0, 1), "{said}");
+    assert!(said.contains("system call 291 (epoll_create1), which is not implemented: ENOSYS"), "{said}");
 }
 
 #[test]

@@ -335,5 +335,7 @@ fn a_closed_pipe_ends_it_as_on_linux() {
         cc(&folder("pipe"), "yes", "#include <stdio.h>\nint main() { for (;;) puts(\"y\"); }", STATIC);
     let mut child = run(&[], &[program]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
-    assert_eq!(code(child.wait().unwrap()), 128 + libc::SIGPIPE);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(code(output.status), 128 + libc::SIGPIPE);
+    assert_eq!(stderr(&output), "umbra: the guest died of SIGPIPE\n", "one line, for it is nobody's fault");
 }

@@ -2,6 +2,7 @@
 //! Rules about the repository itself that no lint checks.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -148,4 +149,69 @@ fn the_contract_is_tied_to_tests_that_exist() {
     for race in races {
         assert!(text.contains(&format!("| R{race} |")), "R{race} is missing");
     }
+}
+
+/// The files of a folder below `tests/models`, as one text.
+fn of_models(folder: &str) -> String {
+    let mut paths = Vec::new();
+    files(&root().join("tests/models").join(folder), &mut paths);
+    paths.iter().map(|path| fs::read_to_string(path).unwrap()).collect()
+}
+
+/// docs/contract.md is the one place that says how many there are.
+#[test]
+fn what_is_proven_is_counted_right() {
+    let contract = fs::read_to_string(root().join("docs/contract.md")).unwrap();
+    let proof = contract.split("\n## ").find(|section| section.starts_with("How it is proven\n")).unwrap();
+    let (shuttle, loom, mutants) =
+        (of_models("tests/shuttle"), of_models("tests/loom"), of_models("mutants"));
+    let tests = |text: &str| text.matches("#[test]").count();
+    let bounded =
+        loom.matches("Preemptions::AtMost(").count() - loom.matches("Preemptions::AtMost(bound)").count();
+    // One that changes several places stands there for each.
+    let mutants: BTreeSet<_> =
+        mutants.split("        name: \"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+    for said in [
+        format!(" {} scenarios", tests(&shuttle)),
+        format!(" of {} small models", tests(&loom)),
+        format!(" {} of them without any bound on preemptions", tests(&loom) - bounded),
+        format!(" {bounded} with one that is stated in the test"),
+        format!(" {} changes that each break one rule", mutants.len()),
+    ] {
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words(proof).contains(said.trim()), "docs/contract.md does not say{said}");
+    }
+}
+
+/// Every call that umbra knows is in the table of docs/guest-abi.md, once, and those of which it says nothing are told apart.
+#[test]
+fn the_system_calls_of_the_documentation_are_those_that_there_are() {
+    let text = fs::read_to_string(root().join("docs/guest-abi.md")).unwrap();
+    let table = text.split_once("| area | calls |\n").unwrap().1;
+    let (mut listed, mut silent) = (Vec::new(), Vec::new());
+    for row in table.lines().skip(1).map_while(|line| line.strip_prefix("| ")?.strip_suffix(" |")) {
+        let (area, calls) = row.split_once(" | ").unwrap();
+        // What is in brackets is about them.
+        let calls = calls.split('(').map(|part| part.split_once(')').map_or(part, |(_, rest)| rest));
+        let words: String = calls.collect();
+        let calls = words.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let calls = calls.filter(|word| !["", "and"].contains(word)).map(str::to_owned);
+        let into = if area.starts_with("`ENOSYS`") { &mut silent } else { &mut listed };
+        into.extend(calls);
+    }
+    let source = fs::read_to_string(root().join("vmm/src/guest/syscall.rs")).unwrap();
+    let arm = source.split_once("nothing worth a mention.\n").unwrap().1.split("=>").next().unwrap();
+    let of_arm: BTreeSet<_> =
+        arm.split('|').map(|call| call.trim().strip_prefix("libc::SYS_").unwrap().to_owned()).collect();
+    assert_eq!(silent.iter().cloned().collect::<BTreeSet<_>>(), of_arm);
+    listed.extend(silent);
+    let all: BTreeSet<_> = vmm::guest::call_names().map(str::to_owned).collect();
+    assert_eq!(listed.iter().cloned().collect::<BTreeSet<_>>(), all);
+    assert_eq!(listed.len(), all.len(), "a call stands twice");
+    // And these are those that the code has a line for.
+    let code = source.split("#[cfg(test)]").next().unwrap();
+    let words = code.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let handled: BTreeSet<_> =
+        words.filter_map(|word| word.strip_prefix("SYS_")).map(str::to_owned).collect();
+    assert_eq!(handled, all);
 }

@@ -4,8 +4,10 @@
 //! Some errors name their cause in their own words, in the middle of a sentence that says what to do, and hand it out as
 //! their source too, so that programs can ask for it. `{:#}` of anyhow then prints it twice. This prints each cause once.
 //!
-//! And how such lines reach stderr: whoever does not read it, or has no room for it, changes nothing else.
+//! And how lines reach stderr and stdout: whoever does not read stderr, or has no room for it, changes nothing else; what a command is
+//! asked for goes to stdout, and is missed there.
 
+use anyhow::Context;
 use std::fmt::Display;
 use std::io::Write;
 
@@ -25,6 +27,15 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
 /// `umbra: LINE` on stderr, if somebody takes it.
 pub(crate) fn say(line: impl Display) {
     tell(format_args!("umbra: {line}\n"));
+}
+
+/// `text` as it stands on stdout: what a command was asked for.
+///
+/// # Errors
+/// It cannot be written. Where its reader is gone the cause is `BrokenPipe`.
+pub(crate) fn answer(text: impl Display) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    write!(out, "{text}").and_then(|()| out.flush()).context("cannot write to stdout")
 }
 
 /// `text` as it stands on stderr, if somebody takes it. Nothing in umbra depends on that: stderr may be closed, or a full disk.

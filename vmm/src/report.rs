@@ -164,7 +164,7 @@ pub fn exit_code(status: ExitStatus) -> u8 {
 }
 
 /// Everything that helps to see why a guest died of an exception: what it did, where, what was mapped there, what the CPU
-/// found on its walk, and what the notifier said last. `who` names the guest: `the guest`, or `guest 3`.
+/// found on its walk, and what the notifier said last. One line for SIGPIPE. `who` names the guest: `the guest`, or `guest 3`.
 pub fn death_report(death: &Death, who: &str, machine: &Machine) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
@@ -183,6 +183,10 @@ fn write_report(out: &mut String, death: &Death, who: &str, machine: &Machine) -
     )?;
     if let Some(trap) = trap {
         writeln!(out, "  the plan did that: {}", trap_text(trap))?;
+    }
+    // Nobody reads its output: that is no fault of its, and where it was then tells nothing.
+    if death.signal == libc::SIGPIPE {
+        return Ok(());
     }
     let pressed = machine.pressed_frames();
     if (death.signal, death.code) == (libc::SIGKILL, 0x80) && pressed > 0 {

@@ -7,6 +7,7 @@
 
 use super::{Contestant, Host, NativeImage, Row, output, ratios, umbra};
 use crate::causes::one_line;
+use crate::cli::ENGINE;
 use crate::engine::{EngineChoice, EngineConfig, EngineKind, choice};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
@@ -50,7 +51,15 @@ impl Engines {
                 Err(error) => missing.push(format!("engine {choice}: {}", one_line(&error))),
             }
         }
-        let Some(host) = first else { bail!("no guest can be run here: {}", missing.join("; ")) };
+        let Some(host) = first else {
+            let missing = missing.join("; ");
+            match config.choice {
+                EngineChoice::Auto => bail!("no guest can be run here: {missing}"),
+                EngineChoice::Kvm | EngineChoice::Ptrace => bail!(
+                    "{missing}; it was asked for by --engine or {ENGINE}: without both, whatever engine works here is measured"
+                ),
+            }
+        };
         Ok(Self { present, missing, host })
     }
 }
@@ -146,7 +155,11 @@ mod tests {
     #[test]
     fn an_engine_that_is_missing_is_a_line_or_an_error_if_it_was_asked_for() {
         let error = one_line(&engines(EngineChoice::Kvm).unwrap_err());
-        assert!(error.contains("/nonexistent/kvm does not exist"), "{error}");
+        assert!(
+            error.starts_with("engine kvm: ") && error.contains("/nonexistent/kvm does not exist"),
+            "{error}"
+        );
+        assert!(error.contains("without both, whatever engine works here is measured"), "{error}");
         let Ok(engines) = engines(EngineChoice::Auto) else { return };
         assert_eq!(engines.present, [EngineKind::Ptrace]);
         assert!(engines.missing.len() == 1 && engines.missing[0].starts_with("engine kvm: "), "{engines:?}");

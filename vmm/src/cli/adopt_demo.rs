@@ -7,7 +7,7 @@
 //! the call has returned, and answered by a look that comes after the request. A signal to umbra or the time limit ends the
 //! guest, and the demo when it asks next: that is no broken promise, and is told apart by [`Ended`].
 
-use crate::causes::{say, tell};
+use crate::causes::{answer, say, tell};
 use crate::engine::{EngineChoice, choice};
 use crate::guest::{Arguments, ExitStatus};
 use crate::reactor::{Event, Reactor, Sources, unblock_signals};
@@ -16,7 +16,7 @@ use crate::vm::{Program, Vm, VmConfig};
 use anyhow::{Context, Result, bail, ensure};
 use shadow_mmu::addr::{Access, Hva, PAGE_SIZE};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
@@ -183,7 +183,7 @@ const STEPS: [Step; 7] = [
 
 /// The guest is no more, and was asked something.
 #[derive(Debug, thiserror::Error)]
-#[error("the guest ended without an answer")]
+#[error("not as promised: the guest ended without an answer")]
 struct Ended;
 
 /// The host's end of the board.
@@ -226,9 +226,12 @@ impl Board {
     }
 }
 
-fn print(line: &str) {
-    // To whom nobody listens the exit status says it.
-    let _ = writeln!(io::stdout(), "{line}");
+fn print(line: &str) -> Result<()> {
+    match answer(format_args!("{line}\n")) {
+        // To whom nobody listens the exit status says it.
+        Err(error) if super::is_broken_pipe(&error) => Ok(()),
+        printed => printed,
+    }
 }
 
 /// All steps with memory of one kind.
@@ -248,16 +251,19 @@ fn play(vm: &Vm, board: &mut Board, kind: Kind) -> Result<()> {
     print(&format!(
         "host   shows {PAGES} pages of {name}, [{:#x}, {:#x}), to the guest at {at}",
         range.start, range.end
-    ));
+    ))?;
     let mut expected: Vec<Seen> = (0..PAGES).map(|page| Some(TAG + page)).collect();
     for step in &STEPS {
         let began = Instant::now();
         (step.call)(&mut memory).with_context(|| format!("the step `{}` failed", step.what))?;
-        print(&format!("host   {} in {} µs", step.what, began.elapsed().as_micros()));
+        print(&format!("host   {} in {} µs", step.what, began.elapsed().as_micros()))?;
         (step.effect)(kind, &mut expected);
         let seen = board.look(at)?;
         if seen != expected {
-            bail!("after `{}` on {name} the guest must see {expected:x?}, and sees {seen:x?}", step.what);
+            bail!(
+                "not as promised: after `{}` on {name} the guest must see {expected:x?}, and sees {seen:x?}",
+                step.what
+            );
         }
     }
     Ok(())
@@ -269,7 +275,10 @@ fn demo(vm: &Vm, board: &mut Board) -> Result<String> {
     }
     let (words, wrong) = (board.word(WORDS_READ)?, board.word(WORDS_WRONG)?);
     let (words, wrong) = (words.load(Ordering::Relaxed), wrong.load(Ordering::Relaxed));
-    ensure!(wrong == 0, "{wrong} of {words} words that the guest read were never in the memory");
+    ensure!(
+        wrong == 0,
+        "not as promised: {wrong} of {words} words that the guest read were never in the memory"
+    );
     board.ask(0)?;
     let events = vm.machine().watch()?.events();
     Ok(format!(
@@ -347,8 +356,10 @@ pub(super) fn run(mut config: VmConfig, limit: Option<Duration>) -> Result<u8> {
     }
     if let Some(death) = vm.machine().death().filter(|death| death.signal != libc::SIGKILL) {
         tell(death_report(&death, "the guest", vm.machine()));
+        // It shares stdout with umbra.
+        ensure!(death.signal != libc::SIGPIPE, "cannot write to stdout: its reader is gone");
     }
-    let verdict = verdict.context("not as promised")?;
+    let verdict = verdict?;
     ensure!(status == ExitStatus::Exited(0), "the guest ended with {status:?}");
     let (report, broken) = vm.machine().check();
     ensure!(
@@ -356,6 +367,6 @@ pub(super) fn run(mut config: VmConfig, limit: Option<Duration>) -> Result<u8> {
         "the shadow map is wrong: this is a bug of umbra's: {:?}",
         report.violations
     );
-    print(&verdict);
+    print(&verdict)?;
     Ok(0)
 }

@@ -8,7 +8,7 @@ use crate::bench::{
     bench_age, bench_age_overhead, bench_cpu, bench_demand_paging, bench_dirty_log, bench_fault,
     bench_notifier, bench_start, bench_syscall,
 };
-use crate::causes::{one_line, say, tell};
+use crate::causes::{answer, one_line, say, tell};
 use crate::engine::{EngineChoice, EngineConfig, choice};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
@@ -238,18 +238,13 @@ pub(super) fn run(args: BenchArgs) -> Result<ExitCode> {
     let report = match report {
         // As the kernel's selftest has it: the word on stdout, the status 1. Why is for people.
         Err(error) if error.is::<NotOk>() => {
-            writeln!(std::io::stdout(), "Not OK")?;
+            answer("Not OK\n")?;
             say(one_line(&error));
             return Ok(ExitCode::FAILURE);
         }
         report => report?,
     };
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        write!(out, "{}", report.text())?;
-    }
+    answer(if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.text() })?;
     Ok(ExitCode::SUCCESS)
 }
 

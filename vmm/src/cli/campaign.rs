@@ -2,13 +2,13 @@
 //! `umbra inject --campaign`.
 
 use super::{Format, choose_engine, parse};
-use crate::causes::tell;
+use crate::causes::{answer, tell};
 use crate::engine::{EngineChoice, choice};
 use crate::inject::campaign::{Campaign, Corruption, Deck, Progress, image_names, judge};
 use crate::reactor::{block_signals, pending_signal};
 use anyhow::{Context, Result};
 use clap::Args;
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{IsTerminal, stderr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -129,10 +129,9 @@ pub(super) fn run(args: &CampaignArgs, format: Format) -> Result<ExitCode> {
     });
     teller.end();
     let summary = summary?;
-    let mut out = std::io::stdout().lock();
-    match format {
-        Format::Json => writeln!(out, "{}", serde_json::to_string_pretty(&summary)?)?,
-        Format::Text => write!(out, "{}", summary.text())?,
-    }
+    answer(match format {
+        Format::Json => serde_json::to_string_pretty(&summary)? + "\n",
+        Format::Text => summary.text(),
+    })?;
     Ok(if summary.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }

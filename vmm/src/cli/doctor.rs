@@ -2,7 +2,7 @@
 //! `umbra doctor`.
 
 use super::{ENGINE, engine_of_environment, kvm_device};
-use crate::causes::one_line;
+use crate::causes::{answer, one_line};
 use crate::engine::kvm::{self, Effort, FlushReport, KvmVm};
 use crate::engine::{EngineChoice, EngineKind, HostFacts, ptrace};
 use crate::report::write_host;
@@ -12,7 +12,6 @@ use serde::Serialize;
 use shadow_mmu::frame::{FramePool, FreedFrames};
 use shadow_mmu::mm::watch::{Watchable, watchable};
 use std::fmt::Write as _;
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use std::sync::Arc;
 ///
 /// Nothing is looked up that can be tried. Of KVM the flush methods: two vCPUs write through an entry while it is changed. Of ptrace
 /// a process for a guest: it is started, emptied and traced. Exit status 0 if guests can be run by the engine that UMBRA_ENGINE
-/// asks for, or else by whatever engine; 1 if not.
+/// asks for, or else by whatever engine; 1 if not; 125 if that could not be said.
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
     /// Times each flush method is tried with each kind of change.
@@ -91,9 +90,6 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     let (flush, no_kvm) = match &host.obstacle {
         Some(obstacle) => (None, Some(obstacle.clone())),
         None => match probe(args.rounds) {
-            Ok(flush) if flush.chosen.is_empty() => {
-                (Some(flush), Some("no way to flush translations works here: use another kernel".to_owned()))
-            }
             Ok(flush) => (Some(flush), None),
             Err(error) => (None, Some(one_line(&error))),
         },
@@ -129,12 +125,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode> {
     if report.host.facts.cpus < 2 {
         report.advice.push("one CPU: guests with several threads take turns".into());
     }
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        write!(out, "{}", text(&report))?;
-    }
+    answer(if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { text(&report) })?;
     Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -2,10 +2,10 @@
 //! `umbra images`: the bundled guests.
 
 use super::Format;
+use crate::causes::answer;
 use anyhow::{Context, Result};
 use clap::Args;
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -30,7 +30,6 @@ impl ImagesArgs {
 }
 
 pub(super) fn run(args: &ImagesArgs) -> Result<ExitCode> {
-    let mut out = std::io::stdout().lock();
     let mut rows = Vec::new();
     if let Some(dir) = &args.extract {
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -44,7 +43,7 @@ pub(super) fn run(args: &ImagesArgs) -> Result<ExitCode> {
         }
         rows.push((image, path));
     }
-    match args.format() {
+    let text = match args.format() {
         Format::Json => {
             let rows: Vec<_> = rows
                 .iter()
@@ -55,18 +54,16 @@ pub(super) fn run(args: &ImagesArgs) -> Result<ExitCode> {
                     })
                 })
                 .collect();
-            writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+            serde_json::to_string_pretty(&rows)? + "\n"
         }
-        Format::Text => {
-            for (image, path) in rows {
-                match path {
-                    Some(path) => writeln!(out, "{}", path.display())?,
-                    None => {
-                        writeln!(out, "{:<10} {}\n{:<10} {}", image.name, image.summary, "", image.usage)?
-                    }
-                }
-            }
-        }
-    }
+        Format::Text => rows
+            .iter()
+            .map(|(image, path)| match path {
+                Some(path) => format!("{}\n", path.display()),
+                None => format!("{:<10} {}\n{:<10} {}\n", image.name, image.summary, "", image.usage),
+            })
+            .collect(),
+    };
+    answer(text)?;
     Ok(ExitCode::SUCCESS)
 }

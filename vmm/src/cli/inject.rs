@@ -4,7 +4,7 @@
 use super::campaign::CampaignArgs;
 use super::replacement::Replacement;
 use super::{Cli, Command, Format, parse_words, run};
-use crate::causes::{say, tell};
+use crate::causes::{answer, say, tell};
 use crate::inject::campaign::RunReport;
 use crate::inject::campaign::leaks::Census;
 use crate::inject::{Account, Plan, Registry, points, ready};
@@ -12,7 +12,6 @@ use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
 use shadow_mmu::inject::{Effects, Faults, Outcome, Point, Scope};
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -206,8 +205,7 @@ fn outcomes(point: &Point) -> serde_json::Map<String, serde_json::Value> {
 }
 
 fn list(format: Format) -> Result<ExitCode> {
-    let mut out = std::io::stdout().lock();
-    match format {
+    answer(match format {
         Format::Json => {
             let points: Vec<_> = points::all()
                 .map(|point| {
@@ -220,24 +218,26 @@ fn list(format: Format) -> Result<ExitCode> {
             let plans: Vec<_> = ready::all()
                 .map(|plan| serde_json::json!({"name": plan.name, "summary": plan.summary(), "text": plan.text}))
                 .collect();
-            writeln!(
-                out,
-                "{}",
-                serde_json::to_string_pretty(&serde_json::json!({"points": points, "plans": plans}))?
-            )?;
+            serde_json::to_string_pretty(&serde_json::json!({"points": points, "plans": plans}))? + "\n"
         }
         Format::Text => {
-            writeln!(out, "Fault points:")?;
-            for point in points::all() {
-                writeln!(out, "\n  {}\n    when      {}", point.name, point.place)?;
-                writeln!(out, "    models    {}\n    promise   {}", point.models, point.promise)?;
-                writeln!(out, "    offers    {}", effects(point).join(", "))?;
-            }
-            writeln!(out, "\nReady plans, by name:\n")?;
-            for plan in ready::all() {
-                writeln!(out, "  {:<16} {}", plan.name, plan.summary())?;
-            }
+            let points = points::all().map(|point| {
+                format!(
+                    "\n  {}\n    when      {}\n    models    {}\n    promise   {}\n    offers    {}\n",
+                    point.name,
+                    point.place,
+                    point.models,
+                    point.promise,
+                    effects(point).join(", ")
+                )
+            });
+            let plans = ready::all().map(|plan| format!("  {:<16} {}\n", plan.name, plan.summary()));
+            format!(
+                "Fault points:\n{}\nReady plans, by name:\n\n{}",
+                points.collect::<String>(),
+                plans.collect::<String>()
+            )
         }
-    }
+    })?;
     Ok(ExitCode::SUCCESS)
 }

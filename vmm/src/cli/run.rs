@@ -11,7 +11,7 @@ use crate::causes::{say, tell};
 use crate::deterministic::Deterministic;
 use crate::engine::EngineChoice;
 use crate::fleet::Fleet;
-use crate::guest::Arguments;
+use crate::guest::{Arguments, check_elf};
 use crate::inject::Waits;
 use crate::reactor::{Event, Reactor, Sources, block_report_signal, block_signals, unblock_signals};
 use crate::trace::Tracer;
@@ -313,6 +313,8 @@ fn program(words: &[OsString], env: &[String]) -> Result<Program> {
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         },
     };
+    // Before there is an engine: of that there may be a line, too, which is not the reason.
+    check_elf(&elf).with_context(|| path.display().to_string())?;
     let exe = if image.is_some() {
         format!("/{}", path.display()).into_bytes()
     } else {

@@ -3,13 +3,15 @@
 //!
 //! An engine is small on purpose. It does not know what a system call means or why a page is missing; it says *that* one
 //! was made and *which* access failed, and goes on when told.
-
 //!
 //! | module | what |
 //! | --- | --- |
 //! | [`kvm`] | ring 3 of a virtual machine; the CPU walks the shadow map |
 //! | [`ptrace`] | a traced process, whose mappings are filled from the shadow map |
 //! | [`choice`] | which of them |
+//! | `regs`, `fpu`, `opcode` | what they share of a thread's registers, its FPU state and `int n` |
+//! | `kick`, `shortage`, `snapshot` | what they share of a vCPU: getting it out, waiting for memory, what is known of a lost one |
+//! | `conformance` | what every engine must do, as tests of each |
 
 use kvm::KvmError;
 use ptrace::PtraceError;

@@ -22,7 +22,7 @@ const MOST_HEADER_BYTES: usize = 64 << 10;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ElfError {
     /// No ELF magic.
-    #[error("not an ELF file")]
+    #[error("not an ELF file: a static x86-64 ELF program is needed")]
     NotElf,
     /// 32-bit.
     #[error("not a 64-bit program: build it for x86_64")]
@@ -38,12 +38,12 @@ pub enum ElfError {
     Type(u16),
     /// It wants an interpreter.
     #[error(
-        "a dynamic program (interpreter {0}): link it statically: gcc -static, or -C target-feature=+crt-static for Rust"
+        "a dynamic program (interpreter {0}): a static x86-64 ELF program is needed: gcc -static, or -C target-feature=+crt-static for Rust"
     )]
     Dynamic(String),
     /// It wants libraries.
     #[error(
-        "it needs shared libraries: link it statically: gcc -static, or -C target-feature=+crt-static for Rust"
+        "it needs shared libraries: a static x86-64 ELF program is needed: gcc -static, or -C target-feature=+crt-static for Rust"
     )]
     NeedsLibraries,
     /// Headers that the file does not hold, or that make no sense.
@@ -148,6 +148,14 @@ fn aligned(bytes: &[u8]) -> Vec<u64> {
         u64::from_ne_bytes(word)
     };
     bytes.chunks(8).map(word).collect()
+}
+
+/// Whether `image` is a program that can run here, as far as its file says.
+///
+/// # Errors
+/// Why it is not.
+pub fn check_elf(image: &[u8]) -> Result<(), ElfError> {
+    parse(image).map(drop)
 }
 
 /// Reads and checks the headers of `image`.

@@ -45,7 +45,7 @@ mod uaccess;
 mod waker;
 
 pub use clock::Clock;
-pub use elf::ElfError;
+pub use elf::{ElfError, check_elf};
 pub use errno::Errno;
 pub use files::Files;
 pub use group::ExitStatus;

@@ -6,6 +6,7 @@
 use super::errno::{Errno, SysResult};
 use super::files::{calls as files, rw, stat};
 use super::host::{self, ClockQuery};
+use super::names::other_name;
 use super::signal::calls as signal;
 use super::signal::deliver::{Flow, Interrupted};
 use super::thread::Thread;
@@ -191,7 +192,8 @@ impl UnknownCalls {
         let bit = number.min(self.seen.len() as u64 * 64 - 1);
         let before = self.seen[bit as usize / 64].fetch_or(1 << (bit % 64), Ordering::Relaxed);
         if before >> (bit % 64) & 1 == 0 {
-            log::warn!("the guest made system call {number}, which is not implemented: ENOSYS");
+            let name = other_name(number).map_or_else(String::new, |name| format!(" ({name})"));
+            log::warn!("the guest made system call {number}{name}, which is not implemented: ENOSYS");
         }
     }
 }

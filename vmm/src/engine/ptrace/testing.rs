@@ -2,6 +2,8 @@
 //! A traced child for tests of what needs no guest.
 
 use super::tracee::{Stop, Tracee};
+use crate::engine::EngineKind;
+use crate::engine::testing::config;
 use std::io;
 use std::ops::Deref;
 
@@ -11,9 +13,9 @@ use std::ops::Deref;
 pub(super) struct Spinning(Tracee);
 
 impl Spinning {
-    /// `None`, and one line, where this host forbids tracing. Where the environment has `UMBRA_REQUIRE_PTRACE`, as on machines that
-    /// are known to allow it, that is a failure.
+    /// `None`, and one line, where guests cannot be traced here ([`config`]).
     pub(super) fn new() -> Option<Self> {
+        config(EngineKind::Ptrace)?;
         // SAFETY: the child of a process with threads makes only calls that a signal handler may make.
         let pid = unsafe { libc::fork() };
         assert!(pid >= 0, "fork: {}", io::Error::last_os_error());
@@ -21,14 +23,9 @@ impl Spinning {
             spin();
         }
         let child = Self(Tracee { pid, tid: pid });
-        let stop = child.wait().unwrap();
-        if stop == Stop::Signal(libc::SIGSTOP) {
-            child.set_options().unwrap();
-            return Some(child);
-        }
-        assert!(std::env::var_os("UMBRA_REQUIRE_PTRACE").is_none(), "ptrace is required here: {stop:?}");
-        println!("skipped: ptrace is not allowed here");
-        None
+        assert_eq!(child.wait().unwrap(), Stop::Signal(libc::SIGSTOP));
+        child.set_options().unwrap();
+        Some(child)
     }
 
     /// Ends it. A [`wait`](Tracee::wait) tells when it is gone.
