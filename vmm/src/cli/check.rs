@@ -292,7 +292,7 @@ mod tests {
     use super::*;
     use crate::guest::{Arguments, ExitStatus};
     use crate::vm::{Program, VmConfig};
-    use shadow_mmu::addr::{Gfn, Pfn};
+    use shadow_mmu::addr::{Access, Gfn, Pfn};
 
     use shadow_mmu::shadow::Spte;
     use shadow_mmu::table::index;
@@ -313,10 +313,10 @@ mod tests {
         Some(Fleet::new(1, None, config, &Program { elf, arguments }).unwrap())
     }
 
-    /// A leaf of the running guest, by the entry in its table.
+    /// A leaf of the running guest's program, which it cannot write, by the entry in its table. (Its stack may be there before.)
     fn some_leaf(machine: &Machine) -> (Gfn, Pfn, usize) {
         loop {
-            for vma in machine.mm().vmas() {
+            for vma in machine.mm().vmas().into_iter().filter(|vma| !vma.prot.contains(Access::WRITE)) {
                 for gfn in vma.range.page_numbers() {
                     let walk = machine.shadow().walk(Gfn(gfn));
                     if let [.., (2, table), (1, leaf)] = walk[..]

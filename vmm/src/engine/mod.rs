@@ -9,8 +9,9 @@
 //! | [`kvm`] | ring 3 of a virtual machine; the CPU walks the shadow map |
 //! | [`ptrace`] | a traced process, whose mappings are filled from the shadow map |
 //! | [`choice`] | which of them |
-//! | `regs`, `fpu`, `opcode` | what they share of a thread's registers, its FPU state and `int n` |
-//! | `kick`, `shortage`, `snapshot` | what they share of a vCPU: getting it out, waiting for memory, what is known of a lost one |
+//! | `host` | what a machine has for them |
+//! | `regs`, `fpu`, `exception` | what they share of a thread's registers, its FPU state, vectors and `int n` |
+//! | `entry`, `kick`, `shortage`, `snapshot` | what they share of a vCPU: injected entries, getting it out, waiting for memory, what is known of a lost one |
 //! | `conformance` | what every engine must do, as tests of each |
 
 use kvm::KvmError;

@@ -3,50 +3,28 @@
 //!
 //! 1. A thread of umbra, which serves the process from then on, forks. The new process gets the pool as its descriptor 0 and all
 //!    others closed, a session of its own, SIGKILL for when that thread ends, asks to be traced, and executes a program of three
-//!    bytes from memory ([`stub::boot_program`]): nothing of umbra's memory, environment or arguments is in it any more.
+//!    bytes from memory ([`boot`]): nothing of umbra's memory, environment or arguments is in it any more.
 //! 2. That program's one system call maps the stub; the stub's unmaps everything else: the program, its stack, the vDSO.
-//! 3. It gives up privileges, and a filter refuses whatever is not the engine's ([`stub::filter`]).
+//! 3. It gives up privileges, and a filter refuses whatever is not the engine's ([`filter`]).
 //!
 //! Its first two threads never run guest code. The second, the worker, makes all others, and unmaps for threads of umbra that trace
 //! none. The first does nothing any more: a process's first thread can be waited for only when all others have been, so who makes a
 //! call with it would not learn that the process was killed while another tracer waits for the caller.
 
 use super::StubFrames;
+use super::boot;
 use super::error::{EXEC, PtraceError, SEIZE, TRACE, UNMAP};
+use super::filter;
+use super::gone::gone;
 use super::stub::{self, LIST, MAP_FLAGS, POOL_FD, STUB, STUB_END};
-use super::tracee::{Stop, Tracee, gone};
+use super::tracee::{Stop, Tracee};
 use libc::{c_char, c_int, pid_t};
 use shadow_mmu::addr::{LINUX_TASK_SIZE, PAGE_SIZE};
 use shadow_mmu::frame::FramePool;
-use std::ffi::CStr;
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-
-/// What it is called in lists of processes.
-const NAME: &CStr = c"umbra-guest";
-
-/// The boot program as a file without a name.
-fn boot_file() -> io::Result<File> {
-    let create = |flags: u32| {
-        // SAFETY: the name is a string, and a descriptor comes back or an error.
-        unsafe { libc::memfd_create(NAME.as_ptr(), flags) }
-    };
-    let mut fd = create(libc::MFD_CLOEXEC | libc::MFD_EXEC);
-    if fd < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
-        // Before Linux 6.3 every one can be executed.
-        fd = create(libc::MFD_CLOEXEC);
-    }
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and nobody else's.
-    let mut file = unsafe { File::from_raw_fd(fd) };
-    file.write_all(&stub::boot_program())?;
-    Ok(file)
-}
 
 fn checked(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -113,7 +91,7 @@ fn become_guest(
         // Told from a failed exec by a number that that cannot give.
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    let (arguments, environment) = ([NAME.as_ptr(), std::ptr::null()], [std::ptr::null::<c_char>()]);
+    let (arguments, environment) = ([boot::NAME.as_ptr(), std::ptr::null()], [std::ptr::null::<c_char>()]);
     // SAFETY: both arrays end with a null pointer; it comes back only with an error.
     unsafe { libc::fexecve(program, arguments.as_ptr(), environment.as_ptr()) };
     Err(io::Error::last_os_error())
@@ -127,7 +105,7 @@ fn become_guest(
 pub(super) fn start(pool: &FramePool, stub: StubFrames) -> Result<Tracee, PtraceError> {
     // The new process begins with the same, and has no tracer yet who would keep a signal from ending it.
     block_signals();
-    let program = boot_file().map_err(PtraceError::child(EXEC))?;
+    let program = boot::file().map_err(PtraceError::child(EXEC))?;
     let (pool_fd, program_fd) = (pool.file().as_raw_fd(), program.as_raw_fd());
     let parent = std::process::id() as pid_t;
     let highest = highest_descriptor().unwrap_or_default();
@@ -185,17 +163,17 @@ fn empty(tracee: Tracee, pool: &FramePool, stub: StubFrames) -> Result<(), Ptrac
     {
         let arguments = [at, PAGE_SIZE, rights as u64, MAP_FLAGS as u64, POOL_FD, pfn.offset()];
         tracee
-            .call_at(stub::BOOT_CODE, libc::SYS_mmap, &arguments)
+            .call_at(boot::CODE, libc::SYS_mmap, &arguments)
             .map_err(PtraceError::child("mapping the stub (mmap)"))?;
     }
     for (start, end) in [(0, STUB), (STUB_END, LINUX_TASK_SIZE)] {
         tracee.call(libc::SYS_munmap, &[start, end - start]).map_err(PtraceError::child(UNMAP))?;
     }
     let prctl = |what: c_int, argument: u64| tracee.call(libc::SYS_prctl, &[what as u64, argument, 0, 0, 0]);
-    pool.write(stub.list, 0, NAME.to_bytes_with_nul());
+    pool.write(stub.list, 0, boot::NAME.to_bytes_with_nul());
     prctl(libc::PR_SET_NAME, LIST).map_err(PtraceError::child("naming it"))?;
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(PtraceError::child("prctl(PR_SET_NO_NEW_PRIVS)"))?;
-    pool.write(stub.list, 0, &stub::filter_as_bytes());
+    pool.write(stub.list, 0, &filter::as_bytes());
     // Speculation is the guest's own affair: it has nothing in its process but itself. Before Linux 4.17 there is no such flag.
     let install =
         |flags| tracee.call(libc::SYS_seccomp, &[libc::SECCOMP_SET_MODE_FILTER as u64, flags, LIST]);

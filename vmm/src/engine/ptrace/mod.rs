@@ -3,15 +3,15 @@
 //!
 //! ```text
 //! PtraceVm ─┬─ Service: a thread of umbra, tracer of the process's first thread     service.rs
-//!           │    └─ the process: the pool as its one descriptor, the stub           child.rs, stub.rs
+//!           │    └─ the process: the pool as its one descriptor, the stub           child.rs, boot.rs, stub.rs, filter.rs
 //!           ├─ SoftTlb: which host mappings it has of the shadow map                tlb.rs
 //!           └─ Pairs: which CPU tracers and tracees run on                          pair.rs
 //! PtraceVcpu ─ one thread of the process: entry, exit, registers                    vcpu.rs
 //!              its stops as exceptions                                              stop.rs
 //!              its faults; reads told from writes                                   faults.rs, access.rs
-//!              ptrace(2)                                                            tracee.rs
+//!              ptrace(2), calls for the engine, its end                             tracee.rs, calls.rs, gone.rs
 //!              its XSAVE area                                                       fpu.rs
-//!              the CPU time that it uses, and its process                           cpu_time.rs
+//!              the CPU time that it uses, and its process; /proc                    cpu_time.rs, proc.rs
 //!              and what is known of one that is lost                                snapshot.rs
 //! ```
 //!
@@ -31,11 +31,15 @@
 //! `mmu_lock` of the shadow map, then the TLB's, then the service's queue. All others are leaves.
 
 mod access;
+mod boot;
+mod calls;
 mod child;
 mod cpu_time;
 mod error;
 mod faults;
+mod filter;
 mod fpu;
+mod gone;
 mod interrupt;
 mod pair;
 mod proc;
@@ -79,9 +83,7 @@ const ADDRESS_SIZES: u32 = 0x8000_0008;
 /// Guest threads at once. Each is a thread of umbra and one of the guest's process.
 const MOST_VCPUS: usize = 1_024;
 
-/// One virtual machine: a process for the guest.
-///
-/// Fields are dropped from top to bottom: the process ends before the stub's frame goes back to the pool.
+/// One virtual machine: a process for the guest. It ends before the stub's frames go back to the pool.
 #[derive(Debug)]
 pub struct PtraceVm {
     service: Service,

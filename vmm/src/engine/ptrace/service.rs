@@ -8,9 +8,10 @@
 use super::StubFrames;
 use super::child;
 use super::error::PtraceError;
+use super::gone::is_end;
 use super::pair::{self, LOOK, Pairs};
 use super::proc;
-use super::tracee::{Tracee, is_end};
+use super::tracee::Tracee;
 use shadow_mmu::frame::FramePool;
 use std::convert::Infallible;
 use std::fmt;

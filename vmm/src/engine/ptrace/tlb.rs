@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The host's part of the guest's TLB: mappings of the guest's process, made and removed by system calls in it; and the flush
-//! strategy over it. The protocol is that of [`SoftTlb`].
+//! strategy over it. The protocol is that of [`SoftTlb`](shadow_mmu::shadow::SoftTlb).
 //!
 //! # Who makes the calls
 //! A thread that traces a tracee, which is stopped while the thread is in here, has that one make them: a fault's fill, and the
-//! flush for a change that the guest itself asked for. It is told by a note of the thread's own ([`with_own`]). Everybody else (aging,
+//! flush for a change that the guest itself asked for. It is told by a note of the thread's own ([`set_own`]). Everybody else (aging,
 //! sharing, another guest's thread) has the service do it.
 //!
 //! # Errors
 //! Where unmapping fails the process is killed, and the flush returns when none of its threads runs: no translation is used then.
 
 use super::PtraceVm;
+use super::calls::Call;
+use super::gone::{is_end, is_of_its_end};
 use super::stub::{MAP_FLAGS, POOL_FD};
-use super::tracee::{Call, Tracee, is_end, is_of_its_end};
+use super::tracee::Tracee;
 use crate::inject::points::WINDOW_MADVISE;
 use shadow_mmu::addr::{Access, PAGE_SHIFT, TASK_SIZE};
 use shadow_mmu::shadow::{AdBits, HostMappings, Tlb, Translation, Zapped};

@@ -1,25 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One thread of the guest's process, as its tracer sees it: ptrace(2), and system calls that the thread makes for the engine.
+//! One thread of the guest's process, as its tracer sees it: ptrace(2).
 //!
-//! Linux ties a tracee to the *thread* that traces it. So everything here but [`interrupt`](Tracee::interrupt) is to be called by
+//! Linux ties a tracee to the *thread* that traces it. So everything here is to be called by
 //! that thread, and but for [`wait`](Tracee::wait) while the tracee is stopped. From any other thread the kernel answers ESRCH.
 //!
 //! Signals that come to the guest's process from outside (its terminal, an operator) are not the guest's. They are blocked, and
 //! where one cannot be blocked it is not delivered; SIGKILL is, and ends the process.
 
+use super::filter::AUDIT_ARCH_X86_64;
+use super::gone::gone;
 use super::interrupt::TraceeInterrupt;
-use super::stub::{self, AUDIT_ARCH_X86_64, LIST, LIST_ENTRIES, LIST_ENTRY};
+use super::stub;
 use crate::engine::regs::FIXED_FLAGS;
 use libc::{c_int, c_long, c_uint, pid_t, user_regs_struct};
-use shadow_mmu::addr::{LINUX_TASK_SIZE, Pfn};
-use shadow_mmu::frame::FramePool;
+use shadow_mmu::addr::LINUX_TASK_SIZE;
 use std::io;
 use std::mem::offset_of;
-use std::time::{Duration, Instant};
 
 /// The selectors of 64-bit ring 3.
 pub(super) const USER_CS: u64 = 0x33;
 const USER_SS: u64 = 0x2b;
+/// It dies with its tracer, and its system call stops are told from SIGTRAP.
+const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
 /// `PTRACE_O_TRACESYSGOOD` makes system call stops SIGTRAP with this bit.
 const SYSGOOD: c_int = 0x80;
 const PTRACE_EVENT_STOP: c_int = 128;
@@ -49,13 +51,6 @@ pub(super) enum Stop {
     Gone(c_int),
 }
 
-/// One call for a list.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Call {
-    pub(super) number: c_long,
-    pub(super) arguments: [u64; 6],
-}
-
 /// How it goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Resume {
@@ -74,40 +69,6 @@ pub(super) struct Tracee {
 
 fn checked(result: c_long) -> io::Result<()> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Something that a tracee did which the engine did not ask it for.
-fn unexpected(what: impl std::fmt::Display) -> io::Error {
-    io::Error::other(format!("{what}"))
-}
-
-/// A tracee is gone, and this is why.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("the guest's process {0}")]
-struct Ended(String);
-
-/// Why a tracee is gone, for one that umbra did not end itself.
-pub(super) fn gone(status: c_int) -> io::Error {
-    io::Error::other(Ended(if libc::WIFSIGNALED(status) {
-        let signal = libc::WTERMSIG(status);
-        format!("was ended by signal {signal}, from outside umbra (by hand, or by the OOM killer)")
-    } else {
-        format!("ended by itself, status {status:#x}")
-    }))
-}
-
-fn how_it_ended(error: &io::Error) -> Option<&Ended> {
-    error.get_ref()?.downcast_ref()
-}
-
-/// Whether `error` tells how a tracee ended.
-pub(super) fn is_end(error: &io::Error) -> bool {
-    how_it_ended(error).is_some()
-}
-
-/// Whether `error` is that the tracee is gone, or about to be.
-pub(super) fn is_of_its_end(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ESRCH) || is_end(error)
 }
 
 impl Tracee {
@@ -136,7 +97,6 @@ impl Tracee {
 
     /// Attaches to a thread that runs, and waits until it has stopped.
     pub(super) fn seize(self) -> io::Result<()> {
-        const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
         self.request(Plain::Seize, 0, OPTIONS as usize)?;
         self.request(Plain::Interrupt, 0, 0)?;
         loop {
@@ -166,9 +126,8 @@ impl Tracee {
         unsafe { self.set(PTRACE_SETSIGMASK, size_of::<u64>(), &mask) }
     }
 
-    /// The same options for one that asked to be traced.
+    /// Sets the options of one that asked to be traced.
     pub(super) fn set_options(self) -> io::Result<()> {
-        const OPTIONS: c_int = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
         self.request(Plain::SetOptions, 0, OPTIONS as usize)
     }
 
@@ -281,162 +240,6 @@ impl Tracee {
         unsafe { self.get(PTRACE_GET_SYSCALL_INFO, size_of::<Head>(), &mut head) }?;
         Ok(head.arch == AUDIT_ARCH_X86_64)
     }
-
-    /// Whether the signal that it stopped with is of what it did, not somebody's.
-    fn is_fault(self, signal: c_int) -> io::Result<bool> {
-        const FAULTS: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS];
-        Ok(FAULTS.contains(&signal) && self.signal_info()?.si_code > 0)
-    }
-
-    /// Runs the stub from `rip` with these registers to its `int3`; signals that come meanwhile are dropped.
-    fn run_stub(self, registers: &user_regs_struct) -> io::Result<user_regs_struct> {
-        self.set_registers(registers)?;
-        loop {
-            self.resume(Resume::Engine)?;
-            match self.wait()? {
-                Stop::Signal(libc::SIGTRAP) => {
-                    let registers = self.registers()?;
-                    if stub::is_behind_int3(registers.rip) {
-                        return Ok(registers);
-                    }
-                    // Somebody's signal.
-                }
-                Stop::Signal(signal) if self.is_fault(signal)? => {
-                    let registers = self.registers()?;
-                    return Err(unexpected(format!(
-                        "signal {signal} at {:#x} in place of system call {}",
-                        registers.rip, registers.rax as i64
-                    )));
-                }
-                Stop::Gone(status) => return Err(gone(status)),
-                // A kick that came late, or somebody's signal. The kick is known from the run state.
-                Stop::Signal(_) | Stop::Attached | Stop::Syscall => {}
-            }
-        }
-    }
-
-    /// Has it make one system call, by the instruction at `site`. Its registers are not what they were.
-    ///
-    /// # Errors
-    /// The call's own, as an OS error. Any other: the tracee is lost.
-    pub(super) fn call_at(self, site: u64, number: c_long, arguments: &[u64]) -> io::Result<u64> {
-        let argument = |n: usize| arguments.get(n).copied().unwrap_or(0);
-        let done = self.run_stub(&user_regs_struct {
-            rip: site,
-            rax: number as u64,
-            rdi: argument(0),
-            rsi: argument(1),
-            rdx: argument(2),
-            r10: argument(3),
-            r8: argument(4),
-            r9: argument(5),
-            ..plain_registers()
-        })?;
-        result(done.rax)
-    }
-
-    /// The same by the stub.
-    pub(super) fn call(self, number: c_long, arguments: &[u64]) -> io::Result<u64> {
-        self.call_at(stub::call(), number, arguments)
-    }
-
-    /// Makes a further thread of the process, which waits for a tracer. For the thread that runs no guest.
-    ///
-    /// Until the new one is attached to nobody is there to drop signals from outside, which would end the process. So it
-    /// inherits that all are blocked.
-    pub(super) fn new_thread(self) -> io::Result<Self> {
-        self.block_signals(u64::MAX)?;
-        let tid = self.call_at(stub::clone(), libc::SYS_clone, &[stub::CLONE_FLAGS as u64])?;
-        Ok(Self { pid: self.pid, tid: tid as pid_t })
-    }
-
-    /// Has it make many calls, in as few stops as the list allows. `list` is the list's frame; the caller sees to it that nobody
-    /// else uses it.
-    ///
-    /// # Errors
-    /// As for [`call_at`](Self::call_at): some of the calls may have been made.
-    pub(super) fn calls(self, calls: &[Call], pool: &FramePool, list: Pfn) -> io::Result<()> {
-        if let [call] = calls {
-            return self.call(call.number, &call.arguments).map(drop);
-        }
-        for calls in calls.chunks(LIST_ENTRIES) {
-            let mut entries = Vec::with_capacity(calls.len() * LIST_ENTRY);
-            for call in calls {
-                entries.extend((call.number as u64).to_le_bytes());
-                call.arguments.iter().for_each(|word| entries.extend(word.to_le_bytes()));
-            }
-            pool.write(list, 0, &entries);
-            let end = LIST + entries.len() as u64;
-            let entry = user_regs_struct { rip: stub::list(), rsp: LIST, rbp: end, ..plain_registers() };
-            match self.run_stub(&entry) {
-                Ok(done) => drop(result(done.rax)?),
-                Err(error) if is_of_its_end(&error) => return Err(error),
-                // A guest may have forbidden its thread to read anything (PKRU). One by one nothing is read.
-                Err(_) => {
-                    calls.iter().try_for_each(|call| self.call(call.number, &call.arguments).map(drop))?
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Ends the thread, and waits until it has. For the tracer, while the tracee is stopped.
-    pub(super) fn exit(self) -> io::Result<()> {
-        self.set_registers(&user_regs_struct {
-            rip: stub::call(),
-            rax: libc::SYS_exit as u64,
-            ..plain_registers()
-        })?;
-        loop {
-            self.resume(Resume::Engine)?;
-            match self.wait()? {
-                Stop::Gone(_) => return Ok(()),
-                Stop::Signal(signal) if self.is_fault(signal)? => {
-                    return Err(unexpected(format!("signal {signal} in place of its end")));
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// How it ended, if it has; for its tracer.
-    pub(super) fn ended(self) -> Option<io::Error> {
-        let mut status = 0;
-        // SAFETY: the status is ours.
-        match unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL | libc::WNOHANG) } {
-            0 => None,
-            // It was waited for before.
-            -1 => Some(io::Error::other(Ended("has ended".to_owned()))),
-            _ => (!libc::WIFSTOPPED(status)).then(|| gone(status)),
-        }
-    }
-
-    /// The same after `error`, which it gave. Of one that is being killed ptrace says that there is none (ESRCH), or that it must not
-    /// be attached to (EPERM), some time before there is anything to wait for.
-    pub(super) fn ended_with(self, error: &io::Error) -> Option<io::Error> {
-        const PATIENCE: Duration = Duration::from_secs(1);
-        if let Some(ended) = how_it_ended(error) {
-            return Some(io::Error::other(ended.clone()));
-        }
-        let began = Instant::now();
-        loop {
-            let ended = self.ended();
-            let may_be_dying = matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EPERM));
-            if ended.is_some() || !may_be_dying || began.elapsed() > PATIENCE {
-                return ended;
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
-    }
-
-    /// Waits until it exists no more: it ends already.
-    pub(super) fn wait_until_gone(self) {
-        while let Ok(stop) = self.wait() {
-            if let Stop::Gone(_) = stop {
-                return;
-            }
-        }
-    }
 }
 
 const NT_X86_XSTATE: usize = 0x202;
@@ -472,14 +275,5 @@ pub(super) fn plain_registers() -> user_regs_struct {
         es: 0,
         fs: 0,
         gs: 0,
-    }
-}
-
-/// What a system call's rax says.
-fn result(rax: u64) -> io::Result<u64> {
-    if rax > -4096i64 as u64 {
-        Err(io::Error::from_raw_os_error((rax as i64).wrapping_neg() as i32))
-    } else {
-        Ok(rax)
     }
 }

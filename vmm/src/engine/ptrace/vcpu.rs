@@ -20,12 +20,13 @@
 use super::PtraceVm;
 use super::access::AccessDecoder;
 use super::faults::{CODE_BYTES, TakenForRead};
+use super::gone::gone;
 use super::interrupt::TraceeInterrupt;
 use super::pair::Pair;
 use super::snapshot::snapshot;
 use super::stop::{self, Meaning};
 use super::tlb::{forget_own, set_own};
-use super::tracee::{Resume, Stop, Tracee, USER_CS, gone, plain_registers};
+use super::tracee::{Resume, Stop, Tracee, USER_CS, plain_registers};
 use crate::engine::entry::{Injected, NO_REASON, injected};
 use crate::engine::exception::{GENERAL_PROTECTION, int_gate};
 use crate::engine::kick::{Kicker, Requests, RunState};
@@ -359,7 +360,8 @@ impl Drop for PtraceVcpu {
         if let Hold::Traced(pair) = std::mem::replace(&mut self.hold, Hold::Lost) {
             // While the number is the thread's.
             drop(pair);
-            if let Err(error) = self.tracee.exit() {
+            if let Err(source) = self.tracee.exit() {
+                let error = self.tracee.ended_with(&source).unwrap_or(source);
                 log::debug!("a thread of the guest's process was not ended alone: {error}");
                 self.vm.service.kill(&error);
                 self.tracee.wait_until_gone();
