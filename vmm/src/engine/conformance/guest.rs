@@ -131,5 +131,3 @@ pub(in crate::engine) fn page_fault(addr: u64, access: Access) -> Exit {
 pub(in crate::engine) const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// jmp to itself.
 pub(in crate::engine) const FOREVER: [u8; 2] = [0xeb, 0xfe];
-/// mov al, [rdi]; syscall
-pub(in crate::engine) const LOAD: [u8; 4] = [0x8a, 0x07, 0x0f, 0x05];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A host that is short of memory when a vCPU is to run.
 
-use super::guest::{CODE, DATA, Guest, LOAD, RW, start};
+use super::guest::{CODE, DATA, Guest, RW, start};
 use super::guests;
 use crate::engine::{Engine, Exit};
 use crate::inject::points::VCPU_RUN;
@@ -11,6 +11,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+/// mov al, [rdi]; syscall
+pub(in crate::engine) const LOAD: [u8; 4] = [0x8a, 0x07, 0x0f, 0x05];
 
 /// What the next entries fail with.
 #[derive(Debug, Default)]

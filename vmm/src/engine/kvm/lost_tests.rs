@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
 
 use super::testing::*;
-use crate::engine::conformance::shortage::Planted;
+use crate::engine::conformance::shortage::{LOAD, Planted};
 use crate::engine::{Engine, EngineError, Exit, Vcpu, VcpuSnapshot};
 use crate::inject::points::VCPU_RUN;
 use kvm_bindings::KVM_EXIT_SHUTDOWN;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub(super) use conformance::guest::{
-    CODE, DATA, FOREVER, LOAD, RW, STACK_TOP, SYSCALL, exception, page_fault, start,
+    CODE, DATA, FOREVER, RW, STACK_TOP, SYSCALL, exception, page_fault, start,
 };
 
 /// The device to test with. `None`, and one line: the test has nothing to do.
