@@ -6,7 +6,7 @@ use super::processes::{Umbra, descendants, outlive, send, wait_for_the_guest};
 use super::{Engine, LIMIT, engine, reports};
 use std::fs;
 use std::io::Read;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// First byte past what a guest may map; above it lies the engine's stub.
@@ -105,18 +105,50 @@ fn the_child_maps_the_pool_and_the_stub_and_nothing_else() {
     assert!(stubs == 2 && pools > 0, "{maps}");
 }
 
+/// Kills `child`, which umbra must notice, and say.
+fn killed_is_a_clear_failure(mut umbra: Umbra, child: u32) {
+    send(child, libc::SIGKILL);
+    let status = wait(&mut umbra.child, LIMIT, "an umbra whose guest was killed");
+    let mut said = String::new();
+    umbra.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(code(status), 125, "{said}");
+    assert!(said.contains("ended by signal 9, from outside umbra") && !said.contains("panicked"), "{said}");
+    assert_eq!(descendants(umbra.id()), []);
+}
+
 #[test]
 fn a_child_killed_from_outside_is_a_clear_failure() {
     if !has_child() {
         return;
     }
-    let (mut umbra, child) = spinning("child-killed");
-    send(child, libc::SIGKILL);
-    let mut said = String::new();
-    umbra.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(code(wait(&mut umbra.child, LIMIT, &said)), 125, "{said}");
-    assert!(said.contains("ended by signal 9, from outside umbra") && !said.contains("panicked"), "{said}");
-    assert_eq!(descendants(umbra.id()), []);
+    let (umbra, child) = spinning("child-killed");
+    killed_is_a_clear_failure(umbra, child);
+}
+
+/// The numbers in /proc are somebody else's there, and are not believed.
+#[test]
+fn a_child_killed_in_a_pid_namespace_without_its_own_proc_is_a_clear_failure() {
+    const UNSHARE: [&str; 3] = ["--pid", "--fork", "--kill-child"];
+    if !has_child() {
+        return;
+    }
+    let mut can_be_made = Command::new("unshare");
+    can_be_made.args(UNSHARE).arg("true").stderr(Stdio::null());
+    if !can_be_made.status().is_ok_and(|status| status.success()) {
+        println!("skipped: no pid namespace can be made here");
+        return;
+    }
+    let inner = outlive();
+    let mut command = Command::new("unshare");
+    command.args(UNSHARE).arg(inner.get_program()).args(inner.get_args());
+    command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut umbra = Umbra::start(command, "child-namespace");
+    wait_for_the_guest(&mut umbra);
+    let all = descendants(umbra.id());
+    let [_, child] = &all[..] else { panic!("not umbra and one child: {all:?}") };
+    let child = child.pid;
+    killed_is_a_clear_failure(umbra, child);
 }
 
 #[test]
