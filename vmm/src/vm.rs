@@ -302,7 +302,7 @@ impl Machine {
 
     fn spawn(self: Arc<Self>, thread: Thread, regs: Regs, xsave: Option<Vec<u8>>) -> Result<()> {
         if let Some(errno) = self.config.faults.fail(&THREAD_START) {
-            return Err(std::io::Error::from_raw_os_error(errno)).context("cannot start a thread");
+            return Err(std::io::Error::from_raw_os_error(errno)).context(NO_THREAD);
         }
         let mut vcpu = Arc::clone(&self.engine).create_vcpu(self.shadow.root())?;
         *vcpu.regs_mut() = regs;
@@ -322,7 +322,8 @@ impl Machine {
             if let Err(error) = thread.run(&mut *vcpu, &mut faults) {
                 lock(&machine.lost).get_or_insert(error);
             }
-        })?;
+        });
+        let handle = handle.context(NO_THREAD)?;
         let mut threads = lock(&self.threads);
         // Those that ended need no join for anything but their resources; a guest that starts threads all day must not
         // make the list grow.
@@ -331,6 +332,10 @@ impl Machine {
         Ok(())
     }
 }
+
+/// A guest thread is one of umbra's, too.
+const NO_THREAD: &str =
+    "cannot start a thread (ulimit -u and the pids limit of a container say how many there may be)";
 
 /// Threads that a guest with this much memory may have: one for every 32 frames, as Linux's `threads-max`.
 fn max_threads(memory: u64) -> usize {
